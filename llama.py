@@ -1,0 +1,307 @@
+"""The decoder of Llama and Mistral: vectors in, vectors out, one more layer of meaning at a time.
+
+    x (B, T, D)  ->  N blocks of  [RMSNorm -> attention with RoPE -> +]  [RMSNorm -> SwiGLU -> +]  ->  RMSNorm
+
+The decoder does not care where its vectors come from: word embeddings and projected picture patches are the same to it,
+and that is all the trick there is to LLaVA. Llama: Touvron et al. 2023, https://arxiv.org/abs/2302.13971. Mistral adds
+shared key/value heads and a sliding window: Jiang et al. 2023, https://arxiv.org/abs/2310.06825.
+
+    B batch    T new tokens    S tokens so far, the new ones included    D width    H heads    K key/value heads
+    d width of a head
+
+Left out: dropout (neither model uses it), RoPE scaling other than linear, and trimming the cache to Mistral's window.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from clip import known_fields
+
+
+@dataclass
+class LlamaConfig:
+    """The decoder's sizes, with the field names and defaults of a checkpoint's config.json."""
+
+    vocab_size: int = 32000  # V
+    hidden_size: int = 4096  # D
+    intermediate_size: int = 11008  # width inside the SwiGLU
+    num_hidden_layers: int = 32
+    num_attention_heads: int = 32  # H
+    num_key_value_heads: int | None = None  # K; as many as heads unless told, which is plain multi-head attention
+    head_dim: int | None = None  # d; D / H unless told
+    hidden_act: str = "silu"
+    max_position_embeddings: int = 2048  # the longest context it was trained on, in tokens
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0  # base of RoPE's wavelengths
+    rope_factor: float = 1.0  # linear RoPE scaling: positions are divided by it
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    sliding_window: int | None = None  # a token sees this many tokens, itself included; None for all before it
+    tie_word_embeddings: bool = False
+    model_type: str = field(default="llama", init=False)
+
+    def __post_init__(self) -> None:
+        self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
+        self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
+        if self.num_attention_heads % self.num_key_value_heads:
+            heads = f"{self.num_attention_heads} heads cannot share {self.num_key_value_heads} key/value heads equally"
+            raise ValueError(f"text_config: {heads}")
+        if self.hidden_act != "silu":
+            raise ValueError(f"text_config: hidden_act {self.hidden_act!r} is unknown: this decoder's gate is silu")
+
+
+@dataclass
+class MistralConfig(LlamaConfig):
+    """Mistral is Llama with other numbers."""
+
+    intermediate_size: int = 14336
+    num_key_value_heads: int | None = 8
+    max_position_embeddings: int = 131072
+    sliding_window: int | None = 4096
+    model_type: str = field(default="mistral", init=False)
+
+
+def decoder_config(settings: dict) -> LlamaConfig:
+    """A checkpoint's text_config as a LlamaConfig or MistralConfig. Raises ValueError for any other decoder."""
+    families = {"llama": LlamaConfig, "mistral": MistralConfig}
+    family = settings.get("model_type", "llama")
+    if family not in families:
+        raise ValueError(f"text_config: the decoder family {family!r} is unknown: this code knows llama and mistral")
+    # Old files write rope_theta and rope_scaling, new ones one dictionary rope_parameters.
+    rope = {**(settings.get("rope_scaling") or {}), **(settings.get("rope_parameters") or {})}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind not in ("default", "linear"):
+        raise ValueError(f"text_config: rope_type {kind!r} is unknown: this code knows default and linear")
+    settings = {**settings, "rope_theta": rope.get("rope_theta", settings.get("rope_theta", 10000.0))}
+    settings["rope_factor"] = rope.get("factor", settings.get("rope_factor", 1.0))
+    return families[family](**known_fields(families[family], settings))
+
+
+# --- The parts -------------------------------------------------------------------------------------------------------
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight (Zhang & Sennrich 2019, equation 4): LayerNorm without mean and bias."""
+
+    def __init__(self, width: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:  # (..., D) -> (..., D)
+        x32 = x.float()  # squares of half-precision numbers overflow; rounding back before the weight is Llama's order
+        x32 = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)
+        return self.weight * x32.to(x.dtype)
+
+
+def rope_angles(config: LlamaConfig, position_ids: Tensor) -> Tensor:  # (B, T) -> (B, T, d / 2), float32
+    """RoPE's angles (Su et al. 2021, section 3.2.2): position times a frequency, each pair of numbers has its own."""
+    pairs = torch.arange(0, config.head_dim, 2, device=position_ids.device).float() / config.head_dim
+    frequencies = 1.0 / (config.rope_theta**pairs * config.rope_factor)
+    return position_ids[..., None].float() * frequencies
+
+
+def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:  # (B, H, T, d), two (B, 1, T, d / 2) -> (B, H, T, d)
+    """Turn each pair of numbers by its angle, so that q . k depends on the distance of two tokens and on nothing else.
+
+    The paper pairs neighbours (0, 1), (2, 3), ...; these checkpoints pair number i with number i + d / 2.
+    """
+    x1, x2 = x.chunk(2, dim=-1)
+    return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin], dim=-1)
+
+
+def visible_keys(attention_mask: Tensor | None, past: int, T: int, window: int | None, device) -> Tensor | None:
+    """Which of S = past + T keys each of the T new queries sees: a boolean (B or 1, 1, T, S), True where it does.
+
+    `attention_mask` is (B, S), False where a key is padding, or None. The result is None where nothing needs hiding but
+    the future: for a single query, or for T queries that have no past.
+    """
+    S = past + T
+    if attention_mask is None and (T == 1 or past == 0) and (window is None or S <= window):
+        return None
+    i = torch.arange(past, S, device=device)[:, None]
+    j = torch.arange(S, device=device)
+    mask = (j <= i)[None, None]
+    if window is not None:
+        mask = mask & (i - j < window)
+    if attention_mask is not None:  # padding sees itself, or its softmax would be 0 / 0 and poison the next layer
+        mask = mask & attention_mask[:, None, None, :] | (i == j)
+    return mask
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Causal attention of T queries (B, H, T, d) over S keys and values (B, K, S, d) -> (B, H, T, d).
+
+    Gives what `attention_by_hand` gives, by PyTorch's function, which never holds the T x S weights.
+    """
+    causal = mask is None and q.shape[2] > 1
+    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1])
+
+
+def attention_by_hand(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The formula itself (Vaswani et al. 2017, equation 1), for whoever wants the weights (B, H, T, S) too."""
+    T, S = q.shape[2], k.shape[2]
+    if mask is None:
+        mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
+    groups = q.shape[1] // k.shape[1]  # grouped queries (Ainslie et al. 2023): each key head serves H / K query heads
+    k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)  # (B, K, S, d) -> (B, H, S, d)
+    scores = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5  # (B, H, T, S)
+    scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    weights = scores.softmax(-1, dtype=torch.float32).to(q.dtype)
+    return weights @ v, weights
+
+
+class KVCache:
+    """The keys and values of every token so far, so that a new token costs one token's work and not the whole text's.
+
+    `k[layer]` and `v[layer]` are (B, K, length of the cache, d), allocated once; the first `length` positions are
+    filled. `attention_mask` (B, length of the cache) is False where a key is padding and must never be seen.
+    """
+
+    def __init__(self, config: LlamaConfig, batch: int, length: int, dtype: torch.dtype, device) -> None:
+        shape = (batch, config.num_key_value_heads, length, config.head_dim)
+        self.k = [torch.empty(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
+        self.v = [torch.empty(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
+        self.attention_mask = torch.ones(batch, length, dtype=torch.bool, device=device)
+        self.padded = False
+        self.length = 0
+
+    @property
+    def capacity(self) -> int:
+        return self.attention_mask.shape[1]
+
+    def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:  # (B, K, T, d) -> (B, K, S, d)
+        """Write one layer's new keys and values behind the old ones and return all of them, as views."""
+        batch, heads, _, width = self.k[layer].shape
+        if k.shape != v.shape or k.shape[:2] != (batch, heads) or k.shape[3] != width:
+            raise ValueError(f"the cache holds [{batch}, {heads}, tokens, {width}], but it was given {list(k.shape)}")
+        end = self.length + k.shape[2]
+        if end > self.capacity:
+            raise ValueError(f"the cache is full: it has room for {self.capacity} tokens, and {end} are needed")
+        self.k[layer][:, :, self.length : end] = k
+        self.v[layer][:, :, self.length : end] = v
+        return self.k[layer][:, :, :end], self.v[layer][:, :, :end]
+
+    def hide_padding(self, attention_mask: Tensor) -> None:  # (B, S), False for padding
+        self.attention_mask[:, : attention_mask.shape[1]] = attention_mask
+        self.padded = not bool(attention_mask.all())
+
+
+# --- The decoder -----------------------------------------------------------------------------------------------------
+
+
+class LlamaAttention(nn.Module):
+    def __init__(self, config: LlamaConfig, layer: int):
+        super().__init__()
+        D, H, K, d = config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        self.layer, self.head_dim = layer, d
+        self.q_proj = nn.Linear(D, H * d, bias=config.attention_bias)
+        self.k_proj = nn.Linear(D, K * d, bias=config.attention_bias)
+        self.v_proj = nn.Linear(D, K * d, bias=config.attention_bias)
+        self.o_proj = nn.Linear(H * d, D, bias=config.attention_bias)
+
+    def forward(self, x, rope, mask=None, cache=None, weights=None) -> Tensor:  # (B, T, D) -> (B, T, D)
+        q, k, v = (
+            proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, T, H * d) -> (B, H, T, d)
+            for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        q, k = apply_rope(q, *rope), apply_rope(k, *rope)
+        if cache is not None:
+            k, v = cache.update(self.layer, k, v)
+        if weights is None:
+            out = attention(q, k, v, mask)
+        else:
+            out, seen = attention_by_hand(q, k, v, mask)
+            weights.append(seen)
+        return self.o_proj(out.transpose(1, 2).flatten(-2))
+
+
+class LlamaMLP(nn.Module):
+    """SwiGLU (Shazeer 2020, section 2): one product decides how much of another passes."""
+
+    def __init__(self, config: LlamaConfig):
+        super().__init__()
+        D, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        self.gate_proj = nn.Linear(D, inner, bias=bias)
+        self.up_proj = nn.Linear(D, inner, bias=bias)
+        self.down_proj = nn.Linear(inner, D, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class LlamaLayer(nn.Module):
+    def __init__(self, config: LlamaConfig, layer: int):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = LlamaAttention(config, layer)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = LlamaMLP(config)
+
+    def forward(self, x, rope, mask=None, cache=None, weights=None) -> Tensor:  # (B, T, D) -> (B, T, D)
+        x = x + self.self_attn(self.input_layernorm(x), rope, mask, cache, weights)
+        x = x + self.mlp(self.post_attention_layernorm(x))
+        return x
+
+
+class Llama(nn.Module):
+    """The decoder without its head. Its modules are named as the checkpoints name them."""
+
+    def __init__(self, config: LlamaConfig):
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(LlamaLayer(config, i) for i in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(
+        self,
+        x: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        cache: KVCache | None = None,
+        hidden_states: list[Tensor] | None = None,
+        weights: list[Tensor] | None = None,
+    ) -> Tensor:  # (B, T, D) -> (B, T, D)
+        """Run T new tokens, given as vectors, behind the `cache.length` tokens that the cache holds.
+
+        `attention_mask` is (B, S), zero or False for padding; without it the cache's own counts.
+        `position_ids` (B or 1, T) count on from the cache unless given. A list given as `hidden_states` receives the
+        input of each layer and the final output; one given as `weights`, each layer's attention weights (B, H, T, S).
+        """
+        batch, T, _ = x.shape
+        past = cache.length if cache is not None else 0
+        attention_mask = self.check_mask(attention_mask, (batch, past + T), cache)
+        if position_ids is None:
+            position_ids = torch.arange(past, past + T, device=x.device)[None]
+        angles = rope_angles(self.config, position_ids)[:, None]  # (B, 1, T, d / 2): the same for all heads
+        rope = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+        mask = visible_keys(attention_mask, past, T, self.config.sliding_window, x.device)
+
+        for layer in self.layers:
+            if hidden_states is not None:
+                hidden_states.append(x)
+            x = layer(x, rope, mask, cache, weights)
+        x = self.norm(x)
+        if hidden_states is not None:
+            hidden_states.append(x)
+        if cache is not None:
+            cache.length += T
+        return x
+
+    @staticmethod
+    def check_mask(mask: Tensor | None, shape: tuple[int, int], cache: KVCache | None) -> Tensor | None:
+        """The mask over all keys as a boolean (B, S), or None where no key is padding. ValueError for other shapes."""
+        if cache is not None and len(cache.attention_mask) != shape[0]:
+            raise ValueError(f"the cache is for a batch of {len(cache.attention_mask)}, but the batch is {shape[0]}")
+        if mask is None:
+            return cache.attention_mask[:, : shape[1]] if cache is not None and cache.padded else None
+        if mask.shape != shape:
+            raise ValueError(f"attention_mask is {list(mask.shape)}, but batch and tokens so far are {list(shape)}")
+        mask = mask.bool()
+        if cache is not None:
+            cache.hide_padding(mask)
+        return None if mask.all() else mask
