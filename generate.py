@@ -1,0 +1,170 @@
+"""Writing an answer: run the prompt once, then draw one token at a time and feed it back.
+
+    prefill           the whole prompt through the model; its keys and values stay in the cache
+    decode_one_token  one new token per row; everything before it is read from the cache
+    sample            from scores over the vocabulary to the next token
+
+`generate` is the loop around the three. It returns prompt and answer together, as the reference does.
+
+    B batch    T tokens of the prompt    V vocabulary
+
+Left out: beam search, and every other search that keeps more than one answer per prompt.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from llama import KVCache
+from tokenizer import TextStream, Tokenizer
+
+
+@dataclass
+class GenerationConfig:
+    """How to choose tokens and when to stop: the fields of generation_config.json that are honoured, and defaults."""
+
+    max_new_tokens: int | None = None  # 20 where neither this nor max_length is given
+    max_length: int | None = None  # the same limit with the prompt counted in
+    do_sample: bool = False  # False: always the likeliest token (greedy)
+    temperature: float = 1.0  # below 1 sharpens the choice, above 1 flattens it
+    top_k: int = 50  # sample among this many likeliest tokens; 0 for all
+    top_p: float = 1.0  # sample among the likeliest tokens that together have this probability (Holtzman et al. 2019)
+    repetition_penalty: float = 1.0  # above 1: tokens already there become less likely (Keskar et al. 2019)
+    eos_token_id: int | list[int] | None = 2  # a row that draws one of these is finished
+    pad_token_id: int | None = None  # what a finished row is filled up with
+
+    def __post_init__(self) -> None:
+        if self.do_sample and not self.temperature > 0:
+            raise ValueError(f"temperature must be above 0, not {self.temperature}, when sampling")
+        if self.do_sample and not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must lie in (0, 1], not {self.top_p}")
+        if not self.repetition_penalty > 0:
+            raise ValueError(f"repetition_penalty must be above 0, not {self.repetition_penalty}")
+
+    def new_tokens(self, prompt_length: int) -> int:
+        """How many tokens may follow a prompt of this length."""
+        if self.max_new_tokens is None and self.max_length is None:
+            return 20
+        new = self.max_new_tokens if self.max_new_tokens is not None else self.max_length - prompt_length
+        if new < 1:
+            limits = f"max_new_tokens {self.max_new_tokens} and max_length {self.max_length}"
+            raise ValueError(f"{limits} leave no room for an answer behind {prompt_length} tokens")
+        return new
+
+    @classmethod
+    def merged(cls, defaults: dict, options: dict) -> "GenerationConfig":
+        """A checkpoint's own settings, overridden by the caller's."""
+        known = {f.name for f in fields(cls)}
+        if unknown := set(options) - known:
+            raise ValueError(f"generate knows {', '.join(sorted(known))}, but not {', '.join(sorted(unknown))}")
+        settings = {name: value for name, value in defaults.items() if name in known and value is not None}
+        return cls(**settings | {name: value for name, value in options.items() if value is not None})
+
+
+def sample(logits: Tensor, ids: Tensor, config: GenerationConfig, generator: torch.Generator | None) -> Tensor:
+    """Scores (B, V) for the next token, and all ids so far (B, T), to the next ids (B,)."""
+    logits = logits.float()
+    if config.repetition_penalty != 1:
+        ids = ids.where(ids < logits.shape[1], ids[:, :1])  # <image> may lie beyond the vocabulary
+        seen = logits.gather(1, ids)
+        seen = torch.where(seen < 0, seen * config.repetition_penalty, seen / config.repetition_penalty)
+        logits = logits.scatter(1, ids, seen)
+    if not config.do_sample:
+        return logits.argmax(-1)
+    logits = logits / config.temperature
+    if config.top_k > 0:
+        worst_kept = logits.topk(min(config.top_k, logits.shape[1])).values[:, -1:]
+        logits = logits.masked_fill(logits < worst_kept, -torch.inf)
+    if config.top_p < 1:
+        ascending, order = logits.sort()
+        drop = ascending.softmax(-1).cumsum(-1) <= 1 - config.top_p
+        drop[:, -1] = False  # the likeliest stays
+        logits = logits.masked_fill(drop.scatter(1, order, drop), -torch.inf)
+    return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
+
+
+def prefill(model, input_ids: Tensor, attention_mask: Tensor, cache: KVCache, pixel_values: Tensor | None) -> Tensor:
+    """Run the prompt (B, T) through the model into the cache; scores (B, V) for the first token of the answer."""
+    position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)  # left padding does not count
+    padding = None if attention_mask.all() else attention_mask
+    out = model(input_ids, pixel_values, padding, position_ids, cache, logits_to_keep=1)
+    return out.logits[:, -1]
+
+
+def decode_one_token(model, ids: Tensor, position_ids: Tensor, cache: KVCache) -> Tensor:
+    """One token per row (B,) at position_ids (B, 1); scores (B, V) for the one after it."""
+    return model(ids[:, None], position_ids=position_ids, past_key_values=cache).logits[:, -1]
+
+
+class Listener:
+    """Follows the text of every row as it grows: hands it to a streamer, and knows when a stop string has come."""
+
+    def __init__(self, tokenizer: Tokenizer, batch: int, streamer: Callable | None, stop_strings: list[str]):
+        if tokenizer is None:
+            raise ValueError("streamer and stop_strings need the text: pass tokenizer=processor.tokenizer too")
+        if streamer is not None and batch > 1:
+            raise ValueError("a streamer follows one answer: generate a batch of prompts without it")
+        self.streams = [TextStream(tokenizer) for _ in range(batch)]
+        self.texts = [""] * batch
+        self.streamer, self.stop_strings = streamer, stop_strings
+
+    def hear(self, row: int, token_id: int, last: bool) -> bool:
+        """Take in a row's next token; True if its text now holds a stop string."""
+        text = self.streams[row].put(token_id)
+        if last:
+            text += self.streams[row].end()
+        if text and self.streamer:
+            self.streamer(text)
+        self.texts[row] += text
+        return any(stop in self.texts[row] for stop in self.stop_strings)
+
+
+@torch.no_grad()
+def generate(
+    model,
+    input_ids: Tensor,
+    pixel_values: Tensor | None = None,
+    attention_mask: Tensor | None = None,
+    *,
+    tokenizer: Tokenizer | None = None,
+    streamer: Callable[[str], None] | None = None,
+    stop_strings: str | list[str] | None = None,
+    seed: int | None = None,
+    **options,
+) -> Tensor:
+    """Continue prompts (B, T), left-padded where they differ in length, to (B, T + new): prompt and answer.
+
+    `options` are the fields of GenerationConfig; what they leave open, the checkpoint's generation_config.json says.
+    `streamer` is called with each stretch of text as it is made. A row ends with an eos token or once its text holds a
+    stop string. The same `seed` draws the same tokens. Raises ValueError for options out of range.
+    """
+    config = GenerationConfig.merged(model.generation_config, options)
+    batch, T = input_ids.shape
+    n_new, device = config.new_tokens(T), input_ids.device
+    attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+    stops = [stop_strings] if isinstance(stop_strings, str) else list(stop_strings or [])
+    listener = Listener(tokenizer, batch, streamer, stops) if streamer or stops else None
+    generator = None if seed is None else torch.Generator(device).manual_seed(seed)
+    eos = torch.tensor([] if config.eos_token_id is None else config.eos_token_id, device=device).reshape(-1)
+    pad = next((i for i in (config.pad_token_id, *eos.tolist()) if i is not None), 0)
+
+    ids = torch.full((batch, T + n_new), pad, dtype=input_ids.dtype, device=device)
+    ids[:, :T] = input_ids
+    finished = torch.zeros(batch, dtype=torch.bool, device=device)
+    cache = KVCache(model.config.text_config, batch, T + n_new, model.dtype, device)
+    logits = prefill(model, input_ids, attention_mask, cache, pixel_values)
+    position_ids = attention_mask.sum(-1, keepdim=True)
+    for end in range(T, T + n_new):
+        next_ids = sample(logits, ids[:, :end], config, generator).where(~finished, pad)
+        ids[:, end] = next_ids
+        running, finished = ~finished, finished | torch.isin(next_ids, eos)
+        if listener:
+            for row in running.nonzero().flatten().tolist():
+                last = bool(finished[row]) or end == T + n_new - 1
+                finished[row] |= listener.hear(row, int(next_ids[row]), last)
+        if finished.all() or end == T + n_new - 1:
+            return ids[:, : end + 1]
+        logits = decode_one_token(model, next_ids, position_ids, cache)
+        position_ids = position_ids + 1

@@ -1,0 +1,333 @@
+"""LLaVA: CLIP's eyes, Llama's voice, and two matrices between them.
+
+    picture -> clip.py -> (P, 1024) patches -> projector -> (P, 4096) vectors  \\
+                                                                               merge -> llama.py -> the next word
+    prompt  -> tokenizer.py -> (T,) ids -> embedding -> (T, 4096) vectors      /
+
+The prompt holds one <image> token for every patch; the merge writes the projected patches over their embeddings. From
+there on nothing knows that it is looking at a picture. Liu et al. 2023, "Visual Instruction Tuning"
+(https://arxiv.org/abs/2304.08485) and "Improved Baselines with Visual Instruction Tuning", which is LLaVA-1.5
+(https://arxiv.org/abs/2310.03744).
+
+    B batch    T tokens    D width of the decoder    P patches of a picture    V vocabulary
+
+`python llava.py --image x.jpg` answers about a picture. The classes and their arguments are named as in Hugging Face
+transformers, whose example code runs here with its import line changed.
+
+Left out: gradient checkpointing, LLaVA-1.6's tiles, and pictures of other sizes than the tower was trained for.
+"""
+
+import sys
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+
+import generate
+from clip import ACTIVATIONS, CLIPVisionConfig, CLIPVisionModel, ImageProcessor, known_fields
+from llama import KVCache, Llama, LlamaConfig, MistralConfig, decoder_config
+from load_weights import find_checkpoint, load, read_config, tower_folder
+from tokenizer import TEMPLATES, Tokenizer, read_settings
+
+__all__ = [
+    "AutoProcessor",
+    "CLIPVisionConfig",
+    "LlamaConfig",
+    "LlavaConfig",
+    "LlavaForConditionalGeneration",
+    "LlavaProcessor",
+    "MistralConfig",
+]
+
+ROOM = 512  # tokens that a cache made by `forward` can take beyond those it was made with
+
+
+@dataclass
+class LlavaConfig:
+    """A checkpoint's config.json. Without arguments it is LLaVA-1.5 7B."""
+
+    vision_config: CLIPVisionConfig | dict | None = None  # default: CLIP ViT-L/14 at 336 pixels
+    text_config: LlamaConfig | dict | None = None  # default: Llama 7B
+    ignore_index: int = -100  # labels with this value do not count in the loss
+    image_token_index: int = 32000  # the id of <image>
+    projector_hidden_act: str = "gelu"
+    vision_feature_select_strategy: str = "default"  # "default" drops the tower's class token, "full" keeps it
+    vision_feature_layer: int | list[int] = -2  # which of the tower's hidden states is read; several are concatenated
+    vocab_size: int = 32000  # old files have it; the decoder's own vocab_size is the one that counts
+    multimodal_projector_bias: bool = True
+    tie_word_embeddings: bool = False  # the head shares the embedding's matrix
+
+    def __post_init__(self) -> None:
+        if self.vision_config is None:
+            self.vision_config = CLIPVisionConfig(1024, 4096, 768, 24, 16, image_size=336, patch_size=14)
+        elif isinstance(self.vision_config, dict):
+            self.vision_config = CLIPVisionConfig(**known_fields(CLIPVisionConfig, self.vision_config))
+        if not isinstance(self.text_config, LlamaConfig):
+            self.text_config = decoder_config(self.text_config or {})
+        self.tie_word_embeddings = self.tie_word_embeddings or self.text_config.tie_word_embeddings
+        if self.projector_hidden_act not in ACTIVATIONS:
+            known = ", ".join(ACTIVATIONS)
+            raise ValueError(
+                f"projector_hidden_act {self.projector_hidden_act!r} is unknown: it must be one of {known}"
+            )
+
+    @classmethod
+    def from_dict(cls, settings: dict) -> "LlavaConfig":
+        return cls(**known_fields(cls, settings))
+
+    @property
+    def image_seq_length(self) -> int:  # how many tokens a picture takes in the prompt
+        return self.vision_config.num_patches + (self.vision_feature_select_strategy == "full")
+
+
+class LlavaMultiModalProjector(nn.Module):
+    """Two matrices with a GELU between: what the tower sees, as what the decoder reads (LLaVA-1.5, section 3)."""
+
+    def __init__(self, config: LlavaConfig):
+        super().__init__()
+        layers = config.vision_feature_layer
+        features = config.vision_config.hidden_size * (1 if isinstance(layers, int) else len(layers))
+        D, bias = config.text_config.hidden_size, config.multimodal_projector_bias
+        self.linear_1 = nn.Linear(features, D, bias=bias)
+        self.linear_2 = nn.Linear(D, D, bias=bias)
+        self.activation = ACTIVATIONS[config.projector_hidden_act]
+
+    def forward(self, image_features: Tensor) -> Tensor:  # (pictures, P, features) -> (pictures, P, D)
+        return self.linear_2(self.activation(self.linear_1(image_features)))
+
+
+@dataclass
+class LlavaCausalLMOutputWithPast:
+    """What `forward` returns. Everything that was not asked for is None."""
+
+    loss: Tensor | None = None  # one number
+    logits: Tensor | None = None  # (B, T, V)
+    past_key_values: KVCache | None = None
+    hidden_states: tuple[Tensor, ...] | None = None  # layers + 1 of (B, T, D), the last one after the final norm
+    attentions: tuple[Tensor, ...] | None = None  # layers of (B, H, T, S)
+    image_hidden_states: Tensor | None = None  # (pictures * P, D), what the projector made
+
+    def to_tuple(self) -> tuple:
+        return tuple(value for f in fields(self) if (value := getattr(self, f.name)) is not None)
+
+
+class LlavaForConditionalGeneration(nn.Module):
+    """The whole model: tower, projector, decoder, head."""
+
+    def __init__(self, config: LlavaConfig):
+        super().__init__()
+        self.config = config
+        self.generation_config: dict = {}  # the checkpoint's generation_config.json
+        self.vision_tower = CLIPVisionModel(config.vision_config)
+        self.multi_modal_projector = LlavaMultiModalProjector(config)
+        self.language_model = Llama(config.text_config)
+        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.tie_weights()
+
+    def tie_weights(self) -> None:
+        if self.config.tie_word_embeddings:
+            self.lm_head.weight = self.language_model.embed_tokens.weight
+
+    @classmethod
+    def from_pretrained(
+        cls, path: str | Path, dtype: torch.dtype | None = None, device: str = "cpu"
+    ) -> "LlavaForConditionalGeneration":
+        """Load a checkpoint: a folder or a hub id. `dtype` is the file's unless given.
+
+        Raises FileNotFoundError or ValueError, naming the file or tensor, for a checkpoint that is not whole.
+        """
+        folder = find_checkpoint(path)
+        settings = read_config(folder)
+        dtype = dtype or getattr(torch, str(settings.get("dtype") or settings.get("torch_dtype")), None)
+        with torch.device("meta"):  # shapes without memory; loading puts the tensors in
+            model = cls(LlavaConfig.from_dict(settings))
+        load(model, folder, dtype, device)
+        model.tie_weights()
+        model.generation_config = read_settings(folder / "generation_config.json")
+        return model.eval()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.lm_head.weight.dtype
+
+    def get_image_features(
+        self,
+        pixel_values: Tensor,
+        vision_feature_layer: int | list[int] | None = None,
+        vision_feature_select_strategy: str | None = None,
+    ) -> Tensor:  # (pictures, 3, image_size, image_size) -> (pictures, P, D)
+        """See and project: the tower runs only as deep as the deepest layer that is read."""
+        layers = self.config.vision_feature_layer if vision_feature_layer is None else vision_feature_layer
+        layers = [layers] if isinstance(layers, int) else layers
+        strategy = vision_feature_select_strategy or self.config.vision_feature_select_strategy
+        if strategy not in ("default", "full"):
+            raise ValueError(f"vision_feature_select_strategy must be default or full, not {strategy!r}")
+        n = self.config.vision_config.num_hidden_layers
+        if not all(-n - 1 <= layer <= n for layer in layers):
+            raise ValueError(f"vision_feature_layer must lie from {-n - 1} to {n}, not {layers}")
+        layers = [layer % (n + 1) for layer in layers]  # -2 is the output of the last layer but one
+        hidden_states = self.vision_tower(pixel_values, depth=max(layers))
+        first = 1 if strategy == "default" else 0  # 1: without the class token
+        return self.multi_modal_projector(torch.cat([hidden_states[layer][:, first:] for layer in layers], dim=-1))
+
+    def merge(self, input_ids: Tensor | None, inputs_embeds: Tensor | None, image_features: Tensor | None) -> Tensor:
+        """Embed the prompt and write the picture's vectors (pictures * P, D) where <image> stands: (B, T, D)."""
+        embed, image_token = self.language_model.embed_tokens, self.config.image_token_index
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
+        if image_features is None:
+            return embed(input_ids) if inputs_embeds is None else inputs_embeds
+        if inputs_embeds is None:
+            is_image = input_ids == image_token
+            inputs_embeds = embed(input_ids.masked_fill(is_image, 0))  # <image> may have no row of its own
+        else:
+            is_image = (inputs_embeds == embed.weight[image_token]).all(-1)
+        if (tokens := int(is_image.sum())) != len(image_features):
+            counts = f"tokens: {tokens}, features: {len(image_features)}"
+            raise ValueError(f"Image features and image tokens do not match, {counts}")
+        return inputs_embeds.masked_scatter(is_image[..., None], image_features.to(inputs_embeds.dtype))
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,  # (B, T), one <image> token for every patch
+        pixel_values: Tensor | None = None,  # (pictures, 3, image_size, image_size), in the order of the <image> tokens
+        attention_mask: Tensor | None = None,  # (B, S), 0 on padding; S = T and what the cache holds
+        position_ids: Tensor | None = None,  # (B or 1, T)
+        past_key_values: KVCache | None = None,
+        inputs_embeds: Tensor | None = None,  # (B, T, D), instead of input_ids
+        vision_feature_layer: int | list[int] | None = None,  # instead of the config's
+        vision_feature_select_strategy: str | None = None,  # instead of the config's
+        labels: Tensor | None = None,  # (B, T)
+        use_cache: bool | None = None,  # None: yes, but not in training
+        output_attentions: bool = False,
+        output_hidden_states: bool = False,
+        return_dict: bool = True,
+        logits_to_keep: int = 0,  # only the last so many positions go through the head; 0 for all
+    ) -> LlavaCausalLMOutputWithPast | tuple:
+        features = None
+        if pixel_values is not None:
+            features = self.get_image_features(pixel_values, vision_feature_layer, vision_feature_select_strategy)
+            features = features.flatten(0, 1)  # (pictures, P, D) -> (pictures * P, D)
+        x = self.merge(input_ids, inputs_embeds, features)
+        cache = past_key_values
+        if cache is None and (use_cache or (use_cache is None and not self.training)):
+            cache = KVCache(self.config.text_config, len(x), x.shape[1] + ROOM, x.dtype, x.device)
+        hidden_states = [] if output_hidden_states else None
+        attentions = [] if output_attentions else None
+        x = self.language_model(x, attention_mask, position_ids, cache, hidden_states, attentions)
+        logits = self.lm_head(x[:, -logits_to_keep:])
+        out = LlavaCausalLMOutputWithPast(
+            loss=None if labels is None else self.loss(logits, labels),
+            logits=logits,
+            past_key_values=cache,
+            hidden_states=tuple(hidden_states) if output_hidden_states else None,
+            attentions=tuple(attentions) if output_attentions else None,
+            image_hidden_states=features,
+        )
+        return out if return_dict else out.to_tuple()
+
+    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:  # (B, T, V), (B, T) -> one number
+        """Mean cross-entropy of each label under the scores at the position before it, in float32."""
+        logits, labels = logits[:, :-1].float(), labels[:, 1:]
+        return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=self.config.ignore_index)
+
+    def generate(self, input_ids: Tensor, pixel_values: Tensor | None = None, **options) -> Tensor:
+        """Prompt and answer as ids (B, T + new). All arguments: see generate.generate."""
+        return generate.generate(self, input_ids, pixel_values, **options)
+
+
+# --- Prompts and pictures to the model's inputs ----------------------------------------------------------------------
+
+
+class Inputs(dict):
+    """What the processor returns: tensors by name, `inputs.input_ids` or `inputs["input_ids"]`."""
+
+    __getattr__ = dict.__getitem__
+
+    def to(self, device, dtype: torch.dtype | None = None) -> "Inputs":
+        """Move all tensors; only those of floating-point numbers change their dtype."""
+        return Inputs({k: v.to(device, dtype if v.is_floating_point() else None) for k, v in self.items()})
+
+
+class LlavaProcessor:
+    """Tokenizer and image processor in one: prompts and pictures in, the model's inputs out."""
+
+    def __init__(self, image_processor: ImageProcessor, tokenizer: Tokenizer, image_seq_length=576, template="hub"):
+        self.image_processor, self.tokenizer = image_processor, tokenizer
+        self.image_seq_length = image_seq_length  # <image> tokens a picture
+        self.template = TEMPLATES[template]
+        self.batch_decode, self.decode = tokenizer.batch_decode, tokenizer.decode
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path) -> "LlavaProcessor":
+        folder = find_checkpoint(path)
+        original = read_settings(folder / "config.json")
+        config = LlavaConfig.from_dict(read_config(folder))
+        template = read_settings(folder / "chat_template.json").get("chat_template", "")
+        if (folder / "chat_template.jinja").is_file():
+            template = (folder / "chat_template.jinja").read_text("utf-8")
+        is_v1 = "mm_vision_tower" in original or TEMPLATES["v1"].system in template
+        home = tower_folder(original, folder) if "mm_vision_tower" in original else folder
+        settings = read_settings(home / "preprocessor_config.json")
+        # transformers 5 keeps the image processor's settings inside the processor's
+        settings = settings or read_settings(home / "processor_config.json").get("image_processor", {})
+        side = config.vision_config.image_size
+        settings = {"size": {"shortest_edge": side}, "crop_size": side} | settings
+        if "mm_vision_tower" in original:
+            settings["do_pad"] = original.get("image_aspect_ratio") == "pad"
+        image_processor = ImageProcessor(**known_fields(ImageProcessor, settings))
+        template = "v1" if is_v1 else "hub"
+        return cls(image_processor, Tokenizer.from_pretrained(folder), config.image_seq_length, template)
+
+    def __call__(
+        self,
+        images: Image.Image | list | None = None,
+        text: str | list[str] | None = None,
+        padding: bool = False,
+        return_tensors: str = "pt",
+    ) -> Inputs:
+        """input_ids and attention_mask (B, T), and pixel_values (pictures, 3, height, width) where there are pictures.
+
+        Pictures go to the <image> tokens of the prompts in order. Raises ValueError where their numbers differ, and for
+        prompts of different lengths without `padding`.
+        """
+        texts = [text] if isinstance(text, str) else list(text or [])
+        pictures = [] if images is None else flatten(images)
+        n_tokens = sum(t.count("<image>") for t in texts)
+        if texts and n_tokens != len(pictures):
+            raise ValueError(f"The prompts hold {n_tokens} <image> tokens, but {len(pictures)} images were passed")
+        if return_tensors != "pt":
+            raise ValueError(f"return_tensors must be 'pt' (PyTorch tensors), not {return_tensors!r}")
+        inputs = Inputs()
+        if texts:
+            ids = [self.tokenizer.encode(t.replace("<image>", "<image>" * self.image_seq_length)) for t in texts]
+            if len(set(map(len, ids))) > 1 and not padding:
+                raise ValueError("The prompts differ in length: pass padding=True to fill the shorter ones up")
+            inputs["input_ids"], inputs["attention_mask"] = self.tokenizer.pad(ids)
+        if pictures:
+            inputs["pixel_values"] = self.image_processor(pictures)
+        return inputs
+
+    def apply_chat_template(self, messages: list[dict], add_generation_prompt: bool = False) -> str:
+        """A conversation as the prompt this checkpoint was trained with. Messages: see tokenizer.Template."""
+        return self.template.render(messages, add_generation_prompt)
+
+
+AutoProcessor = LlavaProcessor
+
+
+def flatten(images) -> list[Image.Image]:
+    if isinstance(images, Image.Image):
+        return [images]
+    if isinstance(images, list | tuple):
+        return [image for part in images for image in flatten(part)]
+    raise ValueError(f"images must be Pillow pictures or lists of them, not {type(images).__name__}")
+
+
+if __name__ == "__main__":
+    from command import main  # imports this file again, by its name: there the command finds the classes
+
+    sys.exit(main())
