@@ -1,0 +1,186 @@
+"""A model and its processor to a folder in the hub's layout, which transformers opens as well as we do.
+
+Weights and config.json are most of it. The rest is the tokenizer twice (sentencepiece's own file, which we read, and
+the library `tokenizers`' JSON, which transformers reads), the prompt template and the image settings.
+"""
+
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+
+from safetensors.torch import save_file
+from torch import nn
+
+from llava import LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
+from tokenizer import SPACE, Template, Tokenizer
+
+# A prefix of our names, and what the hub's files have instead.
+HUB = [
+    ("language_model.", "language_model.model."),
+    ("lm_head.", "language_model.lm_head."),
+    ("vision_tower.", "vision_tower.vision_model."),
+    ("multi_modal_projector.", "multi_modal_projector."),
+]
+
+
+def save(model: LlavaForConditionalGeneration, processor: LlavaProcessor, folder: str | Path, shard_bytes=5e9) -> None:
+    """Write a whole checkpoint. Nothing in `folder` changes before all of it is written."""
+    with replaced_files(Path(folder)) as scratch:
+        write_weights(model, scratch, shard_bytes)
+        dtype = str(model.dtype).removeprefix("torch.")
+        write_json(scratch / "config.json", config_json(model.config) | {"torch_dtype": dtype})
+        generation = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": processor.tokenizer.pad_token_id}
+        write_json(scratch / "generation_config.json", generation | model.generation_config)
+        write_processor(processor, model.config, scratch)
+        write_tokenizer(processor.tokenizer, scratch)
+
+
+@contextmanager
+def replaced_files(folder: Path) -> Iterator[Path]:
+    """A scratch folder whose files move into `folder` when the block ends, or vanish if it fails."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".unfinished-") as scratch:
+        yield Path(scratch)
+        files = sorted(Path(scratch).iterdir())
+        for file in files:
+            os.replace(file, folder / file.name)
+        for old in (*folder.glob("model*.safetensors"), *folder.glob("model*.index.json")):
+            if old.name not in {file.name for file in files}:  # shards of what was here before
+                old.unlink()
+
+
+def write_json(path: Path, content: dict) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", "utf-8")
+
+
+def hub_name(name: str) -> str:
+    prefix, hub = next((prefix, hub) for prefix, hub in HUB if name.startswith(prefix))
+    return hub + name.removeprefix(prefix)
+
+
+def write_weights(model: nn.Module, folder: Path, shard_bytes: float) -> None:
+    shards, size = [{}], 0
+    for name, tensor in model.named_parameters():
+        if shards[-1] and size + tensor.nbytes > shard_bytes:
+            shards.append({})
+            size = 0
+        shards[-1][hub_name(name)] = tensor.detach().contiguous()
+        size += tensor.nbytes
+    files = ["model.safetensors"]
+    if len(shards) > 1:
+        files = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
+        places = {name: file for file, shard in zip(files, shards, strict=True) for name in shard}
+        total = sum(tensor.nbytes for tensor in model.parameters())
+        index = {"metadata": {"total_size": total}, "weight_map": places}
+        write_json(folder / "model.safetensors.index.json", index)
+    for file, shard in zip(files, shards, strict=True):
+        save_file(shard, folder / file, metadata={"format": "pt"})
+
+
+def config_json(config: LlavaConfig) -> dict:
+    text = asdict(config.text_config)
+    text["rope_parameters"] = {"rope_type": "default", "rope_theta": text["rope_theta"]}
+    if (factor := text.pop("rope_factor")) != 1:
+        text["rope_parameters"] |= {"rope_type": "linear", "factor": factor}
+    head = {"architectures": ["LlavaForConditionalGeneration"], "model_type": "llava"}
+    return head | asdict(config) | {"text_config": text, "image_seq_length": config.image_seq_length}
+
+
+def write_processor(processor: LlavaProcessor, config: LlavaConfig, folder: Path) -> None:
+    settings = {
+        "processor_class": "LlavaProcessor",
+        "image_token": "<image>",
+        "patch_size": config.vision_config.patch_size,
+        "num_additional_image_tokens": 1,  # CLIP's class token
+        "vision_feature_select_strategy": config.vision_feature_select_strategy,
+    }
+    # transformers' own LLaVA class is the one that knows do_pad
+    kind = "LlavaImageProcessor" if processor.image_processor.do_pad else "CLIPImageProcessor"
+    image_settings = {"image_processor_type": kind, "do_convert_rgb": True, **asdict(processor.image_processor)}
+    write_json(folder / "processor_config.json", settings)
+    write_json(folder / "preprocessor_config.json", image_settings | {"processor_class": "LlavaProcessor"})
+    (folder / "chat_template.jinja").write_text(jinja(processor.template), "utf-8")
+
+
+def jinja(template: Template) -> str:
+    """The same template in the language of a checkpoint's chat_template.jinja."""
+    texts = template.system + " ", template.user, template.user_end, template.assistant, template.assistant_end
+    system, user, user_end, assistant, assistant_end = map(json.dumps, texts)
+    opening = "{% if messages[0]['role'] != 'system' %}{{ " + system + " }}{% endif %}" if template.system else ""
+    return (
+        opening + "{% for message in messages %}"
+        "{% if message['role'] == 'user' %}{{ " + user + " }}"
+        "{% elif message['role'] == 'assistant' %}{{ " + assistant + " }}{% endif %}"
+        "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
+        "{% for part in message['content'] if part['type'] == 'image' %}{{ '<image>\\n' }}{% endfor %}"
+        "{{ message['content'] | selectattr('type', 'equalto', 'text') | map(attribute='text') | join(' ') }}"
+        "{% endif %}"
+        "{% if message['role'] == 'user' %}{{ " + user_end + " }}"
+        "{% elif message['role'] == 'assistant' %}{{ " + assistant_end + " }}{% else %}{{ ' ' }}{% endif %}"
+        "{% endfor %}{% if add_generation_prompt %}{{ " + json.dumps(template.assistant.rstrip()) + " }}{% endif %}"
+    )  # fmt: skip
+
+
+def write_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
+    tokens = [
+        {"id": i, "content": name, "special": True, "normalized": False}
+        | dict.fromkeys(("single_word", "lstrip", "rstrip"), False)
+        for i, name in sorted(tokenizer.special_names.items())
+    ]
+    keys = ("bos_token", "eos_token", "pad_token", "image_token")
+    names = {key: tokenizer.special_names[getattr(tokenizer, f"{key}_id")] for key in keys} | {"unk_token": "<unk>"}
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",  # LlamaTokenizer would ignore tokenizer.json's normalizer
+        "added_tokens_decoder": {t["id"]: {k: v for k, v in t.items() if k != "id"} for t in tokens},
+        **names,
+        "add_bos_token": True,
+        "padding_side": "left",
+        "legacy": False,
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": 10**30,
+    }
+    (folder / "tokenizer.model").write_bytes(tokenizer.sp.serialized_model_proto())
+    write_json(folder / "tokenizer_config.json", settings)
+    write_json(folder / "tokenizer.json", tokenizer_json(tokenizer, tokens))
+
+
+def tokenizer_json(tokenizer: Tokenizer, tokens: list[dict]) -> dict:
+    """The same tokenizer in the form of the library `tokenizers`: pairs of pieces in the order they merge."""
+    vocab = {tokenizer.sp.id_to_piece(i): i for i in range(tokenizer.sp.vocab_size())}
+    merges = [  # of all ways to cut a piece in two, those whose halves are pieces; the best-scored piece first
+        (-tokenizer.sp.get_score(i), -cut, piece[:cut], piece[cut:])
+        for piece, i in vocab.items()
+        if not (tokenizer.sp.is_byte(i) or piece in tokenizer.special_tokens)
+        for cut in range(1, len(piece))
+        if piece[:cut] in vocab and piece[cut:] in vocab
+    ]
+    bos = tokenizer.special_names[tokenizer.bos_token_id]
+    model = {"type": "BPE", "unk_token": "<unk>", "fuse_unk": True, "byte_fallback": True, "vocab": vocab}
+    steps = [
+        {"type": "Replace", "pattern": {"String": SPACE}, "content": " "},
+        {"type": "ByteFallback"},
+        {"type": "Fuse"},
+        {"type": "Strip", "content": " ", "start": 1, "stop": 0},
+    ]
+    spaces = [
+        {"type": "Prepend", "prepend": SPACE},
+        {"type": "Replace", "pattern": {"String": " "}, "content": SPACE},
+    ]
+    start = {"SpecialToken": {"id": bos, "type_id": 0}}
+    return {
+        "version": "1.0",
+        "added_tokens": tokens,
+        "normalizer": {"type": "Sequence", "normalizers": spaces},
+        "post_processor": {
+            "type": "TemplateProcessing",
+            "single": [start, {"Sequence": {"id": "A", "type_id": 0}}],
+            "pair": [start, {"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+            "special_tokens": {bos: {"id": bos, "ids": [tokenizer.bos_token_id], "tokens": [bos]}},
+        },
+        "decoder": {"type": "Sequence", "decoders": steps},
+        "model": {**model, "merges": [[left, right] for _, _, left, right in sorted(merges)]},
+    }
