@@ -1,0 +1,41 @@
+"""The oracle: small random LLaVAs made and saved by Hugging Face transformers, with plain (eager) attention."""
+
+import torch
+import transformers
+
+VISION = dict(
+    hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4, image_size=28, patch_size=7
+)
+TEXT = dict(hidden_size=48, intermediate_size=64, num_hidden_layers=3, num_attention_heads=6, vocab_size=300)
+IMAGE_TOKEN, PAD_TOKEN = 290, 291
+
+
+def reference_model(vision: dict | None = None, text: dict | None = None, **top) -> transformers.PreTrainedModel:
+    """A random LLaVA in float32; the arguments change its configuration."""
+    text = TEXT | (text or {})
+    family = transformers.MistralConfig if text.pop("model_type", "llama") == "mistral" else transformers.LlamaConfig
+    config = transformers.LlavaConfig(
+        vision_config=transformers.CLIPVisionConfig(**VISION | (vision or {})),
+        text_config=family(**text),
+        **dict(image_token_index=IMAGE_TOKEN, pad_token_id=PAD_TOKEN) | top,
+    )
+    config._attn_implementation = "eager"
+    torch.manual_seed(0)
+    model = transformers.LlavaForConditionalGeneration(config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():  # the default spread makes every output nearly the same
+            parameter.normal_(1.0 if "norm" in name and "weight" in name else 0.0, 0.2)
+    return model
+
+
+def prompts(lengths: list[int], pictures: list[int], patches: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """A left-padded batch of random prompts, row i with `lengths[i]` words and `pictures[i]` pictures among them."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = []
+    for length, n in zip(lengths, pictures, strict=True):
+        words = torch.randint(3, 280, (length,), generator=generator).tolist()
+        rows.append([1, *words[: length // 2], *[IMAGE_TOKEN] * patches * n, *words[length // 2 :]])
+    longest = max(map(len, rows))
+    ids = torch.tensor([[PAD_TOKEN] * (longest - len(row)) + row for row in rows])
+    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
+    return ids, mask
