@@ -1,0 +1,196 @@
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from emoji_world import (
+    CELL,
+    GROUNDS,
+    NUMBERS,
+    OBJECTS,
+    SHORT,
+    SIDES,
+    STYLES,
+    a,
+    caption,
+    conversation,
+    load_sprites,
+    make_scene,
+    questions,
+    score,
+)
+
+SPRITES = load_sprites()
+SCENES = [make_scene(SPRITES, seed) for seed in range(300)]
+TRUTHS = [truth for _, truth in SCENES]
+CAT_APPLE = {"ground": "blue", "things": [{"name": "cat", "x": 0.25, "y": 0.5, "size": 0.4},
+                                          {"name": "apple", "x": 0.75, "y": 0.6, "size": 0.3}]}
+EMPTY = {"ground": "pink", "things": []}
+
+
+def test_every_thing_has_a_different_drawing_in_every_style():
+    drawings = [drawing for name in OBJECTS for drawing in SPRITES[name]]
+    assert list(SPRITES) == list(OBJECTS) and len(drawings) == len(OBJECTS) * len(STYLES)
+    for drawing in drawings:
+        covered = np.asarray(drawing.getchannel("A")) > 128
+        assert drawing.mode == "RGBA" and drawing.size == (CELL, CELL) and 0.1 < covered.mean() < 0.99
+    assert len({drawing.tobytes() for drawing in drawings}) == len(drawings)
+
+
+def test_a_sheet_that_does_not_fit_the_names_is_refused(tmp_path):
+    for style in STYLES:
+        Image.new("RGBA", (CELL, CELL)).save(tmp_path / f"{style}.webp")
+    with pytest.raises(ValueError, match="make_sheet"):
+        load_sprites(tmp_path)
+
+
+def test_a_seed_always_makes_the_same_scene_at_any_size():
+    for seed in range(20):
+        picture, truth = make_scene(SPRITES, seed)
+        assert picture.tobytes() == SCENES[seed][0].tobytes() and truth == TRUTHS[seed]
+        large, same = make_scene(SPRITES, seed, size=224)
+        assert same == truth and picture.size == (112, 112) and large.size == (224, 224)
+        difference = np.asarray(large.resize((112, 112)), float) - np.asarray(picture, float)
+        assert np.abs(difference).mean() < 6
+    assert SCENES[0][0].tobytes() != SCENES[1][0].tobytes()
+    assert conversation(CAT_APPLE, random.Random(5)) == conversation(CAT_APPLE, random.Random(5))
+
+
+def test_truth_is_in_range_and_things_stand_apart():
+    assert {len(truth["things"]) for truth in TRUTHS} == {0, 1, 2, 3, 4}
+    assert {truth["ground"] for truth in TRUTHS} == set(GROUNDS)
+    for truth in TRUTHS:
+        things = truth["things"]
+        assert len({t["name"] for t in things} & set(OBJECTS)) == len(things)
+        for i, t in enumerate(things):
+            assert all(t["size"] / 2 - 0.002 <= t[axis] <= 1.002 - t["size"] / 2 for axis in "xy")
+            for u in things[:i]:
+                assert max(abs(t["x"] - u["x"]), abs(t["y"] - u["y"])) > 0.45 * (t["size"] + u["size"])
+
+
+def test_the_picture_is_what_the_truth_says():
+    for picture, truth in SCENES:
+        pixels = np.asarray(picture, float)
+        rows, columns = np.mgrid[:112, :112] / 112
+        ground = np.ones((112, 112), bool)
+        for t in truth["things"]:
+            ground &= np.maximum(abs(columns - t["x"]), abs(rows - t["y"])) > 0.65 * t["size"]
+            spot = np.maximum(abs(columns - t["x"]), abs(rows - t["y"])) < 0.35 * t["size"]
+            assert np.abs(pixels[spot] - GROUNDS[truth["ground"]]).max() > 30, (t, truth)
+        nearest = min(GROUNDS, key=lambda name: np.abs(pixels[ground].mean(0) - GROUNDS[name]).sum())
+        assert nearest == truth["ground"]
+
+
+def test_the_promised_wordings_are_asked():
+    asked = {q.removesuffix(SHORT) for i, truth in enumerate(TRUTHS) for _, q, _ in questions(truth, random.Random(i))}
+    asked |= {q for seed in range(2000) for _, q, _ in questions(CAT_APPLE, random.Random(seed), short=False)}
+    assert asked >= {"Describe the picture.", "What is in the picture?", "How many objects are in the picture?",
+                     "What is on the left?", "What is on the right?", "What is at the top?", "What is at the bottom?",
+                     "Is there a cat in the picture?", "Is there a dog in the picture?",
+                     "Is there an apple in the picture?", "What color is the background?"}
+    assert not any("{" in question for question in asked)
+
+
+def test_articles():
+    assert [a(name) for name in ("cat", "apple", "owl", "umbrella")] == ["a cat", "an apple", "an owl", "an umbrella"]
+
+
+def test_sentences_and_words():
+    said = {kind: answer for kind, _, answer in questions(CAT_APPLE, random.Random(0), short=False)}
+    assert said["describe"] == "The picture shows a cat and an apple on a blue background."
+    assert said["left"] == "There is a cat on the left." and said["right"] == "There is an apple on the right."
+    assert said["count"] == "There are two objects in the picture."
+    assert "top" not in said and "bottom" not in said
+    for kind, question, answer in questions(CAT_APPLE, random.Random(0), short=True):
+        assert question.endswith(SHORT) == (kind != "describe")
+        assert kind in ("describe", "what") or len(answer.split()) == 1
+
+
+@pytest.mark.parametrize("short", [True, False])
+def test_own_answers_are_right_and_those_of_another_picture_are_not(short):
+    for i, truth in enumerate([EMPTY, CAT_APPLE, *TRUTHS]):
+        rng = random.Random(i)
+        other = {kind: answer for t in rng.sample(TRUTHS, 20) for kind, _, answer in questions(t, rng, short)}
+        for kind, question, answer in questions(truth, rng, short):
+            assert score(kind, answer, truth), (kind, question, answer, truth)
+            if kind in other and other[kind].lower() != answer.lower() and not kind.startswith(("what", "describe")):
+                assert not score(kind, other[kind], truth), (kind, other[kind], truth)
+            assert not score(kind, "", truth) and not score(kind, "Hello.", truth)
+
+
+@pytest.mark.parametrize("kind, right, wrong", [
+    ("describe", ["An apple next to a cat.", "a cat, an apple on blue"],
+     ["The picture shows a cat.", "A cat, an apple and a dog.", "A cat and an apple on a red background."]),
+    ("what", ["Cat and apple", "I see an apple and a CAT!"],
+     ["Apple", "Caterpillar and apple", "Nothing", "A cat and no apple, but a key"]),
+    ("count", ["2", "Two.", "I see two things"], ["3", "one", "12", "some", "two or three"]),
+    ("left", ["cat", "It is the cat.", "A cat at the top left."],
+     ["apple", "a cat and an apple", "There is a cat on the right."]),
+    ("right", ["Apple"], ["Cat"]),
+    ("exists:cat", ["yes", "Yes, there is a cat.", "There is a cat."],
+     ["no", "No, there is no cat.", "Yes and no", "There is an apple."]),
+    ("exists:dog", ["No", "There is no dog.", "There isn't a dog."],
+     ["Yes", "Yes, there is a dog in the picture.", "There is a dog."]),
+    ("ground", ["blue", "It is Blue."], ["red", "blue or red", "bluebell"]),
+    ("top", [], ["cat", "apple"]),
+])
+def test_judging(kind, right, wrong):
+    assert [answer for answer in right if not score(kind, answer, CAT_APPLE)] == []
+    assert [answer for answer in wrong if score(kind, answer, CAT_APPLE)] == []
+
+
+def test_an_empty_picture():
+    assert score("count", "There are no objects.", EMPTY) and not score("count", "1", EMPTY)
+    assert score("what", "Nothing", EMPTY)
+    assert not score("what", "A cat", EMPTY) and not score("what", "A picture", EMPTY)
+    assert "nothing" in caption(EMPTY, random.Random(0))
+    assert conversation(EMPTY, random.Random(0), turns=99)
+
+
+def test_yes_and_no_are_balanced_and_sides_are_clear():
+    rng = random.Random(0)
+    asked = [(kind, answer, truth) for truth in TRUTHS for kind, _, answer in questions(truth, rng, short=True)]
+    verdicts = [answer for kind, answer, _ in asked if kind.startswith("exists")]
+    assert verdicts.count("Yes") == verdicts.count("No") > 0
+    for kind, answer, truth in asked:
+        if kind in SIDES:
+            axis, sign = ("x" if kind in ("left", "right") else "y"), (1 if kind in ("left", "top") else -1)
+            first, *others = sorted(truth["things"], key=lambda t: sign * t[axis])
+            assert first["name"] == answer.lower() and sign * (first[axis] - 0.5) < 0
+            assert all(abs(t[axis] - first[axis]) > 0.15 for t in others)
+    assert {kind for kind, _, _ in asked} >= set(SIDES)
+
+
+def test_conversations_have_llavas_form():
+    for i, truth in enumerate(TRUTHS):
+        turns = conversation(truth, random.Random(i), turns=4)
+        assert [turn["from"] for turn in turns] == ["human", "gpt"] * (len(turns) // 2) and len(turns) == 8
+        assert turns[0]["value"].startswith("<image>\n")
+        assert sum(turn["value"].count("<image>") for turn in turns) == 1
+        assert len({turn["value"] for turn in turns if turn["from"] == "human"}) == 4
+
+
+def test_captions_are_true():
+    for i, truth in enumerate(TRUTHS):
+        text = caption(truth, random.Random(i))
+        assert score("describe", text, truth) and score("ground", text, truth), (text, truth)
+    captions = {caption(CAT_APPLE, random.Random(seed)) for seed in range(50)}
+    assert "a cat to the left of an apple on a blue background" in captions and len(captions) > 2
+    cat, apple = CAT_APPLE["things"]
+    above = {"ground": "red", "things": [cat | {"x": 0.6, "y": 0.2}, apple | {"x": 0.5, "y": 0.8}]}
+    assert all("an apple below a cat" in caption(above, random.Random(seed)) for seed in range(9))
+
+
+def test_numbers_reach_beyond_the_largest_scene():
+    assert len(NUMBERS) > max(len(truth["things"]) for truth in TRUTHS)
+
+
+def test_the_pictures_for_people_are_small_and_say_whose_they_are():
+    folder = Path(__file__).parent.parent / "images"
+    files = sorted(folder.glob("*.jpg"))
+    notice = (folder / "NOTICE").read_text()
+    assert len(files) >= 6
+    for file in files:
+        assert file.stat().st_size < 80_000 and file.name in notice
