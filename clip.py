@@ -13,6 +13,7 @@ Left out: CLIP's text tower and its final projection. LLaVA uses neither.
 """
 
 from dataclasses import dataclass, field, fields
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -118,7 +119,10 @@ class ImageProcessor:
     def fit(self, image: Image.Image) -> Image.Image:
         """The picture as the tower will see it: padded, resized and cropped, still 8-bit RGB."""
         if self.do_pad:
-            image = pad_to_square(image, tuple(int(mean * 255) for mean in self.image_mean))
+            side = max(image.size)
+            square = Image.new("RGB", (side, side), tuple(int(mean * 255) for mean in self.image_mean))
+            square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+            image = square
         if self.do_resize:
             image = self.resize(image)
         if self.do_center_crop:
@@ -143,13 +147,6 @@ class ImageProcessor:
         return image.resize((keep_w, keep_h), self.resample, box=(0, top, keep_w, bottom))
 
 
-def pad_to_square(image: Image.Image, fill: tuple[int, ...]) -> Image.Image:
-    side = max(image.size)
-    square = Image.new("RGB", (side, side), fill)
-    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
-    return square
-
-
 # --- The Vision Transformer ------------------------------------------------------------------------------------------
 
 
@@ -158,25 +155,19 @@ def quick_gelu(x: Tensor) -> Tensor:
     return x * torch.sigmoid(1.702 * x)
 
 
-def gelu_pytorch_tanh(x: Tensor) -> Tensor:
-    return F.gelu(x, approximate="tanh")
-
-
 # F.gelu is the exact one, x times the normal distribution function (Hendrycks & Gimpel 2016); the projector uses it.
-ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": F.gelu, "gelu_pytorch_tanh": gelu_pytorch_tanh, "relu": F.relu}
+ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": F.gelu, "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh")}
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # three (B, H, P, d) -> (B, H, P, d)
     """softmax(q k^T / sqrt(d)) v: every patch takes a mean over all patches, weighted by how well they match.
 
-    Vaswani et al. 2017, equation 1. Spelt out it is
-
-        weights = (q @ k.transpose(-1, -2) / d**0.5).softmax(-1)      # (B, H, P, P), each row sums to 1
-        return weights @ v
-
-    and PyTorch's function computes the same without ever holding the P x P weights.
+    Vaswani et al. 2017, equation 1.
     """
-    return F.scaled_dot_product_attention(q, k, v)
+    if q.requires_grad:  # the formula as it stands; for a tiny tower on a CPU its backward pass is twice as fast
+        weights = (q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5).softmax(-1)  # (B, H, P, P), each row sums to 1
+        return weights @ v
+    return F.scaled_dot_product_attention(q, k, v)  # the same without holding the P x P weights
 
 
 class CLIPAttention(nn.Module):

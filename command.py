@@ -1,13 +1,19 @@
-"""`python llava.py --image x.jpg`: one question about one picture, answered word by word."""
+"""What happens at the terminal: one question about one picture, answered word by word; what a checkpoint is.
+
+python llava.py --image x.jpg
+python load_weights.py checkpoints/tiny-llava
+"""
 
 import argparse
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 from clip import open_image
-from llava import LlavaForConditionalGeneration, LlavaProcessor
+from llava import LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
+from load_weights import find_checkpoint, read_config, survey
 
 BUNDLED = Path(__file__).parent / "checkpoints" / "tiny-llava"
 
@@ -59,12 +65,50 @@ def answer(args: argparse.Namespace) -> None:
     print()
 
 
-def main(argv: list[str] | None = None) -> int:
+def run(work: Callable[[], None]) -> int:
+    """Do the work of a command; what goes wrong by the user's hand becomes one sentence and exit code 2."""
     try:
-        answer(parse_arguments(argv))
+        work()
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
     return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """`python llava.py ...`"""
+    args = parse_arguments(argv)
+    return run(lambda: answer(args))
+
+
+# --- What is in a checkpoint -----------------------------------------------------------------------------------------
+
+
+def describe_checkpoint(argv: list[str] | None = None) -> int:
+    """`python load_weights.py PATH`"""
+    parser = argparse.ArgumentParser(description="Say what a checkpoint is, without reading its weights.")
+    parser.add_argument("path", help="a checkpoint folder or hub id")
+    path = parser.parse_args(argv).path
+    return run(lambda: print(describe(find_checkpoint(path))))
+
+
+def describe(folder: Path) -> str:
+    """What a checkpoint is: family, sizes, dtype, memory, and what does not match."""
+    config = LlavaConfig.from_dict(read_config(folder))
+    vision, text = config.vision_config, config.text_config
+    with torch.device("meta"):
+        model = LlavaForConditionalGeneration(config)
+    found, misfits = survey(model, folder)
+    n = sum(parameter.numel() for parameter in model.parameters())
+    cache = 2 * 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim  # keys and values, two bytes each
+    return f"""\
+family    LLaVA: {vision.model_type} and {text.model_type}
+tower     {vision.num_hidden_layers} layers of width {vision.hidden_size}, {vision.num_attention_heads} heads, \
+{vision.image_size} pixels in patches of {vision.patch_size}: {config.image_seq_length} tokens a picture
+decoder   {text.num_hidden_layers} layers of width {text.hidden_size}, {text.num_attention_heads} heads \
+on {text.num_key_value_heads} key/value heads, {text.vocab_size} tokens
+weights   {len(found)} tensors, {n:,} numbers, {" ".join(sorted({t.dtype for t in found.values()}))}
+memory    {4 * n / 1e9:.3g} GB in fp32, {2 * n / 1e9:.3g} GB in bf16 or fp16, {cache / 1e3:.3g} kB a token of context
+misfits   {", ".join(misfits) or "none"}"""

@@ -95,11 +95,20 @@ def draw_scene(sprites: dict, ground: np.ndarray, things: list[dict], width: int
     return picture
 
 
+def plan_scene(rng: random.Random) -> tuple[list[dict], dict]:
+    ground, things = rng.choice(list(GROUNDS)), plan_things(rng)
+    known = [{key: t[key] for key in ("name", "x", "y", "size")} for t in things]
+    return things, {"ground": ground, "things": known}
+
+
+def make_truth(seed: int) -> dict:  # what make_scene would draw, undrawn
+    return plan_scene(random.Random(seed))[1]
+
+
 def make_scene(sprites: dict[str, list[Image.Image]], seed: int, size: int = 112) -> tuple[Image.Image, dict]:
     rng = random.Random(seed)
-    name = rng.choice(list(GROUNDS))
-    ground, things = plan_ground(rng, name, rng.choice((1, 2, 5, 32))), plan_things(rng)  # 1 is plain, 32 grainy
-    truth = {"ground": name, "things": [{key: t[key] for key in ("name", "x", "y", "size")} for t in things]}
+    things, truth = plan_scene(rng)
+    ground = plan_ground(rng, truth["ground"], rng.choice((1, 2, 5, 32)))  # 1 is plain, 32 grainy
     return draw_scene(sprites, ground, things, size, size), truth
 
 

@@ -80,9 +80,6 @@ def decoder_config(settings: dict) -> LlamaConfig:
     return families[family](**known_fields(families[family], settings))
 
 
-# --- The parts -------------------------------------------------------------------------------------------------------
-
-
 class RMSNorm(nn.Module):
     """x / sqrt(mean(x^2) + eps) * weight (Zhang & Sennrich 2019, equation 4): LayerNorm without mean and bias."""
 
@@ -137,6 +134,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Te
 
     Gives what `attention_by_hand` gives, by PyTorch's function, which never holds the T x S weights.
     """
+    if q.requires_grad:  # for a small decoder on a CPU the backward pass of the formula is the faster one
+        return attention_by_hand(q, k, v, mask)[0]
     causal = mask is None and q.shape[2] > 1
     return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1])
 
@@ -169,28 +168,17 @@ class KVCache:
         self.padded = False
         self.length = 0
 
-    @property
-    def capacity(self) -> int:
-        return self.attention_mask.shape[1]
-
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:  # (B, K, T, d) -> (B, K, S, d)
         """Write one layer's new keys and values behind the old ones and return all of them, as views."""
         batch, heads, _, width = self.k[layer].shape
         if k.shape != v.shape or k.shape[:2] != (batch, heads) or k.shape[3] != width:
             raise ValueError(f"the cache holds [{batch}, {heads}, tokens, {width}], but it was given {list(k.shape)}")
-        end = self.length + k.shape[2]
-        if end > self.capacity:
-            raise ValueError(f"the cache is full: it has room for {self.capacity} tokens, and {end} are needed")
+        end, room = self.length + k.shape[2], self.attention_mask.shape[1]
+        if end > room:
+            raise ValueError(f"the cache is full: it has room for {room} tokens, and {end} are needed")
         self.k[layer][:, :, self.length : end] = k
         self.v[layer][:, :, self.length : end] = v
         return self.k[layer][:, :, :end], self.v[layer][:, :, :end]
-
-    def hide_padding(self, attention_mask: Tensor) -> None:  # (B, S), False for padding
-        self.attention_mask[:, : attention_mask.shape[1]] = attention_mask
-        self.padded = not bool(attention_mask.all())
-
-
-# --- The decoder -----------------------------------------------------------------------------------------------------
 
 
 class LlamaAttention(nn.Module):
@@ -301,7 +289,7 @@ class Llama(nn.Module):
             return cache.attention_mask[:, : shape[1]] if cache is not None and cache.padded else None
         if mask.shape != shape:
             raise ValueError(f"attention_mask is {list(mask.shape)}, but batch and tokens so far are {list(shape)}")
-        mask = mask.bool()
+        mask, padded = mask.bool(), not bool(mask.all())
         if cache is not None:
-            cache.hide_padding(mask)
-        return None if mask.all() else mask
+            cache.attention_mask[:, : shape[1]], cache.padded = mask, padded
+        return mask if padded else None

@@ -28,19 +28,9 @@ from torch import Tensor, nn
 
 import generate
 from clip import ACTIVATIONS, CLIPVisionConfig, CLIPVisionModel, ImageProcessor, known_fields
-from llama import KVCache, Llama, LlamaConfig, MistralConfig, decoder_config
-from load_weights import find_checkpoint, load, read_config, tower_folder
+from llama import KVCache, Llama, LlamaConfig, decoder_config
+from load_weights import find_checkpoint, load, read_config, read_processor_settings
 from tokenizer import TEMPLATES, Tokenizer, read_settings
-
-__all__ = [
-    "AutoProcessor",
-    "CLIPVisionConfig",
-    "LlamaConfig",
-    "LlavaConfig",
-    "LlavaForConditionalGeneration",
-    "LlavaProcessor",
-    "MistralConfig",
-]
 
 ROOM = 512  # tokens that a cache made by `forward` can take beyond those it was made with
 
@@ -69,10 +59,8 @@ class LlavaConfig:
             self.text_config = decoder_config(self.text_config or {})
         self.tie_word_embeddings = self.tie_word_embeddings or self.text_config.tie_word_embeddings
         if self.projector_hidden_act not in ACTIVATIONS:
-            known = ", ".join(ACTIVATIONS)
-            raise ValueError(
-                f"projector_hidden_act {self.projector_hidden_act!r} is unknown: it must be one of {known}"
-            )
+            act = repr(self.projector_hidden_act)
+            raise ValueError(f"projector_hidden_act {act} is unknown: it must be one of {', '.join(ACTIVATIONS)}")
 
     @classmethod
     def from_dict(cls, settings: dict) -> "LlavaConfig":
@@ -141,10 +129,9 @@ class LlavaForConditionalGeneration(nn.Module):
         """
         folder = find_checkpoint(path)
         settings = read_config(folder)
-        dtype = dtype or getattr(torch, str(settings.get("dtype") or settings.get("torch_dtype")), None)
         with torch.device("meta"):  # shapes without memory; loading puts the tensors in
             model = cls(LlavaConfig.from_dict(settings))
-        load(model, folder, dtype, device)
+        load(model, folder, dtype or settings["dtype"], device)
         model.tie_weights()
         model.generation_config = read_settings(folder / "generation_config.json")
         return model.eval()
@@ -245,7 +232,10 @@ class LlavaForConditionalGeneration(nn.Module):
 class Inputs(dict):
     """What the processor returns: tensors by name, `inputs.input_ids` or `inputs["input_ids"]`."""
 
-    __getattr__ = dict.__getitem__
+    def __getattr__(self, name: str) -> Tensor:
+        if name not in self:
+            raise AttributeError(f"there is no {name} here, only {', '.join(self)}")
+        return self[name]
 
     def to(self, device, dtype: torch.dtype | None = None) -> "Inputs":
         """Move all tensors; only those of floating-point numbers change their dtype."""
@@ -263,23 +253,13 @@ class LlavaProcessor:
 
     @classmethod
     def from_pretrained(cls, path: str | Path) -> "LlavaProcessor":
+        """Read the settings of a checkpoint: a folder or a hub id. Errors as for the model."""
         folder = find_checkpoint(path)
-        original = read_settings(folder / "config.json")
         config = LlavaConfig.from_dict(read_config(folder))
-        template = read_settings(folder / "chat_template.json").get("chat_template", "")
-        if (folder / "chat_template.jinja").is_file():
-            template = (folder / "chat_template.jinja").read_text("utf-8")
-        is_v1 = "mm_vision_tower" in original or TEMPLATES["v1"].system in template
-        home = tower_folder(original, folder) if "mm_vision_tower" in original else folder
-        settings = read_settings(home / "preprocessor_config.json")
-        # transformers 5 keeps the image processor's settings inside the processor's
-        settings = settings or read_settings(home / "processor_config.json").get("image_processor", {})
+        settings, template = read_processor_settings(folder)
         side = config.vision_config.image_size
         settings = {"size": {"shortest_edge": side}, "crop_size": side} | settings
-        if "mm_vision_tower" in original:
-            settings["do_pad"] = original.get("image_aspect_ratio") == "pad"
         image_processor = ImageProcessor(**known_fields(ImageProcessor, settings))
-        template = "v1" if is_v1 else "hub"
         return cls(image_processor, Tokenizer.from_pretrained(folder), config.image_seq_length, template)
 
     def __call__(

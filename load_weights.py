@@ -19,6 +19,7 @@ import struct
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import NamedTuple
@@ -26,7 +27,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from tokenizer import read_settings
+from tokenizer import TEMPLATES, read_settings
 
 # A prefix in a file, and what it becomes; tried in this order, each once.
 RENAME = [
@@ -44,6 +45,7 @@ RENAME = [
 ]
 # Tables that are computed, not learned, and the half of CLIP that reads text.
 IGNORE = re.compile(r"\.(position_ids|inv_freq)$|^(text_model\.|text_projection|visual_projection|logit_scale)")
+# The numbers a model can be made of, as safetensors spells them.
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -52,9 +54,6 @@ def our_name(name: str) -> str:
         if name.startswith(prefix):
             name = ours + name.removeprefix(prefix)
     return name
-
-
-# --- Finding and describing ------------------------------------------------------------------------------------------
 
 
 def find_checkpoint(path: str | Path) -> Path:
@@ -80,18 +79,22 @@ def find_checkpoint(path: str | Path) -> Path:
 
 
 def read_config(folder: Path) -> dict:
-    """config.json in the hub's form, whichever form it is in; FileNotFoundError or ValueError if it is not usable."""
+    """config.json in the hub's form, whichever form it is in, `dtype` a torch.dtype or None.
+
+    Raises FileNotFoundError or ValueError where it is not usable.
+    """
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{folder} has no config.json, so it is not a checkpoint")
     config = read_settings(folder / "config.json")
     if "mm_vision_tower" in config:
-        return hub_config(config, folder)
+        config = hub_config(config, folder)
     for part in ("vision_config", "text_config"):
         if not isinstance(config.get(part, {}), dict):
             raise ValueError(f"{folder / 'config.json'}: {part} is not a JSON object")
     if config.get("model_type", "llava") != "llava" or "text_config" not in config:
         raise ValueError(f"{folder / 'config.json'} describes a model of type {config.get('model_type')}, not a LLaVA")
-    return config
+    names = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES.values()}
+    return config | {"dtype": names.get(config.get("dtype") or config.get("torch_dtype"))}
 
 
 def hub_config(config: dict, folder: Path) -> dict:
@@ -116,23 +119,35 @@ def tower_folder(config: dict, folder: Path) -> Path:
     return folder / tower if (folder / tower).is_dir() else find_checkpoint(tower)
 
 
+def read_processor_settings(folder: Path) -> tuple[dict, str]:
+    """The image processor's settings, and which of tokenizer.TEMPLATES the checkpoint was trained with."""
+    config = read_settings(folder / "config.json")
+    if "mm_vision_tower" in config:
+        settings = read_settings(tower_folder(config, folder) / "preprocessor_config.json")
+        return settings | {"do_pad": config.get("image_aspect_ratio") == "pad"}, "v1"
+    settings = read_settings(folder / "preprocessor_config.json")
+    # transformers 5 keeps the image processor's settings inside the processor's
+    settings = settings or read_settings(folder / "processor_config.json").get("image_processor", {})
+    template = read_settings(folder / "chat_template.json").get("chat_template", "")
+    if (folder / "chat_template.jinja").is_file():
+        template = (folder / "chat_template.jinja").read_text("utf-8")
+    return settings, "v1" if TEMPLATES["v1"].system in template else "hub"
+
+
 def weight_files(folder: Path) -> list[Path]:
     """The files that hold a checkpoint's tensors: one, or the shards that an index names."""
     for name in ("model.safetensors", "pytorch_model.bin"):
         index = folder / f"{name}.index.json"
         if index.is_file():
             shards = read_settings(index).get("weight_map")
-            shards = set(shards.values()) if isinstance(shards, dict) else {None}
-            if not all(isinstance(shard, str) and Path(shard).name == shard for shard in shards):
+            if not isinstance(shards, dict) or any(Path(str(shard)).name != shard for shard in shards.values()):
                 raise ValueError(f"{index} does not map tensors to files of its own folder")
-            files = [folder / shard for shard in sorted(shards)]
-        else:
-            files = [folder / name]
-        if index.is_file() or files[0].is_file():
-            for file in files:
-                if not file.is_file():
-                    raise FileNotFoundError(f"{file} is missing, and {index.name} names it")
-            return files
+            for shard in sorted(set(shards.values())):
+                if not (folder / shard).is_file():
+                    raise FileNotFoundError(f"{folder / shard} is missing, and {index.name} names it")
+            return [folder / shard for shard in sorted(set(shards.values()))]
+        if (folder / name).is_file():
+            return [folder / name]
     raise FileNotFoundError(f"{folder} has no weights: neither model.safetensors nor pytorch_model.bin is there")
 
 
@@ -146,21 +161,23 @@ class StoredTensor(NamedTuple):
     read: Callable[[], Tensor]
 
 
-def stored_tensors(file: Path) -> Iterator[StoredTensor]:
-    return tensors_of_pickle(file) if file.suffix == ".bin" else tensors_of_safetensors(file)
-
-
-def tensors_of_pickle(file: Path) -> Iterator[StoredTensor]:
+def tensors_in(file: Path) -> Iterator[StoredTensor]:
+    """The tensors of a safetensors file, or of a pickle that holds tensors and nothing else."""
+    if file.suffix != ".bin":
+        yield from tensors_in_safetensors(file)
+        return
     try:
         tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # torch raises half a dozen kinds here
         raise ValueError(f"{file} is broken, or holds more than tensors and is not read for safety") from error
+    if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
+        raise ValueError(f"{file} does not hold tensors by name")
     names = {dtype: name for name, dtype in DTYPES.items()}
     for name, tensor in tensors.items():
         yield StoredTensor(file, name, names.get(tensor.dtype, str(tensor.dtype)), tuple(tensor.shape), tensor.clone)
 
 
-def tensors_of_safetensors(file: Path) -> Iterator[StoredTensor]:
+def tensors_in_safetensors(file: Path) -> Iterator[StoredTensor]:
     """Check a safetensors header against the file's size, then yield its tensors in the order of their bytes."""
     size = file.stat().st_size
     with open(file, "rb") as f:
@@ -168,11 +185,10 @@ def tensors_of_safetensors(file: Path) -> Iterator[StoredTensor]:
         if 8 + length > min(size, 100_000_000):
             raise ValueError(f"{file} is truncated or not a safetensors file")
         try:
-            header = json.loads(f.read(length))
-            header.pop("__metadata__", None)
             entries = [
                 (*map(int, entry["data_offsets"]), name, str(entry["dtype"]), tuple(map(int, entry["shape"])))
-                for name, entry in header.items()
+                for name, entry in json.loads(f.read(length)).items()
+                if name != "__metadata__"
             ]
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise ValueError(f"{file} has a broken header") from error
@@ -182,46 +198,44 @@ def tensors_of_safetensors(file: Path) -> Iterator[StoredTensor]:
         if start != place or end < start or min(shape, default=0) < 0 or (width and end - start != prod(shape) * width):
             raise ValueError(f"{file} has a broken header: tensor {name} lies at bytes {start} to {end}")
         place = end
-        yield StoredTensor(file, name, dtype, shape, reader(file, 8 + length + start, dtype, shape))
+        yield StoredTensor(file, name, dtype, shape, partial(read_tensor, file, 8 + length + start, dtype, shape))
     if 8 + length + place != size:
         raise ValueError(f"{file} is truncated or too long: {size} bytes, where its header tells {8 + length + place}")
 
 
-def reader(file: Path, offset: int, dtype: str, shape: tuple[int, ...]) -> Callable[[], Tensor]:
-    def read() -> Tensor:
-        tensor = torch.empty(shape, dtype=DTYPES[dtype])
-        with open(file, "rb") as f:  # into the tensor's own memory: a map of the file would be held beside it
-            f.seek(offset)
-            if f.readinto(tensor.view(-1).view(torch.uint8).numpy()) != tensor.nbytes:
-                raise ValueError(f"{file} is truncated")
-        return tensor
-
-    return read
+def read_tensor(file: Path, offset: int, dtype: str, shape: tuple[int, ...]) -> Tensor:
+    tensor = torch.empty(shape, dtype=DTYPES[dtype])
+    with open(file, "rb") as f:  # into the tensor's own memory: a map of the file would be held beside it
+        f.seek(offset)
+        if f.readinto(tensor.view(-1).view(torch.uint8).numpy()) != tensor.nbytes:
+            raise ValueError(f"{file} is truncated")
+    return tensor
 
 
-def survey(model: nn.Module, folder: Path) -> tuple[dict[str, StoredTensor], list[str], list[str]]:
-    """Match a checkpoint's tensors with a model's: our name -> stored tensor, what is missing, what is unknown."""
+def survey(model: nn.Module, folder: Path) -> tuple[dict[str, StoredTensor], list[str]]:
+    """Match a checkpoint's tensors with a model's: our name -> stored tensor, and a sentence for each misfit."""
     wanted = dict(model.named_parameters())
     tied = set(model.state_dict()) - set(wanted)  # a second name of a tensor that is already there
     config = read_settings(folder / "config.json")
-    files = weight_files(folder)
-    stored = [tensor for file in files for tensor in stored_tensors(file)]
+    stored = [tensor for file in weight_files(folder) for tensor in tensors_in(file)]
     if "mm_vision_tower" in config and not any(".vision_tower." in tensor.name for tensor in stored):
         for file in weight_files(tower_folder(config, folder)):
-            stored += (t for t in stored_tensors(file) if t.name.startswith("vision_model."))
-    found, unknown = {}, []
+            stored += (tensor for tensor in tensors_in(file) if tensor.name.startswith("vision_model."))
+    found, misfits = {}, []
     for tensor in stored:
-        name = our_name(tensor.name)
+        name, where = our_name(tensor.name), f"tensor {tensor.name} in {tensor.file}"
         if name in found:
-            raise ValueError(f"{tensor.file}: tensor {tensor.name} is there twice, also in {found[name].file}")
-        if name in wanted:
-            found[name] = tensor
-        elif name not in tied and not IGNORE.search(tensor.name):
-            unknown.append(f"{tensor.name} in {tensor.file.name}")
-    return found, sorted(set(wanted) - set(found)), unknown
-
-
-# --- Loading ---------------------------------------------------------------------------------------------------------
+            misfits.append(f"{where} is also in {found[name].file}")
+        elif name not in wanted:
+            if name not in tied and not IGNORE.search(tensor.name):
+                misfits.append(f"{where} is unknown")
+            continue
+        elif tensor.dtype not in DTYPES:
+            misfits.append(f"{where} is {tensor.dtype}, not floating-point numbers")
+        elif tensor.shape != wanted[name].shape:
+            misfits.append(f"{where} is {list(tensor.shape)}, but config.json makes it {list(wanted[name].shape)}")
+        found[name] = tensor
+    return found, misfits + [f"tensor {name} is missing in {folder}" for name in wanted if name not in found]
 
 
 def load(model: nn.Module, folder: Path, dtype: torch.dtype | None = None, device: str = "cpu") -> None:
@@ -229,57 +243,22 @@ def load(model: nn.Module, folder: Path, dtype: torch.dtype | None = None, devic
 
     Memory peaks at the model and its largest tensor. Raises ValueError, naming the tensor, where anything does not fit.
     """
-    found, missing, unknown = survey(model, folder)
-    if missing or unknown:
-        kind, names = ("lacks the tensor", missing) if missing else ("has an unknown tensor", unknown)
-        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-        raise ValueError(f"{folder} {kind} {names[0]}{more}: it does not match its config.json")
-    for name, parameter in model.named_parameters():
-        tensor = found[name]
-        if tensor.dtype not in DTYPES:
-            raise ValueError(f"{tensor.file}: tensor {tensor.name} is {tensor.dtype}, not floating-point numbers")
-        if tensor.shape != parameter.shape:
-            shapes = f"{list(tensor.shape)}, but config.json makes it {list(parameter.shape)}"
-            raise ValueError(f"{tensor.file}: tensor {tensor.name} is {shapes}")
-    total, done, start = sum(prod(tensor.shape) for tensor in found.values()), 0, time.monotonic()
+    found, misfits = survey(model, folder)
+    if misfits:
+        raise ValueError(misfits[0] + (f" ({len(misfits)} tensors do not fit)" if len(misfits) > 1 else ""))
+    total, done, start = sum(parameter.numel() for parameter in model.parameters()), 0, time.monotonic()
+    dtype = dtype or DTYPES[next(iter(found.values())).dtype]
     for name, tensor in found.items():
-        value = tensor.read().to(device, dtype or DTYPES[tensor.dtype])
+        value = tensor.read().to(device, dtype)
         module, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(module), leaf, nn.Parameter(value))
         done += value.numel()
         if sys.stderr.isatty() and time.monotonic() - start > 1:
             end = "\n" if done == total else ""
-            print(f"\rLoading the weights: {done / total:4.0%} of {total / 1e9:.1f}e9", end=end, file=sys.stderr)
-
-
-def describe(folder: Path) -> str:
-    """What a checkpoint is: family, sizes, dtype, memory, and what does not match."""
-    from llava import LlavaConfig, LlavaForConditionalGeneration  # which imports this file; only here is it needed
-
-    config = LlavaConfig.from_dict(read_config(folder))
-    vision, text = config.vision_config, config.text_config
-    with torch.device("meta"):
-        model = LlavaForConditionalGeneration(config)
-    found, missing, unknown = survey(model, folder)
-    n = sum(parameter.numel() for parameter in model.parameters())
-    cache = 2 * 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim  # keys and values, two bytes each
-    return f"""\
-family    LLaVA: {vision.model_type} and {text.model_type}
-tower     {vision.num_hidden_layers} layers of width {vision.hidden_size}, {vision.num_attention_heads} heads, \
-{vision.image_size} pixels in patches of {vision.patch_size}: {config.image_seq_length} tokens a picture
-decoder   {text.num_hidden_layers} layers of width {text.hidden_size}, {text.num_attention_heads} heads \
-on {text.num_key_value_heads} key/value heads, {text.vocab_size} tokens
-weights   {len(found)} tensors, {n:,} numbers, {" ".join(sorted({t.dtype for t in found.values()}))}
-memory    {4 * n / 1e9:.3g} GB in fp32, {2 * n / 1e9:.3g} GB in bf16 or fp16, {cache / 1e3:.3g} kB a token of context
-missing   {", ".join(missing) or "nothing"}
-unknown   {", ".join(unknown) or "nothing"}"""
+            print(f"\rLoading {total / 1e9:.1f} billion weights: {done / total:4.0%}", end=end, file=sys.stderr)
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
-        sys.exit("usage: python load_weights.py FOLDER_OR_HUB_ID")
-    try:
-        print(describe(find_checkpoint(sys.argv[1])))
-    except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    from command import describe_checkpoint
+
+    sys.exit(describe_checkpoint())

@@ -3,10 +3,21 @@
 import torch
 import transformers
 
-VISION = dict(
-    hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4, image_size=28, patch_size=7
-)
-TEXT = dict(hidden_size=48, intermediate_size=64, num_hidden_layers=3, num_attention_heads=6, vocab_size=300)
+VISION = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "image_size": 28,
+    "patch_size": 7,
+}
+TEXT = {
+    "hidden_size": 48,
+    "intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "vocab_size": 300,
+}
 IMAGE_TOKEN, PAD_TOKEN = 290, 291
 
 
@@ -17,7 +28,7 @@ def reference_model(vision: dict | None = None, text: dict | None = None, **top)
     config = transformers.LlavaConfig(
         vision_config=transformers.CLIPVisionConfig(**VISION | (vision or {})),
         text_config=family(**text),
-        **dict(image_token_index=IMAGE_TOKEN, pad_token_id=PAD_TOKEN) | top,
+        **{"image_token_index": IMAGE_TOKEN, "pad_token_id": PAD_TOKEN} | top,
     )
     config._attn_implementation = "eager"
     torch.manual_seed(0)

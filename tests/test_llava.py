@@ -7,7 +7,7 @@ import torch
 from reference import prompts, reference_model
 from torch.testing import assert_close
 
-from llava import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+from llava import LlavaForConditionalGeneration
 
 # name -> (vision_config, text_config, everything else)
 VARIANTS = {
@@ -103,5 +103,3 @@ def test_greedy_tokens_are_the_references(pair, lengths, pictures):
     inputs = batch(model, lengths, pictures)
     theirs = reference.generate(**inputs, max_new_tokens=12, do_sample=False)
     assert torch.equal(model.generate(**inputs, max_new_tokens=12), theirs)
-
-
