@@ -22,6 +22,8 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import Tensor, nn
 
+LARGEST_RESIZE = 200_000_000  # pixels; a larger picture is resized in two steps, which is not bit-equal
+
 
 def known_fields(cls: type, settings: dict) -> dict:
     """Keep the entries of a checkpoint's JSON that `cls` has a field for: files carry many that no model reads."""
@@ -137,7 +139,7 @@ class ImageProcessor:
             width, height = (edge if side == short else int(edge * side / short) for side in image.size)
         else:
             width, height = self.size["width"], self.size["height"]
-        if width * height <= 200e6 or not self.do_center_crop:
+        if width * height <= LARGEST_RESIZE or not self.do_center_crop:
             return image.resize((width, height), self.resample)
         # A 5000x1 strip would become 1,680,000x336 only to lose its ends again: resize just the part that is kept.
         keep_w, keep_h = min(width, self.crop_size["width"]), min(height, self.crop_size["height"])

@@ -63,14 +63,11 @@ class GenerationConfig:
         return cls(**settings | {name: value for name, value in options.items() if value is not None})
 
 
-def sample(logits: Tensor, ids: Tensor, config: GenerationConfig, generator: torch.Generator | None) -> Tensor:
-    """Scores (B, V) for the next token, and all ids so far (B, T), to the next ids (B,)."""
-    logits = logits.float()
-    if config.repetition_penalty != 1:
-        ids = ids.where(ids < logits.shape[1], ids[:, :1])  # <image> may lie beyond the vocabulary
-        seen = logits.gather(1, ids)
-        seen = torch.where(seen < 0, seen * config.repetition_penalty, seen / config.repetition_penalty)
-        logits = logits.scatter(1, ids, seen)
+def sample(logits: Tensor, seen: Tensor, config: GenerationConfig, generator: torch.Generator | None) -> Tensor:
+    """Scores (B, V) for the next token to the next ids (B,). `seen` (B, V + 1) is True for tokens already there."""
+    logits, penalty = logits.float(), config.repetition_penalty
+    if penalty != 1:
+        logits = torch.where(seen[:, :-1], torch.where(logits < 0, logits * penalty, logits / penalty), logits)
     if not config.do_sample:
         return logits.argmax(-1)
     logits = logits / config.temperature
@@ -155,10 +152,14 @@ def generate(
     finished = torch.zeros(batch, dtype=torch.bool, device=device)
     cache = KVCache(model.config.text_config, batch, T + n_new, model.dtype, device)
     logits = prefill(model, input_ids, attention_mask, cache, pixel_values)
+    V = logits.shape[1]  # the column behind the last takes what does not count: padding, and <image> without a row
+    prompt_ids = input_ids.masked_fill(attention_mask.cumsum(-1) == 0, V).clamp(max=V)
+    seen = torch.zeros(batch, V + 1, dtype=torch.bool, device=device).scatter(1, prompt_ids, True)
     position_ids = attention_mask.sum(-1, keepdim=True)
     for end in range(T, T + n_new):
-        next_ids = sample(logits, ids[:, :end], config, generator).where(~finished, pad)
+        next_ids = sample(logits, seen, config, generator).where(~finished, pad)
         ids[:, end] = next_ids
+        seen.scatter_(1, next_ids.clamp(max=V)[:, None], True)
         running, finished = ~finished, finished | torch.isin(next_ids, eos)
         if listener:
             for row in running.nonzero().flatten().tolist():

@@ -21,8 +21,8 @@ TEXT = {
 IMAGE_TOKEN, PAD_TOKEN = 290, 291
 
 
-def reference_model(vision: dict | None = None, text: dict | None = None, **top) -> transformers.PreTrainedModel:
-    """A random LLaVA in float32; the arguments change its configuration."""
+def reference_model(vision: dict | None = None, text: dict | None = None, spread: float = 0.2, **top):
+    """A random LLaVA of transformers in float32. The arguments change its configuration and its weights' spread."""
     text = TEXT | (text or {})
     family = transformers.MistralConfig if text.pop("model_type", "llama") == "mistral" else transformers.LlamaConfig
     config = transformers.LlavaConfig(
@@ -35,7 +35,7 @@ def reference_model(vision: dict | None = None, text: dict | None = None, **top)
     model = transformers.LlavaForConditionalGeneration(config).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():  # the default spread makes every output nearly the same
-            parameter.normal_(1.0 if "norm" in name and "weight" in name else 0.0, 0.2)
+            parameter.normal_(1.0 if "norm" in name and "weight" in name else 0.0, spread)
     return model
 
 

@@ -4,10 +4,12 @@ import copy
 
 import pytest
 import torch
+import transformers
 from reference import prompts, reference_model
 from torch.testing import assert_close
 
-from llava import LlavaForConditionalGeneration
+from llava import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+from load_weights import our_name
 
 # name -> (vision_config, text_config, everything else)
 VARIANTS = {
@@ -103,3 +105,174 @@ def test_greedy_tokens_are_the_references(pair, lengths, pictures):
     inputs = batch(model, lengths, pictures)
     theirs = reference.generate(**inputs, max_new_tokens=12, do_sample=False)
     assert torch.equal(model.generate(**inputs, max_new_tokens=12), theirs)
+
+
+# --- Every argument of forward ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    reference = reference_model()
+    folder = tmp_path_factory.mktemp("checkpoint")
+    reference.save_pretrained(folder)
+    return reference, LlavaForConditionalGeneration.from_pretrained(folder)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"vision_feature_layer": 1},
+        {"vision_feature_layer": -5},
+        {"vision_feature_layer": [3]},
+        {"position_ids": torch.arange(30)[None] * 2 + 5},
+        {"use_cache": False},
+        {"logits_to_keep": 3},
+        {"attention_mask": torch.tensor([[1] * 4 + [0] * 3 + [1] * 23])},  # a hole
+        {"attention_mask": torch.tensor([[1] * 26 + [0] * 4])},  # padding on the right
+    ],
+    ids=str,
+)
+def test_arguments_of_forward(small, change):
+    reference, model = small
+    inputs = batch(model, (13,), (1,)) | change
+    theirs, ours = reference(**inputs), model(**inputs)
+    seen = inputs["attention_mask"][:, -ours.logits.shape[1] :].bool()
+    close(ours.logits[seen], theirs.logits[seen])
+    assert (ours.past_key_values is None) == (change.get("use_cache") is False)
+
+
+@torch.no_grad()
+def test_the_class_token_can_be_kept_in_one_call(small):
+    reference, model = small
+    inputs = batch(model, (4,), (1,))
+    ids = torch.cat([inputs["input_ids"], torch.tensor([[model.config.image_token_index]])], dim=1)
+    inputs = {"input_ids": ids, "pixel_values": inputs["pixel_values"], "vision_feature_select_strategy": "full"}
+    close(model(**inputs).logits, reference(**inputs).logits)
+
+
+@torch.no_grad()
+def test_embeddings_instead_of_ids(small):
+    reference, model = small
+    inputs = batch(model, (6,), (1,))
+    embeds = model.language_model.embed_tokens(inputs.pop("input_ids"))
+    theirs = reference(inputs_embeds=embeds, **inputs)
+    close(model(inputs_embeds=embeds, **inputs).logits, theirs.logits)
+    del inputs["pixel_values"]
+    close(model(inputs_embeds=embeds, **inputs).logits, reference(inputs_embeds=embeds, **inputs).logits)
+
+
+@torch.no_grad()
+def test_a_tuple_instead_of_names(small):
+    reference, model = small
+    inputs = batch(model, (6,), (1,))
+    asked = {"labels": inputs["input_ids"], "output_hidden_states": True, "return_dict": False}
+    theirs, ours = reference(**inputs, **asked), model(**inputs, **asked)
+    assert len(ours) == len(theirs) == 5
+    close(ours[0], theirs[0])
+    close(ours[1], theirs[1])
+    close(ours[4], theirs[4])
+
+
+def test_gradients_are_the_references(small):
+    reference, model = small
+    inputs = batch(model, (6,), (1,))
+    reference(**inputs, labels=inputs["input_ids"]).loss.backward()
+    model(**inputs, labels=inputs["input_ids"], use_cache=False).loss.backward()
+    theirs = dict(reference.named_parameters())
+    for ours, name in (
+        ("multi_modal_projector.linear_1.weight", "model.multi_modal_projector.linear_1.weight"),
+        ("language_model.layers.0.self_attn.k_proj.weight", "model.language_model.layers.0.self_attn.k_proj.weight"),
+        ("vision_tower.embeddings.patch_embedding.weight", "model.vision_tower.embeddings.patch_embedding.weight"),
+    ):
+        close(model.get_parameter(ours).grad, theirs[name].grad)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_half_precision(dtype, tmp_path):
+    reference = reference_model(spread=0.05).to(dtype)
+    reference.save_pretrained(tmp_path)
+    model = LlavaForConditionalGeneration.from_pretrained(tmp_path)
+    assert model.dtype == dtype
+    inputs = batch(model, (9, 4), (1, 1))
+    mask = inputs["attention_mask"].bool()
+    ours, theirs = model(**inputs).logits[mask], reference(**inputs).logits[mask]
+    assert ours.dtype == dtype
+    close(ours, theirs, 3e-2)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({}, "exactly one of input_ids or inputs_embeds"),
+        ({"input_ids": torch.ones(1, 2, dtype=torch.long), "inputs_embeds": torch.zeros(1, 2, 48)}, "exactly one"),
+        (
+            {"input_ids": torch.tensor([[1, 290, 290]]), "pixel_values": torch.zeros(1, 3, 28, 28)},
+            "Image features and image tokens do not match, tokens: 2, features: 16",
+        ),
+        ({"input_ids": torch.tensor([[1, 2]]), "attention_mask": torch.ones(1, 3)}, r"attention_mask is \[1, 3\]"),
+        (
+            {
+                "input_ids": torch.tensor([[1]]),
+                "pixel_values": torch.zeros(1, 3, 28, 28),
+                "vision_feature_select_strategy": "most",
+            },
+            "default or full",
+        ),
+        (
+            {"input_ids": torch.tensor([[1]]), "pixel_values": torch.zeros(1, 3, 28, 28), "vision_feature_layer": 9},
+            "-5 to 4",
+        ),
+    ],
+)
+def test_wrong_arguments_are_plain_errors(small, arguments, words):
+    with pytest.raises(ValueError, match=words):
+        small[1](**arguments)
+
+
+def test_a_cache_made_by_forward_says_when_it_is_full(small):
+    out = small[1](torch.tensor([[1, 5, 6]]))
+    with pytest.raises(ValueError, match="the cache is full: it has room for 515 tokens, and 603 are needed"):
+        small[1](torch.ones(1, 600, dtype=torch.long), past_key_values=out.past_key_values)
+
+
+# --- The page of the reference ---------------------------------------------------------------------------------------
+
+
+def test_the_configuration_example_of_the_page():
+    """The code of the page, on the device that has shapes and no memory: it makes the model at full size."""
+    with torch.device("meta"):
+        vision_config = CLIPVisionConfig()
+        text_config = LlamaConfig()
+        configuration = LlavaConfig(vision_config, text_config)
+        model = LlavaForConditionalGeneration(configuration)
+        configuration = model.config
+        theirs = transformers.LlavaForConditionalGeneration(
+            transformers.LlavaConfig(
+                vision_config=transformers.CLIPVisionConfig(), text_config=transformers.LlamaConfig()
+            )
+        )
+    assert configuration.vision_config is vision_config
+    ours = {name: parameter.shape for name, parameter in model.named_parameters()}
+    assert ours == {our_name(name): parameter.shape for name, parameter in theirs.named_parameters()}
+
+
+def test_the_default_configuration_is_llava_1_5_7b():
+    with torch.device("meta"):
+        model = LlavaForConditionalGeneration(LlavaConfig(text_config={"vocab_size": 32064}))
+    assert len(list(model.parameters())) == 686
+    assert sum(p.nbytes for p in model.bfloat16().parameters()) == 14_126_854_144  # the hub's index says total_size
+
+
+def test_unknown_settings_are_plain_errors():
+    with pytest.raises(ValueError, match="'gpt2' is unknown: this code knows llama and mistral"):
+        LlavaConfig(text_config={"model_type": "gpt2"})
+    with pytest.raises(ValueError, match="'yarn' is unknown"):
+        LlavaConfig(text_config={"rope_parameters": {"rope_type": "yarn"}})
+    with pytest.raises(ValueError, match="projector_hidden_act 'swish' is unknown"):
+        LlavaConfig(projector_hidden_act="swish")
+    with pytest.raises(ValueError, match="hidden_act 'elu' is unknown"):
+        LlavaConfig(vision_config={"hidden_act": "elu"})
+    with pytest.raises(ValueError, match="6 heads cannot share 4"):
+        LlavaConfig(text_config={"num_attention_heads": 6, "num_key_value_heads": 4})

@@ -1,0 +1,204 @@
+"""Choosing tokens: the reference's choices for every setting, and what only ours has (seed, streamer, stop strings)."""
+
+import pytest
+import torch
+from reference import IMAGE_TOKEN, prompts, reference_model
+from tokenizers_at_hand import tokenizers
+
+import generate
+from llama import KVCache
+from llava import LlavaForConditionalGeneration
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    reference = reference_model()
+    folder = tmp_path_factory.mktemp("checkpoint")
+    reference.save_pretrained(folder)
+    return reference, LlavaForConditionalGeneration.from_pretrained(folder)
+
+
+def inputs(lengths=(9, 5), pictures=(1, 2)) -> dict:
+    ids, mask = prompts(list(lengths), list(pictures), patches=16)
+    pixels = torch.randn(sum(pictures), 3, 28, 28, generator=torch.Generator().manual_seed(1))
+    return {"input_ids": ids, "attention_mask": mask, "pixel_values": pixels}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"max_new_tokens": 1},
+        {"max_new_tokens": 9},
+        {"max_length": 60},
+        {"repetition_penalty": 1.7, "max_new_tokens": 15},
+        {"repetition_penalty": 0.6, "max_new_tokens": 15},
+        {"do_sample": True, "max_new_tokens": 15},
+        {"do_sample": True, "temperature": 0.4, "top_k": 0},
+        {"do_sample": True, "temperature": 2.0, "top_k": 5, "top_p": 0.9},
+        {"do_sample": True, "top_p": 0.3, "repetition_penalty": 1.3},
+        {"do_sample": True, "top_p": 1e-6},
+        {"eos_token_id": list(range(3, 150)), "max_new_tokens": 15},
+        {"eos_token_id": list(range(3, 150)), "pad_token_id": 7, "max_new_tokens": 15},
+    ],
+    ids=str,
+)
+def test_tokens_are_the_references(pair, options):
+    reference, model = pair
+    torch.manual_seed(5)
+    theirs = reference.generate(**inputs(), **options)
+    assert torch.equal(model.generate(**inputs(), seed=5, **options), theirs)
+
+
+def test_the_checkpoints_generation_config_is_honoured(tmp_path):
+    reference = reference_model()
+    reference.generation_config.update(do_sample=True, top_k=7, max_length=50, eos_token_id=[2, 40, 41, 42])
+    reference.save_pretrained(tmp_path)
+    model = LlavaForConditionalGeneration.from_pretrained(tmp_path)
+    torch.manual_seed(3)
+    theirs = reference.generate(**inputs(), pad_token_id=0)
+    assert torch.equal(model.generate(**inputs(), pad_token_id=0, seed=3), theirs)
+
+
+def test_a_mask_with_holes(pair):
+    reference, model = pair
+    given = inputs((9,), (1,))
+    given["attention_mask"][0, 4:7] = 0
+    theirs = reference.generate(**given, max_new_tokens=8, do_sample=False)
+    assert torch.equal(model.generate(**given, max_new_tokens=8), theirs)
+
+
+def test_the_tower_runs_once_per_picture(pair, monkeypatch):
+    _, model = pair
+    seen = []
+    forward = model.vision_tower.forward
+    monkeypatch.setattr(
+        model.vision_tower, "forward", lambda pixels, depth: seen.append(len(pixels)) or forward(pixels, depth)
+    )
+    model.generate(**inputs(), max_new_tokens=6, eos_token_id=None)
+    assert seen == [3]
+
+
+def test_a_decoded_token_costs_one_token(pair, monkeypatch):
+    _, model = pair
+    lengths = []
+    forward = model.language_model.forward
+    monkeypatch.setattr(
+        model.language_model, "forward", lambda x, *rest: lengths.append(x.shape[1]) or forward(x, *rest)
+    )
+    model.generate(**inputs((9,), (1,)), max_new_tokens=4, eos_token_id=None)
+    assert lengths == [26, 1, 1, 1]
+
+
+def test_the_same_seed_draws_the_same_tokens(pair):
+    _, model = pair
+    draw = lambda seed: model.generate(**inputs(), do_sample=True, seed=seed, top_k=0).tolist()  # noqa: E731
+    assert draw(1) == draw(1)
+    assert draw(1) != draw(2)
+    state = torch.get_rng_state()
+    draw(1)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"max_new_tokens": 0}, "max_new_tokens 0"),
+        ({"max_length": 38}, "behind 38 tokens"),
+        ({"do_sample": True, "temperature": 0.0}, "temperature"),
+        ({"do_sample": True, "top_p": 1.5}, "top_p"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty"),
+        ({"num_beams": 4}, "num_beams"),
+        ({"streamer": print}, "tokenizer"),
+        ({"stop_strings": "x"}, "tokenizer"),
+        ({"streamer": print, "tokenizer": tokenizers("bundled")[0]}, "one answer"),
+    ],
+    ids=str,
+)
+def test_options_out_of_range_are_plain_errors(pair, options, words):
+    with pytest.raises(ValueError, match=words):
+        pair[1].generate(**inputs(), **options)
+
+
+# --- Text: streaming and stop strings --------------------------------------------------------------------------------
+
+
+class Parrot:
+    """A stand-in for a model: it says the given ids, one row each, whatever it is asked."""
+
+    dtype = torch.float32
+
+    def __init__(self, *rows: list[int]):
+        self.rows, self.step, self.generation_config = rows, -1, {"eos_token_id": 2}
+        self.config = reference_model().config
+
+    def __call__(self, *_, **__):
+        self.step += 1
+        logits = torch.zeros(len(self.rows), 1, 40000)
+        for row, ids in enumerate(self.rows):
+            logits[row, 0, ids[min(self.step, len(ids) - 1)]] = 1
+        return type("Out", (), {"logits": logits})
+
+
+@pytest.mark.parametrize("text", ["A cat.", "生活 🤗 of é\n", "👩‍👩‍👧"])
+def test_streaming_gives_the_text_and_never_half_a_character(text):
+    tokenizer, _ = tokenizers("mistral")
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    shown = []
+    out = generate.generate(
+        Parrot([*ids, 2]), torch.tensor([[1]]), tokenizer=tokenizer, streamer=shown.append, max_new_tokens=50
+    )
+    assert out.tolist() == [[1, *ids, 2]]
+    assert "".join(shown) == text
+    assert len(shown) > 1 and not any("\ufffd" in part for part in shown)
+
+
+def test_a_stream_cut_off_in_the_middle_of_a_character_ends_with_a_mark():
+    tokenizer, _ = tokenizers("mistral")
+    ids = tokenizer.encode("a𝔘", add_special_tokens=False)
+    shown = []
+    generate.generate(
+        Parrot(ids), torch.tensor([[1]]), tokenizer=tokenizer, streamer=shown.append, max_new_tokens=len(ids) - 1
+    )
+    assert "".join(shown) == "a\ufffd\ufffd\ufffd"
+
+
+def test_stop_strings_end_their_own_row():
+    tokenizer, _ = tokenizers("mistral")
+    rows = [tokenizer.encode(text, add_special_tokens=False) for text in ("one two three four", "five six two seven")]
+    ids = torch.ones(2, 1, dtype=torch.long)
+    out = generate.generate(Parrot(*rows), ids, tokenizer=tokenizer, stop_strings=["two", "nine"], max_new_tokens=9)
+    texts = tokenizer.batch_decode(out, skip_special_tokens=True)
+    assert texts == ["one two", "five six two"]
+
+
+def test_a_finished_row_is_filled_with_padding():
+    out = generate.generate(
+        Parrot([5, 2], [6, 7, 8, 2]), torch.ones(2, 1, dtype=torch.long), pad_token_id=9, max_new_tokens=9
+    )
+    assert out.tolist() == [[1, 5, 2, 9, 9], [1, 6, 7, 8, 2]]
+
+
+def test_image_tokens_beyond_the_vocabulary_bear_a_repetition_penalty():
+    out = generate.generate(Parrot([5, 2]), torch.tensor([[1, 50000]]), repetition_penalty=2.0, pad_token_id=50001)
+    assert out.tolist() == [[1, 50000, 5, 2]]
+
+
+# --- The cache -------------------------------------------------------------------------------------------------------
+
+
+def test_the_cache_checks_what_it_is_given(pair):
+    _, model = pair
+    config = model.config.text_config
+    cache = KVCache(config, batch=2, length=4, dtype=torch.float32, device="cpu")
+    good = torch.zeros(2, config.num_key_value_heads, 3, config.head_dim)
+    k, _ = cache.update(0, good, good)
+    assert k.shape == good.shape
+    for bad in (good[:1], good[:, :1], good[..., :3]):
+        with pytest.raises(ValueError, match="the cache holds"):
+            cache.update(0, bad, bad)
+    cache.length = 3
+    with pytest.raises(ValueError, match="room for 4 tokens, and 6"):
+        cache.update(0, good, good)
+    with pytest.raises(ValueError, match="batch of 2"):
+        model(torch.tensor([[IMAGE_TOKEN]]), past_key_values=cache)

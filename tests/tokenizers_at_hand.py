@@ -1,0 +1,27 @@
+"""Every tokenizer at hand, each beside the reference's: the bundled one, a real one, and $LLAVA_CHECKPOINT's."""
+
+import os
+import tempfile
+from functools import cache
+from pathlib import Path
+
+import mistral_common
+from transformers import AutoTokenizer
+
+from command import BUNDLED
+from save_checkpoint import write_tokenizer
+from tokenizer import Tokenizer
+
+NAMES = ["bundled", "mistral"] + (["checkpoint"] if "LLAVA_CHECKPOINT" in os.environ else [])
+
+
+@cache
+def tokenizers(name: str):
+    """(ours, the reference's). Mistral's package has the sentencepiece model only: its tokenizer.json is ours."""
+    if name == "mistral":
+        (model,) = Path(mistral_common.__file__).parent.rglob("tokenizer.model.v1")
+        scratch = Path(tempfile.mkdtemp())
+        write_tokenizer(Tokenizer(model.read_bytes()), scratch)
+        return Tokenizer.from_pretrained(scratch), AutoTokenizer.from_pretrained(scratch)
+    folder = os.environ["LLAVA_CHECKPOINT"] if name == "checkpoint" else BUNDLED
+    return Tokenizer.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
