@@ -39,7 +39,15 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def check_device(name: str) -> None:
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:  # no such name, or no such hardware
+        raise ValueError(f"there is no device {name!r} here: use --device cpu") from error
+
+
 def answer(args: argparse.Namespace) -> None:
+    check_device(args.device)
     image = open_image(args.image) if args.image else None
     if args.model == BUNDLED:
         print(
@@ -55,7 +63,7 @@ def answer(args: argparse.Namespace) -> None:
     model.generate(
         **processor(text=prompt, images=image).to(args.device),
         max_new_tokens=args.max_new_tokens,
-        do_sample=args.temperature > 0,
+        do_sample=args.temperature != 0,
         temperature=args.temperature or None,
         top_p=args.top_p,
         seed=args.seed,
