@@ -41,6 +41,7 @@ from save_checkpoint import save
 from tokenizer import TEMPLATES, Tokenizer
 
 SIDE = 112  # pixels
+KEEP_EVERY, REPORT_EVERY = 100, 20  # steps
 UNSEEN = 10**9  # the first seed of the scenes kept for judging
 VISION = CLIPVisionConfig(192, 768, 192, 6, 3, image_size=SIDE, patch_size=14, hidden_act="gelu")
 TEXT = LlamaConfig(hidden_size=256, intermediate_size=704, num_hidden_layers=4, num_attention_heads=4)
@@ -258,10 +259,10 @@ def run_stage(stage: Stage, model: LlavaForConditionalGeneration, world: World, 
         optimizer.step()
         losses.append(loss.item())
         done = step + 1
-        if done % 20 == 0 or done == stage.steps:
+        if done % REPORT_EVERY == 0 or done == stage.steps:
             report(stage, done, sum(losses) / len(losses), (time.monotonic() - started) / (done - first), folder)
             losses.clear()
-        if done % 100 == 0 or done == stage.steps:
+        if done % KEEP_EVERY == 0 or done == stage.steps:
             state = {"step": done, "objective": objective.state_dict(), "optimizer": optimizer.state_dict()}
             torch.save(state, kept.with_suffix(".new"))
             kept.with_suffix(".new").replace(kept)
