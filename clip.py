@@ -1,13 +1,16 @@
 """CLIP's vision tower: a picture becomes a row of vectors.
 
-LLaVA does not learn to see. It borrows the eyes of CLIP (Radford et al. 2021, https://arxiv.org/abs/2103.00020), a
+LLaVA-1.5 does not train its own eyes. It takes those of CLIP (Radford et al. 2021, https://arxiv.org/abs/2103.00020), a
 Vision Transformer (Dosovitskiy et al. 2020, https://arxiv.org/abs/2010.11929) that was trained to match pictures with
-their captions. The picture is cut into square patches, every patch becomes a vector, and a stack of transformer blocks
-lets the patches look at each other. LLaVA reads the vectors one block before the last.
+their captions. The picture is cut into square patches, every patch becomes a vector, and a stack of transformer layers
+lets the patches look at each other. LLaVA reads the vectors one layer before the last: the last one serves the class
+token, on which CLIP was trained, and the one before it still tells more of each place.
 
-Shapes are written with the same letters in every file:
+In every file, "the reference" is Hugging Face transformers, "the hub" is huggingface.co, and shapes have these letters:
 
     B batch    T tokens    D width    H heads    K key/value heads    d width of a head    P patches    V vocabulary
+
+Here a picture is a row of T = 1 + P tokens, the class token first.
 
 Left out: CLIP's text tower and its final projection. LLaVA uses neither.
 """
@@ -22,7 +25,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import Tensor, nn
 
-LARGEST_RESIZE = 200_000_000  # pixels; a larger picture is resized in two steps, which is not bit-equal
+LARGEST_RESIZE = 200_000_000  # pixels; of a larger result only what the crop keeps is computed, which is not bit-equal
 
 
 def known_fields(cls: type, settings: dict) -> dict:
@@ -74,8 +77,11 @@ def open_image(path: str | Path) -> Image.Image:
             image = ImageOps.exif_transpose(image)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path} cannot be read as a picture ({error})") from error
-    if image.mode.startswith("I"):  # 16 bits a pixel, which Pillow would clip at 255
-        image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
+    if image.mode[0] in "IF":  # more than 8 bits a pixel, which Pillow would clip at 255
+        levels = np.nan_to_num(np.asarray(image, np.float64)).clip(0)
+        tops = [65535] if image.mode.startswith("I;16") else [1, 255, 65535, levels.max()]  # the others do not say
+        white = next(top for top in tops if levels.max() <= top)
+        image = Image.fromarray(np.rint(levels / white * 255).astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -161,15 +167,15 @@ def quick_gelu(x: Tensor) -> Tensor:
 ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": F.gelu, "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh")}
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # three (B, H, P, d) -> (B, H, P, d)
-    """softmax(q k^T / sqrt(d)) v: every patch takes a mean over all patches, weighted by how well they match.
+def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # three (B, H, T, d) -> (B, H, T, d)
+    """softmax(q k^T / sqrt(d)) v: every token takes a mean over all tokens, weighted by how well they match.
 
     Vaswani et al. 2017, equation 1.
     """
-    if q.requires_grad:  # the formula as it stands; for a tiny tower on a CPU its backward pass is twice as fast
-        weights = (q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5).softmax(-1)  # (B, H, P, P), each row sums to 1
+    if q.requires_grad and q.device.type == "cpu":  # the formula as it stands; for a tiny tower the faster to train
+        weights = (q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5).softmax(-1)  # (B, H, T, T), each row sums to 1
         return weights @ v
-    return F.scaled_dot_product_attention(q, k, v)  # the same without holding the P x P weights
+    return F.scaled_dot_product_attention(q, k, v)  # the same without holding the T x T weights
 
 
 class CLIPAttention(nn.Module):
@@ -178,9 +184,9 @@ class CLIPAttention(nn.Module):
         self.n_heads, width = config.num_attention_heads, config.hidden_size
         self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(width, width) for _ in range(4))
 
-    def forward(self, x: Tensor) -> Tensor:  # (B, P, D) -> (B, P, D)
+    def forward(self, x: Tensor) -> Tensor:  # (B, T, D) -> (B, T, D)
         q, k, v = (
-            proj(x).unflatten(-1, (self.n_heads, -1)).transpose(1, 2)  # (B, P, D) -> (B, H, P, d)
+            proj(x).unflatten(-1, (self.n_heads, -1)).transpose(1, 2)  # (B, T, D) -> (B, H, T, d)
             for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
         return self.out_proj(attention(q, k, v).transpose(1, 2).flatten(-2))
@@ -205,7 +211,7 @@ class CLIPLayer(nn.Module):
         self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.mlp = CLIPMLP(config)
 
-    def forward(self, x: Tensor) -> Tensor:  # (B, P, D) -> (B, P, D)
+    def forward(self, x: Tensor) -> Tensor:  # (B, T, D) -> (B, T, D)
         x = x + self.self_attn(self.layer_norm1(x))
         x = x + self.mlp(self.layer_norm2(x))
         return x

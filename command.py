@@ -1,4 +1,4 @@
-"""What happens at the terminal: one question about one picture, answered word by word; what a checkpoint is.
+"""The two commands: ask about a picture, describe a checkpoint.
 
 python llava.py --image x.jpg
 python load_weights.py checkpoints/tiny-llava
@@ -12,16 +12,19 @@ from pathlib import Path
 import torch
 
 from clip import open_image
+from hub import find_checkpoint
 from llava import LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
-from load_weights import find_checkpoint, read_config, survey
+from load_weights import read_config, survey
 
 BUNDLED = Path(__file__).parent / "checkpoints" / "tiny-llava"
 
 
 def fast_dtype(device: str) -> torch.dtype:
     """bfloat16 where the hardware multiplies matrices in it, else float32."""
-    has_units = device == "cuda" or (device == "cpu" and torch.cpu._is_amx_tile_supported())
-    return torch.bfloat16 if has_units else torch.float32
+    kind = torch.device(device).type
+    on_gpu = kind == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    on_cpu = kind == "cpu" and torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if on_gpu or on_cpu else torch.float32
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -74,7 +77,7 @@ def answer(args: argparse.Namespace) -> None:
 
 
 def run(work: Callable[[], None]) -> int:
-    """Do the work of a command; what goes wrong by the user's hand becomes one sentence and exit code 2."""
+    """Do the work of a command; an error that the user can mend becomes one sentence and exit code 2."""
     try:
         work()
     except (OSError, ValueError) as error:

@@ -1,7 +1,7 @@
 """The world the tiny LLaVA lives in: emoji on a coloured ground, and conversations about them.
 
-A picture holds none to four different things, drawn by two hands (see sprites/NOTICE), each with its place, size, tilt
-and tint. We put them there ourselves, so the truth is known, and with it every answer and what an answer is worth:
+A picture holds none to four different things, in two drawing styles (see sprites/NOTICE), each with its place, size,
+tilt and tint. We put them there ourselves, so the truth is known, and with it every answer and what an answer is worth:
 
     seed -> make_scene -> picture, truth -> caption (to align), conversation (to instruct), questions, score (to test)
     truth = {"ground": "blue", "things": [{"name": "cat", "x": 0.25, "y": 0.5, "size": 0.4}, ...]}
@@ -167,8 +167,7 @@ def caption(truth: dict, rng: random.Random) -> str:
 
 
 def mentioned(words: dict | tuple, text: str) -> set[str]:
-    longest_first = "|".join(sorted(words, key=len, reverse=True))  # so that a hot dog is not a dog
-    return set(re.findall(rf"\b({longest_first})(?:s|es)?\b", text))
+    return set(re.findall(rf"\b({'|'.join(words)})(?:s|es)?\b", text))
 
 
 def score(kind: str, answer: str, truth: dict) -> bool:  # lenient about wording, strict about facts

@@ -32,7 +32,7 @@ class GenerationConfig:
     top_k: int = 50  # sample among this many likeliest tokens; 0 for all
     top_p: float = 1.0  # sample among the likeliest tokens that together have this probability (Holtzman et al. 2019)
     repetition_penalty: float = 1.0  # above 1: tokens already there become less likely (Keskar et al. 2019)
-    eos_token_id: int | list[int] | None = 2  # a row that draws one of these is finished
+    eos_token_id: int | list[int] = 2  # a row that draws one of these is finished; [] for none
     pad_token_id: int | None = None  # what a finished row is filled up with
 
     def __post_init__(self) -> None:
@@ -85,9 +85,7 @@ def sample(logits: Tensor, seen: Tensor, config: GenerationConfig, generator: to
 def prefill(model, input_ids: Tensor, attention_mask: Tensor, cache: KVCache, pixel_values: Tensor | None) -> Tensor:
     """Run the prompt (B, T) through the model into the cache; scores (B, V) for the first token of the answer."""
     position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)  # left padding does not count
-    padding = None if attention_mask.all() else attention_mask
-    out = model(input_ids, pixel_values, padding, position_ids, cache, logits_to_keep=1)
-    return out.logits[:, -1]
+    return model(input_ids, pixel_values, attention_mask, position_ids, cache, logits_to_keep=1).logits[:, -1]
 
 
 def decode_one_token(model, ids: Tensor, position_ids: Tensor, cache: KVCache) -> Tensor:
@@ -95,7 +93,7 @@ def decode_one_token(model, ids: Tensor, position_ids: Tensor, cache: KVCache) -
     return model(ids[:, None], position_ids=position_ids, past_key_values=cache).logits[:, -1]
 
 
-class Listener:
+class TextWatcher:
     """Follows the text of every row as it grows: hands it to a streamer, and knows when a stop string has come."""
 
     def __init__(self, tokenizer: Tokenizer, batch: int, streamer: Callable | None, stop_strings: list[str]):
@@ -107,7 +105,7 @@ class Listener:
         self.texts = [""] * batch
         self.streamer, self.stop_strings = streamer, stop_strings
 
-    def hear(self, row: int, token_id: int, last: bool) -> bool:
+    def put(self, row: int, token_id: int, last: bool) -> bool:
         """Take in a row's next token; True if its text now holds a stop string."""
         text = self.streams[row].put(token_id)
         if last:
@@ -141,31 +139,33 @@ def generate(
     batch, T = input_ids.shape
     n_new, device = config.new_tokens(T), input_ids.device
     attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+    if attention_mask.shape != input_ids.shape or not attention_mask[:, -1].all():
+        raise ValueError("attention_mask must have the shape of input_ids and end in ones: pad prompts on the left")
     stops = [stop_strings] if isinstance(stop_strings, str) else list(stop_strings or [])
-    listener = Listener(tokenizer, batch, streamer, stops) if streamer or stops else None
+    watcher = TextWatcher(tokenizer, batch, streamer, stops) if streamer or stops else None
     generator = None if seed is None else torch.Generator(device).manual_seed(seed)
-    eos = torch.tensor([] if config.eos_token_id is None else config.eos_token_id, device=device).reshape(-1)
-    pad = next((i for i in (config.pad_token_id, *eos.tolist()) if i is not None), 0)
+    eos = torch.tensor(config.eos_token_id, device=device).reshape(-1)
+    pad = next((int(i) for i in (config.pad_token_id, *eos) if i is not None), 0)
 
     ids = torch.full((batch, T + n_new), pad, dtype=input_ids.dtype, device=device)
     ids[:, :T] = input_ids
     finished = torch.zeros(batch, dtype=torch.bool, device=device)
     cache = KVCache(model.config.text_config, batch, T + n_new, model.dtype, device)
     logits = prefill(model, input_ids, attention_mask, cache, pixel_values)
-    V = logits.shape[1]  # the column behind the last takes what does not count: padding, and <image> without a row
+    V = logits.shape[1]  # `seen` has one column more, for what sample() must ignore: padding, ids beyond the vocabulary
     prompt_ids = input_ids.masked_fill(attention_mask.cumsum(-1) == 0, V).clamp(max=V)
     seen = torch.zeros(batch, V + 1, dtype=torch.bool, device=device).scatter(1, prompt_ids, True)
     position_ids = attention_mask.sum(-1, keepdim=True)
     for end in range(T, T + n_new):
+        is_last = end == T + n_new - 1
         next_ids = sample(logits, seen, config, generator).where(~finished, pad)
         ids[:, end] = next_ids
         seen.scatter_(1, next_ids.clamp(max=V)[:, None], True)
         running, finished = ~finished, finished | torch.isin(next_ids, eos)
-        if listener:
+        if watcher:
             for row in running.nonzero().flatten().tolist():
-                last = bool(finished[row]) or end == T + n_new - 1
-                finished[row] |= listener.hear(row, int(next_ids[row]), last)
-        if finished.all() or end == T + n_new - 1:
+                finished[row] |= watcher.put(row, int(next_ids[row]), last=is_last or bool(finished[row]))
+        if finished.all() or is_last:
             return ids[:, : end + 1]
         logits = decode_one_token(model, next_ids, position_ids, cache)
         position_ids = position_ids + 1

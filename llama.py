@@ -1,4 +1,4 @@
-"""The decoder of Llama and Mistral: vectors in, vectors out, one more layer of meaning at a time.
+"""The decoder of Llama and Mistral: vectors in, vectors out.
 
     x (B, T, D)  ->  N blocks of  [RMSNorm -> attention with RoPE -> +]  [RMSNorm -> SwiGLU -> +]  ->  RMSNorm
 
@@ -36,7 +36,7 @@ class LlamaConfig:
     max_position_embeddings: int = 2048  # the longest context it was trained on, in tokens
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0  # base of RoPE's wavelengths
-    rope_factor: float = 1.0  # linear RoPE scaling: positions are divided by it
+    rope_factor: float = 1.0  # positions are divided by it: the `factor` of linear rope_scaling or rope_parameters
     attention_bias: bool = False
     mlp_bias: bool = False
     sliding_window: int | None = None  # a token sees this many tokens, itself included; None for all before it
@@ -55,7 +55,7 @@ class LlamaConfig:
 
 @dataclass
 class MistralConfig(LlamaConfig):
-    """Mistral is Llama with other numbers."""
+    """Mistral: Llama with grouped queries and a sliding window by default."""
 
     intermediate_size: int = 14336
     num_key_value_heads: int | None = 8
@@ -95,14 +95,14 @@ class RMSNorm(nn.Module):
 
 
 def rope_angles(config: LlamaConfig, position_ids: Tensor) -> Tensor:  # (B, T) -> (B, T, d / 2), float32
-    """RoPE's angles (Su et al. 2021, section 3.2.2): position times a frequency, each pair of numbers has its own."""
+    """RoPE's angles (Su et al. 2021, section 3.2.2): position times a frequency; each pair of numbers has its own."""
     pairs = torch.arange(0, config.head_dim, 2, device=position_ids.device).float() / config.head_dim
     frequencies = 1.0 / (config.rope_theta**pairs * config.rope_factor)
     return position_ids[..., None].float() * frequencies
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:  # (B, H, T, d), two (B, 1, T, d / 2) -> (B, H, T, d)
-    """Turn each pair of numbers by its angle, so that q . k depends on the distance of two tokens and on nothing else.
+    """Turn each pair of numbers by its angle, so that positions enter q . k through their distance only.
 
     The paper pairs neighbours (0, 1), (2, 3), ...; these checkpoints pair number i with number i + d / 2.
     """
@@ -113,8 +113,8 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:  # (B, H, T, d), 
 def visible_keys(attention_mask: Tensor | None, past: int, T: int, window: int | None, device) -> Tensor | None:
     """Which of S = past + T keys each of the T new queries sees: a boolean (B or 1, 1, T, S), True where it does.
 
-    `attention_mask` is (B, S), False where a key is padding, or None. The result is None where nothing needs hiding but
-    the future: for a single query, or for T queries that have no past.
+    `attention_mask` is (B, S), False where a key is padding, or None. The result is None where the causal rule is
+    enough: no padding, no window within reach, and no past or a single query.
     """
     S = past + T
     if attention_mask is None and (T == 1 or past == 0) and (window is None or S <= window):
@@ -124,8 +124,8 @@ def visible_keys(attention_mask: Tensor | None, past: int, T: int, window: int |
     mask = (j <= i)[None, None]
     if window is not None:
         mask = mask & (i - j < window)
-    if attention_mask is not None:  # padding sees itself, or its softmax would be 0 / 0 and poison the next layer
-        mask = mask & attention_mask[:, None, None, :] | (i == j)
+    if attention_mask is not None:
+        mask = mask & attention_mask[:, None, None, :]
     return mask
 
 
@@ -134,7 +134,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Te
 
     Gives what `attention_by_hand` gives, by PyTorch's function, which never holds the T x S weights.
     """
-    if q.requires_grad:  # for a small decoder on a CPU the backward pass of the formula is the faster one
+    if q.requires_grad and q.device.type == "cpu":  # a small decoder trains faster by the formula
         return attention_by_hand(q, k, v, mask)[0]
     causal = mask is None and q.shape[2] > 1
     return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1])
@@ -191,7 +191,7 @@ class LlamaAttention(nn.Module):
         self.v_proj = nn.Linear(D, K * d, bias=config.attention_bias)
         self.o_proj = nn.Linear(H * d, D, bias=config.attention_bias)
 
-    def forward(self, x, rope, mask=None, cache=None, weights=None) -> Tensor:  # (B, T, D) -> (B, T, D)
+    def forward(self, x, rope, mask=None, cache=None, attentions=None) -> Tensor:  # (B, T, D) -> (B, T, D)
         q, k, v = (
             proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, T, H * d) -> (B, H, T, d)
             for proj in (self.q_proj, self.k_proj, self.v_proj)
@@ -199,11 +199,11 @@ class LlamaAttention(nn.Module):
         q, k = apply_rope(q, *rope), apply_rope(k, *rope)
         if cache is not None:
             k, v = cache.update(self.layer, k, v)
-        if weights is None:
+        if attentions is None:
             out = attention(q, k, v, mask)
         else:
-            out, seen = attention_by_hand(q, k, v, mask)
-            weights.append(seen)
+            out, weights = attention_by_hand(q, k, v, mask)
+            attentions.append(weights)
         return self.o_proj(out.transpose(1, 2).flatten(-2))
 
 
@@ -229,8 +229,9 @@ class LlamaLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = LlamaMLP(config)
 
-    def forward(self, x, rope, mask=None, cache=None, weights=None) -> Tensor:  # (B, T, D) -> (B, T, D)
-        x = x + self.self_attn(self.input_layernorm(x), rope, mask, cache, weights)
+    def forward(self, x, rope, mask=None, cache=None, attentions=None) -> Tensor:  # (B, T, D) -> (B, T, D)
+        """`rope`: cos and sin for apply_rope, `mask`: what visible_keys gives, `attentions`: a list to fill or None."""
+        x = x + self.self_attn(self.input_layernorm(x), rope, mask, cache, attentions)
         x = x + self.mlp(self.post_attention_layernorm(x))
         return x
 
@@ -252,17 +253,17 @@ class Llama(nn.Module):
         position_ids: Tensor | None = None,
         cache: KVCache | None = None,
         hidden_states: list[Tensor] | None = None,
-        weights: list[Tensor] | None = None,
+        attentions: list[Tensor] | None = None,
     ) -> Tensor:  # (B, T, D) -> (B, T, D)
         """Run T new tokens, given as vectors, behind the `cache.length` tokens that the cache holds.
 
         `attention_mask` is (B, S), zero or False for padding; without it the cache's own counts.
         `position_ids` (B or 1, T) count on from the cache unless given. A list given as `hidden_states` receives the
-        input of each layer and the final output; one given as `weights`, each layer's attention weights (B, H, T, S).
+        input of each layer and the final output; one given as `attentions`, each layer's weights (B, H, T, S).
         """
         batch, T, _ = x.shape
         past = cache.length if cache is not None else 0
-        attention_mask = self.check_mask(attention_mask, (batch, past + T), cache)
+        attention_mask = self.padding_mask(attention_mask, (batch, past + T), cache)
         if position_ids is None:
             position_ids = torch.arange(past, past + T, device=x.device)[None]
         angles = rope_angles(self.config, position_ids)[:, None]  # (B, 1, T, d / 2): the same for all heads
@@ -272,7 +273,7 @@ class Llama(nn.Module):
         for layer in self.layers:
             if hidden_states is not None:
                 hidden_states.append(x)
-            x = layer(x, rope, mask, cache, weights)
+            x = layer(x, rope, mask, cache, attentions)
         x = self.norm(x)
         if hidden_states is not None:
             hidden_states.append(x)
@@ -281,8 +282,8 @@ class Llama(nn.Module):
         return x
 
     @staticmethod
-    def check_mask(mask: Tensor | None, shape: tuple[int, int], cache: KVCache | None) -> Tensor | None:
-        """The mask over all keys as a boolean (B, S), or None where no key is padding. ValueError for other shapes."""
+    def padding_mask(mask: Tensor | None, shape: tuple[int, int], cache: KVCache | None) -> Tensor | None:
+        """The mask over all keys as a boolean (B, S), or None where no key is padding; the cache keeps it for later."""
         if cache is not None and len(cache.attention_mask) != shape[0]:
             raise ValueError(f"the cache is for a batch of {len(cache.attention_mask)}, but the batch is {shape[0]}")
         if mask is None:

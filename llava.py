@@ -12,7 +12,7 @@ there on nothing knows that it is looking at a picture. Liu et al. 2023, "Visual
     B batch    T tokens    D width of the decoder    P patches of a picture    V vocabulary
 
 `python llava.py --image x.jpg` answers about a picture. The classes and their arguments are named as in Hugging Face
-transformers, whose example code runs here with its import line changed.
+transformers, whose basic example runs here with its import line changed.
 
 Left out: gradient checkpointing, LLaVA-1.6's tiles, and pictures of other sizes than the tower was trained for.
 """
@@ -28,8 +28,9 @@ from torch import Tensor, nn
 
 import generate
 from clip import ACTIVATIONS, CLIPVisionConfig, CLIPVisionModel, ImageProcessor, known_fields
+from hub import find_checkpoint
 from llama import KVCache, Llama, LlamaConfig, decoder_config
-from load_weights import find_checkpoint, load, read_config, read_processor_settings
+from load_weights import load, read_config, read_processor_settings
 from tokenizer import TEMPLATES, Tokenizer, read_settings
 
 ROOM = 512  # tokens that a cache made by `forward` can take beyond those it was made with
@@ -37,7 +38,7 @@ ROOM = 512  # tokens that a cache made by `forward` can take beyond those it was
 
 @dataclass
 class LlavaConfig:
-    """A checkpoint's config.json. Without arguments it is LLaVA-1.5 7B."""
+    """A checkpoint's config.json. Without arguments it has the layer sizes of LLaVA-1.5 7B."""
 
     vision_config: CLIPVisionConfig | dict | None = None  # default: CLIP ViT-L/14 at 336 pixels
     text_config: LlamaConfig | dict | None = None  # default: Llama 7B
@@ -123,7 +124,7 @@ class LlavaForConditionalGeneration(nn.Module):
     def from_pretrained(
         cls, path: str | Path, dtype: torch.dtype | None = None, device: str = "cpu"
     ) -> "LlavaForConditionalGeneration":
-        """Load a checkpoint: a folder or a hub id. `dtype` is the file's unless given.
+        """Load a checkpoint: a folder or a hub id. `dtype` is the one config.json names unless given.
 
         Raises FileNotFoundError or ValueError, naming the file or tensor, for a checkpoint that is not whole.
         """
@@ -245,7 +246,9 @@ class Inputs(dict):
 class LlavaProcessor:
     """Tokenizer and image processor in one: prompts and pictures in, the model's inputs out."""
 
-    def __init__(self, image_processor: ImageProcessor, tokenizer: Tokenizer, image_seq_length=576, template="hub"):
+    def __init__(
+        self, image_processor: ImageProcessor | None, tokenizer: Tokenizer, image_seq_length=576, template="hub"
+    ):
         self.image_processor, self.tokenizer = image_processor, tokenizer
         self.image_seq_length = image_seq_length  # <image> tokens a picture
         self.template = TEMPLATES[template]
@@ -292,7 +295,7 @@ class LlavaProcessor:
         return inputs
 
     def apply_chat_template(self, messages: list[dict], add_generation_prompt: bool = False) -> str:
-        """A conversation as the prompt this checkpoint was trained with. Messages: see tokenizer.Template."""
+        """A conversation as the prompt that the checkpoint's files ask for. Messages: see tokenizer.Template."""
         return self.template.render(messages, add_generation_prompt)
 
 

@@ -5,7 +5,7 @@ and then the numbers. So a tensor can be read straight into the memory where the
 
 The same tensor goes by different names: those of the hub's files, those that newer releases of transformers write, and
 those of LLaVA's authors. RENAME turns all of them into ours. Loading is strict: a tensor that is missing, unknown,
-doubled, of another shape or not a floating-point number is an error that names it.
+given twice, of another shape or not a floating-point number is an error that names it.
 
 `python load_weights.py FOLDER` says what a checkpoint is without reading its weights.
 
@@ -13,8 +13,6 @@ Left out: quantized checkpoints and LoRA adapters. The way back, from a model to
 """
 
 import json
-import os
-import re
 import struct
 import sys
 import time
@@ -27,9 +25,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from hub import find_checkpoint
 from tokenizer import TEMPLATES, read_settings
 
-# A prefix in a file, and what it becomes; tried in this order, each once.
+# A prefix in a file, and what it becomes. All are tried in this order, so that a name can be changed twice.
 RENAME = [
     ("model.language_model.", "language_model."),  # transformers in memory
     ("model.vision_tower.vision_tower.", "vision_tower."),  # LLaVA's authors
@@ -43,8 +42,7 @@ RENAME = [
     ("vision_tower.vision_model.", "vision_tower."),
     ("vision_model.", "vision_tower."),  # a CLIP by itself
 ]
-# Tables that are computed, not learned, and the half of CLIP that reads text.
-IGNORE = re.compile(r"\.(position_ids|inv_freq)$|^(text_model\.|text_projection|visual_projection|logit_scale)")
+IGNORE = (".position_ids", ".inv_freq")  # tables that are computed, not learned
 # The numbers a model can be made of, as safetensors spells them.
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -54,28 +52,6 @@ def our_name(name: str) -> str:
         if name.startswith(prefix):
             name = ours + name.removeprefix(prefix)
     return name
-
-
-def find_checkpoint(path: str | Path) -> Path:
-    """A folder as it is; a hub id such as llava-hf/llava-1.5-7b-hf from the local hub cache, or fetched into it."""
-    if Path(path).is_dir():
-        return Path(path)
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
-        raise FileNotFoundError(f"{path} is neither a folder nor a hub id such as llava-hf/llava-1.5-7b-hf")
-    home = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser()
-    cache = Path(os.environ.get("HF_HUB_CACHE", home / "hub")).expanduser() / f"models--{str(path).replace('/', '--')}"
-    if (cache / "refs" / "main").is_file():
-        snapshot = cache / "snapshots" / (cache / "refs" / "main").read_text().strip()
-        if (snapshot / "config.json").is_file():
-            return snapshot
-    try:
-        from huggingface_hub import snapshot_download
-
-        files = ["*.json", "*.jinja", "*.model", "*.safetensors", "*.bin"]
-        return Path(snapshot_download(str(path), allow_patterns=files))
-    except Exception as error:  # not installed, no network, no such id: to the user it is all the same
-        get = f"pip install huggingface_hub && hf download {path}"
-        raise FileNotFoundError(f"{path} is not in the local hub cache; get it with: {get}") from error
 
 
 def read_config(folder: Path) -> dict:
@@ -91,24 +67,28 @@ def read_config(folder: Path) -> dict:
     for part in ("vision_config", "text_config"):
         if not isinstance(config.get(part, {}), dict):
             raise ValueError(f"{folder / 'config.json'}: {part} is not a JSON object")
-    if config.get("model_type", "llava") != "llava" or "text_config" not in config:
-        raise ValueError(f"{folder / 'config.json'} describes a model of type {config.get('model_type')}, not a LLaVA")
+    if config.get("model_type", "llava") != "llava":
+        raise ValueError(f"{folder / 'config.json'} describes a model of type {config['model_type']}, not a LLaVA")
+    if "text_config" not in config:
+        raise ValueError(f"{folder / 'config.json'} has no text_config")
     names = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES.values()}
     return config | {"dtype": names.get(config.get("dtype") or config.get("torch_dtype"))}
 
 
 def hub_config(config: dict, folder: Path) -> dict:
     """The config.json of LLaVA's authors, which is the decoder's with additions, in the hub's form."""
-    kind = config.get("mm_projector_type", "linear"), config.get("image_aspect_ratio", "square")
-    if kind[0] != "mlp2x_gelu" or kind[1] not in ("pad", "square"):
-        raise ValueError(f"{folder} has projector {kind[0]} and pictures cut {kind[1]}: it is no LLaVA-1.5")
+    projector, aspect = config.get("mm_projector_type", "linear"), config.get("image_aspect_ratio", "square")
+    if projector != "mlp2x_gelu" or aspect not in ("pad", "square"):
+        raise ValueError(f"{folder} is not LLaVA-1.5: mm_projector_type is {projector}, image_aspect_ratio {aspect}")
     tower = read_settings(tower_folder(config, folder) / "config.json")
     return {
         "vision_config": tower.get("vision_config", tower),
         "text_config": {**config, "model_type": "mistral" if "mistral" in config.get("model_type", "") else "llama"},
         "image_token_index": config.get("vocab_size", 32000),  # the id after the last: it has no row of its own
         "vision_feature_layer": config.get("mm_vision_select_layer", -2),
-        "vision_feature_select_strategy": {"cls_patch": "full"}.get(config.get("mm_vision_select_feature"), "default"),
+        "vision_feature_select_strategy": "full"
+        if config.get("mm_vision_select_feature") == "cls_patch"
+        else "default",
         "tie_word_embeddings": config.get("tie_word_embeddings", False),
         "torch_dtype": config.get("torch_dtype"),
     }
@@ -120,7 +100,7 @@ def tower_folder(config: dict, folder: Path) -> Path:
 
 
 def read_processor_settings(folder: Path) -> tuple[dict, str]:
-    """The image processor's settings, and which of tokenizer.TEMPLATES the checkpoint was trained with."""
+    """The image processor's settings, and which of tokenizer.TEMPLATES its files ask for."""
     config = read_settings(folder / "config.json")
     if "mm_vision_tower" in config:
         settings = read_settings(tower_folder(config, folder) / "preprocessor_config.json")
@@ -148,7 +128,7 @@ def weight_files(folder: Path) -> list[Path]:
             return [folder / shard for shard in sorted(set(shards.values()))]
         if (folder / name).is_file():
             return [folder / name]
-    raise FileNotFoundError(f"{folder} has no weights: neither model.safetensors nor pytorch_model.bin is there")
+    raise FileNotFoundError(f"{folder} has no weights (model.safetensors or pytorch_model.bin): download them too")
 
 
 class StoredTensor(NamedTuple):
@@ -200,7 +180,7 @@ def tensors_in_safetensors(file: Path) -> Iterator[StoredTensor]:
         place = end
         yield StoredTensor(file, name, dtype, shape, partial(read_tensor, file, 8 + length + start, dtype, shape))
     if 8 + length + place != size:
-        raise ValueError(f"{file} is truncated or too long: {size} bytes, where its header tells {8 + length + place}")
+        raise ValueError(f"{file} is truncated or too long: {size} bytes, but its header says {8 + length + place}")
 
 
 def read_tensor(file: Path, offset: int, dtype: str, shape: tuple[int, ...]) -> Tensor:
@@ -227,7 +207,7 @@ def survey(model: nn.Module, folder: Path) -> tuple[dict[str, StoredTensor], lis
         if name in found:
             misfits.append(f"{where} is also in {found[name].file}")
         elif name not in wanted:
-            if name not in tied and not IGNORE.search(tensor.name):
+            if name not in tied and not tensor.name.endswith(IGNORE):
                 misfits.append(f"{where} is unknown")
             continue
         elif tensor.dtype not in DTYPES:
@@ -239,9 +219,10 @@ def survey(model: nn.Module, folder: Path) -> tuple[dict[str, StoredTensor], lis
 
 
 def load(model: nn.Module, folder: Path, dtype: torch.dtype | None = None, device: str = "cpu") -> None:
-    """Fill a model that was built on the meta device, tensor by tensor; `dtype` is the file's unless given.
+    """Fill a model that was built on the meta device, tensor by tensor; `dtype` is the first tensor's unless given.
 
-    Memory peaks at the model and its largest tensor. Raises ValueError, naming the tensor, where anything does not fit.
+    Memory peaks at the model and its largest tensor. Tied tensors are the caller's to tie again. Raises ValueError,
+    naming the tensor, where anything does not fit.
     """
     found, misfits = survey(model, folder)
     if misfits:

@@ -33,7 +33,8 @@ def save(model: LlavaForConditionalGeneration, processor: LlavaProcessor, folder
         write_weights(model, scratch, shard_bytes)
         dtype = str(model.dtype).removeprefix("torch.")
         write_json(scratch / "config.json", config_json(model.config) | {"torch_dtype": dtype})
-        generation = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": processor.tokenizer.pad_token_id}
+        ids = ("bos_token_id", "eos_token_id", "pad_token_id")
+        generation = {name: getattr(processor.tokenizer, name) for name in ids}
         write_json(scratch / "generation_config.json", generation | model.generation_config)
         write_processor(processor, model.config, scratch)
         write_tokenizer(processor.tokenizer, scratch)
@@ -87,7 +88,8 @@ def config_json(config: LlavaConfig) -> dict:
     if (factor := text.pop("rope_factor")) != 1:
         text["rope_parameters"] |= {"rope_type": "linear", "factor": factor}
     head = {"architectures": ["LlavaForConditionalGeneration"], "model_type": "llava"}
-    return head | asdict(config) | {"text_config": text, "image_seq_length": config.image_seq_length}
+    derived = {"vocab_size": text["vocab_size"], "image_seq_length": config.image_seq_length}
+    return head | asdict(config) | {"text_config": text} | derived
 
 
 def write_processor(processor: LlavaProcessor, config: LlavaConfig, folder: Path) -> None:

@@ -7,6 +7,8 @@ written "▁", and a character the vocabulary lacks is spelt in bytes, "<0xE7>".
 
     "USER: <image>\\nWhat is it? ASSISTANT:"  ->  1 3148 1001 29901 29871 32000 29871 13 5618 ...
 
+29871 is a lone "▁": here a space, and there the one that opens every stretch behind a special token.
+
 Left out: truncation, and training a vocabulary (train.py has sentencepiece do it).
 """
 

@@ -1,17 +1,17 @@
 """The recipe: a tiny LLaVA from nothing, stage by stage, on pictures and conversations of the emoji world.
 
-    stage     learns                  from                            as LLaVA-1.5 had it
-    tower     the vision tower        pictures with captions          CLIP, trained by others
-    decoder   decoder and head        the world's text, no pictures   Vicuna, trained by others
-    align     only the projector      pictures with captions          558,000 captions, lr 1e-3
-    tune      projector and decoder   conversations about pictures    665,000 conversations, lr 2e-5
+    stage     what learns          from                            in LLaVA-1.5
+    tower     the vision tower     pictures with captions          CLIP, trained by others
+    decoder   decoder and head     the world's text, no pictures   Vicuna, trained by others
+    align     only the projector   pictures with captions          558,000 captions, lr 1e-3
+    tune      the whole model      conversations about pictures    665,000 conversations, lr 2e-5, tower frozen
 
     python train.py                   all stages; a stopped run goes on where it was
     python train.py --quick           all stages in a minute or two, to see the machinery (it learns next to nothing)
     python train.py --evaluate        how often the bundled model is right, by kind of question
 
-The pictures are drawn as they are needed: picture n is the scene with seed n, so no picture is seen twice, and a run
-that resumes at a step sees what it would have seen. Seeds from UNSEEN up are for judging only.
+The pictures are drawn as they are needed: picture n is the scene with seed n, so no picture is seen twice in a stage,
+and a run that resumes at a step sees what it would have seen. Seeds from UNSEEN up are for judging only.
 
     B batch    T tokens    D width
 """
@@ -42,6 +42,7 @@ from tokenizer import TEMPLATES, Tokenizer
 
 SIDE = 112  # pixels
 KEEP_EVERY, REPORT_EVERY = 100, 20  # steps
+TURNS = 4  # questions and answers in a conversation
 UNSEEN = 10**9  # the first seed of the scenes kept for judging
 VISION = CLIPVisionConfig(192, 768, 192, 6, 3, image_size=SIDE, patch_size=14, hidden_act="gelu")
 TEXT = LlamaConfig(hidden_size=256, intermediate_size=704, num_hidden_layers=4, num_attention_heads=4)
@@ -86,7 +87,7 @@ def train_tokenizer(folder: Path, scenes: int = 20000) -> Tokenizer:
     return Tokenizer((folder / "tokenizer.model").read_bytes())
 
 
-def spoken(turns: list[dict], processor: LlavaProcessor) -> tuple[list[int], list[int]]:
+def tokenize_conversation(turns: list[dict], processor: LlavaProcessor) -> tuple[list[int], list[int]]:
     """A conversation as ids and labels: only the assistant's words and the </s> behind them are to be learnt."""
     tokenizer, ids, labels = processor.tokenizer, [], []
     template = processor.template
@@ -96,17 +97,17 @@ def spoken(turns: list[dict], processor: LlavaProcessor) -> tuple[list[int], lis
         answer = [*tokenizer.encode(answer["value"], add_special_tokens=False), tokenizer.eos_token_id]
         ids += prompt + answer
         labels += [-100] * len(prompt) + answer
-        template = replace(template, system="")  # said once
+        template = replace(template, system="")  # it opens a conversation only once
     return ids, labels
 
 
-def captioned(caption: str, processor: LlavaProcessor) -> tuple[list[int], list[int]]:
+def tokenize_caption(caption: str, processor: LlavaProcessor) -> tuple[list[int], list[int]]:
     """Picture and caption in the plain form of the alignment stage: only the caption is to be learnt."""
     turns = [{"from": "human", "value": "<image>\n"}, {"from": "gpt", "value": caption}]
-    return spoken(turns, LlavaProcessor(None, processor.tokenizer, processor.image_seq_length, "plain"))
+    return tokenize_conversation(turns, LlavaProcessor(None, processor.tokenizer, processor.image_seq_length, "plain"))
 
 
-# --- Batches: from a range of seeds to what a stage learns from ------------------------------------------------------
+# --- Batches: from a range of seeds to what a stage learns from ---------------------------------------------------
 
 
 @dataclass
@@ -120,9 +121,10 @@ class World:
         drawn = [emoji_world.make_scene(self.sprites, seed, SIDE) for seed in seeds]
         return self.processor.image_processor([picture for picture, _ in drawn]), [truth for _, truth in drawn]
 
-    def rows(self, rows: list[tuple[list[int], list[int]]]) -> dict[str, Tensor]:
+    def collate(self, rows: list[tuple[list[int], list[int]]]) -> dict[str, Tensor]:
         """Ids and labels of B rows, filled up on the right. No mask: a token never sees what comes after it."""
         longest, pad = max(len(ids) for ids, _ in rows), self.processor.tokenizer.pad_token_id
+        longest = -(-longest // 32) * 32  # few different lengths: matrix kernels are compiled anew for every shape
         input_ids = torch.tensor([ids + [pad] * (longest - len(ids)) for ids, _ in rows])
         labels = torch.tensor([labels + [-100] * (longest - len(labels)) for _, labels in rows])
         return {"input_ids": input_ids, "labels": labels}
@@ -131,13 +133,19 @@ class World:
         """Pictures with one caption each."""
         pixel_values, truths = self.pictures(seeds)
         texts = [emoji_world.caption(truth, random.Random(seed)) for truth, seed in zip(truths, seeds, strict=True)]
-        return {"pixel_values": pixel_values, **self.rows([captioned(text, self.processor) for text in texts])}
+        return {
+            "pixel_values": pixel_values,
+            **self.collate([tokenize_caption(text, self.processor) for text in texts]),
+        }
 
     def conversations(self, seeds: range) -> dict[str, Tensor]:
         """Pictures with several questions and answers each."""
         pixel_values, truths = self.pictures(seeds)
         said = [emoji_world.conversation(t, random.Random(seed), TURNS) for t, seed in zip(truths, seeds, strict=True)]
-        return {"pixel_values": pixel_values, **self.rows([spoken(turns, self.processor) for turns in said])}
+        return {
+            "pixel_values": pixel_values,
+            **self.collate([tokenize_conversation(turns, self.processor) for turns in said]),
+        }
 
     def text(self, seeds: range) -> dict[str, Tensor]:
         """Captions and conversations without their pictures, every word to be learnt."""
@@ -146,15 +154,19 @@ class World:
         for seed in seeds:
             truth, rng = emoji_world.make_truth(seed), random.Random(seed)
             said = emoji_world.conversation(truth, rng, TURNS)
-            ids, _ = captioned(emoji_world.caption(truth, rng), blind) if seed % 4 == 0 else spoken(said, blind)
+            ids, _ = (
+                tokenize_caption(emoji_world.caption(truth, rng), blind)
+                if seed % 4 == 0
+                else tokenize_conversation(said, blind)
+            )
             rows.append((ids, ids))
-        return self.rows(rows)
+        return self.collate(rows)
 
 
-# --- What is made small: the losses ----------------------------------------------------------------------------------
+# --- Losses ----------------------------------------------------------------------------------------------------------
 
 
-class Words(nn.Module):
+class NextTokenLoss(nn.Module):
     """The loss of LLaVA's own stages: the next word, where the labels want one."""
 
     def __init__(self, model: LlavaForConditionalGeneration):
@@ -165,7 +177,7 @@ class Words(nn.Module):
         return self.model(**batch).loss
 
 
-class Contrast(nn.Module):
+class ContrastiveLoss(nn.Module):
     """CLIP's loss (Radford et al. 2021, figure 3): among all captions of the batch, find the picture's own, and back.
 
     The text side is a little Llama that is thrown away afterwards, as LLaVA throws CLIP's away.
@@ -184,7 +196,9 @@ class Contrast(nn.Module):
     def forward(self, batch: dict[str, Tensor]) -> Tensor:
         tower, labels = self.model.vision_tower, batch["labels"]
         seen = tower.post_layernorm(tower(batch["pixel_values"])[-1][:, 0])  # (B, D), the class token
-        ids = labels.clamp(min=0)  # the caption alone: its labels without the ignored ones
+        start = int((labels[0] >= 0).long().argmax())  # every caption begins in the same column
+        labels = labels[:, start:]
+        ids = labels.clamp(min=0)
         last = (labels >= 0).long().cumsum(-1).argmax(-1)  # where </s> stands, which has read it all
         read = self.text(self.text.embed_tokens(ids))[torch.arange(len(ids)), last]  # (B, width)
         seen, read = F.normalize(self.from_picture(seen), dim=-1), F.normalize(self.from_text(read), dim=-1)
@@ -199,7 +213,7 @@ class Contrast(nn.Module):
 @dataclass(frozen=True)
 class Stage:
     name: str
-    learns: tuple[str, ...]  # the model's parts that change; all others are frozen
+    trainable: tuple[str, ...]  # the model's parts that change; all others are frozen
     data: Callable[[World, range], dict[str, Tensor]]
     loss: Callable[[LlavaForConditionalGeneration], nn.Module]
     steps: int
@@ -208,24 +222,23 @@ class Stage:
 
 
 STAGES = [
-    Stage("tower", ("vision_tower",), World.captions, Contrast, steps=700, batch=256, lr=1e-3),
-    Stage("decoder", ("language_model", "lm_head"), World.text, Words, steps=600, batch=64, lr=2e-3),
-    Stage("align", ("multi_modal_projector",), World.captions, Words, steps=300, batch=64, lr=2e-3),
+    Stage("tower", ("vision_tower",), World.captions, ContrastiveLoss, steps=700, batch=256, lr=1e-3),
+    Stage("decoder", ("language_model", "lm_head"), World.text, NextTokenLoss, steps=200, batch=64, lr=2e-3),
+    Stage("align", ("multi_modal_projector",), World.captions, NextTokenLoss, steps=200, batch=64, lr=2e-3),
     Stage(
         "tune",
         ("vision_tower", "multi_modal_projector", "language_model", "lm_head"),
         World.conversations,
-        Words,
-        steps=2400,
+        NextTokenLoss,
+        steps=2000,
         batch=64,
         lr=1e-3,
     ),
 ]
-TURNS = 4  # questions and answers a conversation
 
 
 def learning_rate(step: int, stage: Stage) -> float:
-    """Up in a straight line over the first 3 % of the steps, then down along a cosine to nothing."""
+    """Up in a straight line over the first 3 % of the steps, then down along a cosine to zero."""
     warm_up = max(1, round(0.03 * stage.steps))
     if step < warm_up:
         return stage.lr * (step + 1) / warm_up
@@ -236,7 +249,9 @@ def run_stage(stage: Stage, model: LlavaForConditionalGeneration, world: World, 
     """Train one stage, or what is left of it, into `folder`: NAME.pt every 100 steps and a row of log.csv every 20."""
     objective = stage.loss(model).to(device).train()
     for name, parameter in objective.named_parameters():  # what is not the model's, like CLIP's text side, learns
-        parameter.requires_grad_(name.removeprefix("model.").startswith(stage.learns) or not name.startswith("model."))
+        parameter.requires_grad_(
+            name.removeprefix("model.").startswith(stage.trainable) or not name.startswith("model.")
+        )
     learning = [parameter for parameter in objective.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(learning, lr=stage.lr, betas=(0.9, 0.98), weight_decay=0.0)
     kept, first = folder / f"{stage.name}.pt", 0
@@ -270,11 +285,7 @@ def run_stage(stage: Stage, model: LlavaForConditionalGeneration, world: World, 
 
 def report(stage: Stage, step: int, loss: float, seconds: float, folder: Path) -> None:
     left = time.strftime("%H:%M:%S", time.gmtime(seconds * (stage.steps - step)))
-    speed = (
-        f"{stage.batch / seconds:4.0f} pictures/s"
-        if stage.name != "decoder"
-        else f"{stage.batch / seconds:4.0f} texts/s"
-    )
+    speed = f"{stage.batch / seconds:4.0f} {'texts' if stage.name == 'decoder' else 'pictures'}/s"
     end = "\r" if sys.stdout.isatty() and step < stage.steps else "\n"
     print(f"{stage.name:8} {step:5}/{stage.steps}  loss {loss:7.4f}  {speed}  {left} left ", end=end, flush=True)
     with open(folder / "log.csv", "a", newline="") as file:
@@ -282,7 +293,7 @@ def report(stage: Stage, step: int, loss: float, seconds: float, folder: Path) -
 
 
 def init_weights(model: nn.Module) -> None:
-    """Small random matrices; norms start as they are, biases at nothing."""
+    """Small random matrices; norms start as they are, biases at zero."""
     for name, parameter in model.named_parameters():
         if parameter.ndim > 1 or name.endswith("class_embedding"):
             nn.init.normal_(parameter, std=0.02)
@@ -314,7 +325,7 @@ def answers(
 def evaluate(
     model: LlavaForConditionalGeneration, processor: LlavaProcessor, n_scenes: int
 ) -> dict[str, tuple[int, int]]:
-    """Kind of question -> (right, asked), over unseen scenes, every kind in sentences and in single words."""
+    """Kind of question -> (right, asked), over unseen scenes, each asked for a sentence or a word."""
     model.eval()
     sprites, tally, todo = emoji_world.load_sprites(), defaultdict(lambda: [0, 0]), []
     for seed in range(UNSEEN, UNSEEN + n_scenes):
@@ -338,7 +349,7 @@ def table(tally: dict[str, tuple[int, int]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train the tiny LLaVA from nothing, or judge it.")
-    parser.add_argument("--out", type=Path, default=Path("runs/tiny-llava"), help="where the trained model is written")
+    parser.add_argument("--out", type=Path, help="where the model is written (default: a folder under runs/)")
     parser.add_argument("--quick", action="store_true", help="a few steps of every stage")
     parser.add_argument("--evaluate", type=Path, nargs="?", const=BUNDLED, metavar="FOLDER", help="judge a model")
     parser.add_argument("--scenes", type=int, default=500, help="how many unseen scenes to judge by")
@@ -348,6 +359,7 @@ def main() -> None:
         model = LlavaForConditionalGeneration.from_pretrained(args.evaluate, torch.float32, args.device)
         print(table(evaluate(model, LlavaProcessor.from_pretrained(args.evaluate), args.scenes)))
         return
+    args.out = args.out or Path("runs/quick" if args.quick else "runs/tiny-llava")
     torch.manual_seed(0)
     stages = [replace(s, steps=4, batch=4) for s in STAGES] if args.quick else STAGES
     args.out.mkdir(parents=True, exist_ok=True)
@@ -355,7 +367,10 @@ def main() -> None:
     side = {"height": SIDE, "width": SIDE}
     processor = LlavaProcessor(ImageProcessor({"shortest_edge": SIDE}, side), tokenizer, VISION.num_patches, "v1")
     model = new_model(tokenizer).to(args.device)
-    for stage in stages:
+    for i, stage in enumerate(stages):
+        if not (args.out / f"{stage.name}.pt").is_file():  # what came after it then is of another run
+            for later in stages[i:]:
+                (args.out / f"{later.name}.pt").unlink(missing_ok=True)
         run_stage(stage, model, World(emoji_world.load_sprites(), processor), args.out, args.device)
     save(model.to(torch.bfloat16), processor, args.out)
     print(f"saved to {args.out}: python llava.py --model {args.out} --image images/cat-and-apple.jpg")

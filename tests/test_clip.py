@@ -114,10 +114,20 @@ def test_phone_pictures_stand_upright(tmp_path):
     assert np.array_equal(np.asarray(open_image(tmp_path / "a.png")), np.asarray(upright))
 
 
-def test_sixteen_bits_are_scaled_not_clipped(tmp_path):
-    levels = np.array([[0, 257 * 100, 65535]], np.uint16)
-    Image.fromarray(levels).save(tmp_path / "a.png")
-    assert np.asarray(open_image(tmp_path / "a.png"))[0, :, 0].tolist() == [0, 100, 255]
+@pytest.mark.parametrize(
+    ("levels", "suffix"),
+    [
+        (np.array([[0, 257 * 100, 65535]], np.uint16), "png"),
+        (np.array([[0, 257 * 100, 65535]], np.int32), "tiff"),
+        (np.array([[0, 100, 255]], np.int32), "tiff"),
+        (np.array([[0, 100 / 255, 1]], np.float32), "tiff"),
+        (np.array([[0, 1e6, 2.55e6]], np.float32), "tiff"),
+    ],
+    ids=["16-bit", "32-bit", "8-bit-in-32", "fractions", "floats"],
+)
+def test_more_than_eight_bits_are_scaled_not_clipped(tmp_path, levels, suffix):
+    Image.fromarray(levels).save(tmp_path / f"a.{suffix}")
+    assert np.asarray(open_image(tmp_path / f"a.{suffix}"))[0, :, 0].tolist() == [0, 100, 255]
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "CMYK", "YCbCr", "I", "F"])

@@ -109,6 +109,8 @@ def test_the_same_seed_draws_the_same_tokens(pair):
         ({"do_sample": True, "top_p": 1.5}, "top_p"),
         ({"repetition_penalty": 0.0}, "repetition_penalty"),
         ({"num_beams": 4}, "num_beams"),
+        ({"attention_mask": torch.ones(2, 3)}, "shape of input_ids"),
+        ({"attention_mask": torch.ones(2, 38, dtype=torch.long).index_fill(1, torch.tensor([37]), 0)}, "on the left"),
         ({"streamer": print}, "tokenizer"),
         ({"stop_strings": "x"}, "tokenizer"),
         ({"streamer": print, "tokenizer": tokenizers("bundled")[0]}, "one answer"),
@@ -117,7 +119,7 @@ def test_the_same_seed_draws_the_same_tokens(pair):
 )
 def test_options_out_of_range_are_plain_errors(pair, options, words):
     with pytest.raises(ValueError, match=words):
-        pair[1].generate(**inputs(), **options)
+        pair[1].generate(**inputs() | options)
 
 
 # --- Text: streaming and stop strings --------------------------------------------------------------------------------

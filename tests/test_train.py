@@ -36,7 +36,7 @@ def world():
 
 def test_a_conversation_is_tokenized_as_its_prompt_will_be(world):
     processor = world.processor
-    ids, labels = train.spoken(TURNS, processor)
+    ids, labels = train.tokenize_conversation(TURNS, processor)
     text = processor.template.render(train.messages(TURNS), add_generation_prompt=False)
     assert ids == processor.tokenizer.encode(text.replace("<image>", "<image>" * 64))
     learnt = [i for i in labels if i != -100]
@@ -45,7 +45,7 @@ def test_a_conversation_is_tokenized_as_its_prompt_will_be(world):
 
 
 def test_a_caption_is_all_that_alignment_learns(world):
-    ids, labels = train.captioned("a cat on a blue background", world.processor)
+    ids, labels = train.tokenize_caption("a cat on a blue background", world.processor)
     assert world.processor.decode(ids).replace("<image>", "") == "<s> \n a cat on a blue background</s>"
     assert world.processor.decode([i for i in labels if i != -100]) == "a cat on a blue background</s>"
 
@@ -69,9 +69,9 @@ def test_a_stage_changes_its_own_parts_and_nothing_else(world, stage, tmp_path):
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     train.run_stage(replace(stage, steps=2, batch=3), model, world, tmp_path, "cpu")
     changed = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
-    assert changed and all(name.startswith(stage.learns) for name in changed)
+    assert changed and all(name.startswith(stage.trainable) for name in changed)
     parts = {name.partition(".")[0] for name in changed}
-    assert parts == set(stage.learns)
+    assert parts == set(stage.trainable)
 
 
 def test_a_stopped_run_goes_on_with_the_same_losses(world, tmp_path, monkeypatch):
@@ -116,7 +116,7 @@ def test_the_learning_rate_rises_and_falls():
 def test_contrast_prefers_the_right_captions(world):
     """At the start the loss is that of guessing; with a batch of one there is nothing to confuse."""
     torch.manual_seed(0)
-    contrast = train.Contrast(train.new_model(world.processor.tokenizer))
+    contrast = train.ContrastiveLoss(train.new_model(world.processor.tokenizer))
     with torch.no_grad():
         assert contrast(world.captions(range(1))).item() == 0
         assert contrast(world.captions(range(8))).item() == pytest.approx(torch.tensor(8.0).log().item(), abs=0.5)
