@@ -11,10 +11,10 @@ from pathlib import Path
 
 import torch
 
+from checkpoint import find_checkpoint, read_config
 from clip import open_image
-from hub import find_checkpoint
-from llava import LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
-from load_weights import read_config, survey
+from llava import LlavaForConditionalGeneration, LlavaProcessor
+from load_weights import survey
 
 BUNDLED = Path(__file__).parent / "checkpoints" / "tiny-llava"
 
@@ -107,10 +107,8 @@ def describe_checkpoint(argv: list[str] | None = None) -> int:
 
 def describe(folder: Path) -> str:
     """What a checkpoint is: family, sizes, dtype, memory, and what does not match."""
-    config = LlavaConfig.from_dict(read_config(folder))
-    vision, text = config.vision_config, config.text_config
-    with torch.device("meta"):
-        model = LlavaForConditionalGeneration(config)
+    model = LlavaForConditionalGeneration.without_weights(read_config(folder))
+    config, vision, text = model.config, model.config.vision_config, model.config.text_config
     found, misfits = survey(model, folder)
     n = sum(parameter.numel() for parameter in model.parameters())
     cache = 2 * 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim  # keys and values, two bytes each

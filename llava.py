@@ -27,10 +27,10 @@ from PIL import Image
 from torch import Tensor, nn
 
 import generate
+from checkpoint import find_checkpoint, read_config, read_processor_settings
 from clip import ACTIVATIONS, CLIPVisionConfig, CLIPVisionModel, ImageProcessor, known_fields
-from hub import find_checkpoint
 from llama import KVCache, Llama, LlamaConfig, decoder_config
-from load_weights import load, read_config, read_processor_settings
+from load_weights import NoInit, load
 from tokenizer import TEMPLATES, Tokenizer, read_settings
 
 ROOM = 512  # tokens that a cache made by `forward` can take beyond those it was made with
@@ -47,7 +47,7 @@ class LlavaConfig:
     projector_hidden_act: str = "gelu"
     vision_feature_select_strategy: str = "default"  # "default" drops the tower's class token, "full" keeps it
     vision_feature_layer: int | list[int] = -2  # which of the tower's hidden states is read; several are concatenated
-    vocab_size: int = 32000  # old files have it; the decoder's own vocab_size is the one that counts
+    vocab_size: int = 32000  # old files have it; the decoder's own takes its place
     multimodal_projector_bias: bool = True
     tie_word_embeddings: bool = False  # the head shares the embedding's matrix
 
@@ -59,13 +59,17 @@ class LlavaConfig:
         if not isinstance(self.text_config, LlamaConfig):
             self.text_config = decoder_config(self.text_config or {})
         self.tie_word_embeddings = self.tie_word_embeddings or self.text_config.tie_word_embeddings
+        self.vocab_size = self.text_config.vocab_size
         if self.projector_hidden_act not in ACTIVATIONS:
             act = repr(self.projector_hidden_act)
             raise ValueError(f"projector_hidden_act {act} is unknown: it must be one of {', '.join(ACTIVATIONS)}")
 
     @classmethod
     def from_dict(cls, settings: dict) -> "LlavaConfig":
-        return cls(**known_fields(cls, settings))
+        try:
+            return cls(**known_fields(cls, settings))
+        except (TypeError, AttributeError, ArithmeticError) as error:
+            raise ValueError(f"config.json does not describe a model ({error})") from error
 
     @property
     def image_seq_length(self) -> int:  # how many tokens a picture takes in the prompt
@@ -130,12 +134,21 @@ class LlavaForConditionalGeneration(nn.Module):
         """
         folder = find_checkpoint(path)
         settings = read_config(folder)
-        with torch.device("meta"):  # shapes without memory; loading puts the tensors in
-            model = cls(LlavaConfig.from_dict(settings))
+        model = cls.without_weights(settings)
         load(model, folder, dtype or settings["dtype"], device)
         model.tie_weights()
         model.generation_config = read_settings(folder / "generation_config.json")
         return model.eval()
+
+    @classmethod
+    def without_weights(cls, settings: dict) -> "LlavaForConditionalGeneration":
+        """The model that a config.json describes, on the meta device: shapes without memory, for `load` to fill."""
+        config = LlavaConfig.from_dict(settings)
+        try:
+            with torch.device("meta"), NoInit():
+                return cls(config)
+        except (TypeError, RuntimeError, ArithmeticError) as error:
+            raise ValueError(f"config.json does not describe a model ({str(error).splitlines()[0]})") from error
 
     @property
     def dtype(self) -> torch.dtype:

@@ -24,9 +24,10 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
-from hub import find_checkpoint
-from tokenizer import TEMPLATES, read_settings
+from checkpoint import DTYPES, tower_folder
+from tokenizer import read_settings
 
 # A prefix in a file, and what it becomes. All are tried in this order, so that a name can be changed twice.
 RENAME = [
@@ -43,8 +44,6 @@ RENAME = [
     ("vision_model.", "vision_tower."),  # a CLIP by itself
 ]
 IGNORE = (".position_ids", ".inv_freq")  # tables that are computed, not learned
-# The numbers a model can be made of, as safetensors spells them.
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 def our_name(name: str) -> str:
@@ -54,80 +53,21 @@ def our_name(name: str) -> str:
     return name
 
 
-def read_config(folder: Path) -> dict:
-    """config.json in the hub's form, whichever form it is in, `dtype` a torch.dtype or None.
-
-    Raises FileNotFoundError or ValueError where it is not usable.
-    """
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"{folder} has no config.json, so it is not a checkpoint")
-    config = read_settings(folder / "config.json")
-    if "mm_vision_tower" in config:
-        config = hub_config(config, folder)
-    for part in ("vision_config", "text_config"):
-        if not isinstance(config.get(part, {}), dict):
-            raise ValueError(f"{folder / 'config.json'}: {part} is not a JSON object")
-    if config.get("model_type", "llava") != "llava":
-        raise ValueError(f"{folder / 'config.json'} describes a model of type {config['model_type']}, not a LLaVA")
-    if "text_config" not in config:
-        raise ValueError(f"{folder / 'config.json'} has no text_config")
-    names = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES.values()}
-    return config | {"dtype": names.get(config.get("dtype") or config.get("torch_dtype"))}
-
-
-def hub_config(config: dict, folder: Path) -> dict:
-    """The config.json of LLaVA's authors, which is the decoder's with additions, in the hub's form."""
-    projector, aspect = config.get("mm_projector_type", "linear"), config.get("image_aspect_ratio", "square")
-    if projector != "mlp2x_gelu" or aspect not in ("pad", "square"):
-        raise ValueError(f"{folder} is not LLaVA-1.5: mm_projector_type is {projector}, image_aspect_ratio {aspect}")
-    tower = read_settings(tower_folder(config, folder) / "config.json")
-    return {
-        "vision_config": tower.get("vision_config", tower),
-        "text_config": {**config, "model_type": "mistral" if "mistral" in config.get("model_type", "") else "llama"},
-        "image_token_index": config.get("vocab_size", 32000),  # the id after the last: it has no row of its own
-        "vision_feature_layer": config.get("mm_vision_select_layer", -2),
-        "vision_feature_select_strategy": "full"
-        if config.get("mm_vision_select_feature") == "cls_patch"
-        else "default",
-        "tie_word_embeddings": config.get("tie_word_embeddings", False),
-        "torch_dtype": config.get("torch_dtype"),
-    }
-
-
-def tower_folder(config: dict, folder: Path) -> Path:
-    tower = config["mm_vision_tower"]
-    return folder / tower if (folder / tower).is_dir() else find_checkpoint(tower)
-
-
-def read_processor_settings(folder: Path) -> tuple[dict, str]:
-    """The image processor's settings, and which of tokenizer.TEMPLATES its files ask for."""
-    config = read_settings(folder / "config.json")
-    if "mm_vision_tower" in config:
-        settings = read_settings(tower_folder(config, folder) / "preprocessor_config.json")
-        return settings | {"do_pad": config.get("image_aspect_ratio") == "pad"}, "v1"
-    settings = read_settings(folder / "preprocessor_config.json")
-    # transformers 5 keeps the image processor's settings inside the processor's
-    settings = settings or read_settings(folder / "processor_config.json").get("image_processor", {})
-    template = read_settings(folder / "chat_template.json").get("chat_template", "")
-    if (folder / "chat_template.jinja").is_file():
-        template = (folder / "chat_template.jinja").read_text("utf-8")
-    return settings, "v1" if TEMPLATES["v1"].system in template else "hub"
-
-
 def weight_files(folder: Path) -> list[Path]:
     """The files that hold a checkpoint's tensors: one, or the shards that an index names."""
     for name in ("model.safetensors", "pytorch_model.bin"):
         index = folder / f"{name}.index.json"
+        if (folder / name).is_file():
+            return [folder / name]
         if index.is_file():
             shards = read_settings(index).get("weight_map")
             if not isinstance(shards, dict) or any(Path(str(shard)).name != shard for shard in shards.values()):
                 raise ValueError(f"{index} does not map tensors to files of its own folder")
-            for shard in sorted(set(shards.values())):
-                if not (folder / shard).is_file():
-                    raise FileNotFoundError(f"{folder / shard} is missing, and {index.name} names it")
-            return [folder / shard for shard in sorted(set(shards.values()))]
-        if (folder / name).is_file():
-            return [folder / name]
+            files = [folder / shard for shard in sorted(set(shards.values()))]
+            for file in files:
+                if not file.is_file():
+                    raise FileNotFoundError(f"{file} is missing, and {index.name} names it")
+            return files
     raise FileNotFoundError(f"{folder} has no weights (model.safetensors or pytorch_model.bin): download them too")
 
 
@@ -150,7 +90,7 @@ def tensors_in(file: Path) -> Iterator[StoredTensor]:
         tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # torch raises half a dozen kinds here
         raise ValueError(f"{file} is broken, or holds more than tensors and is not read for safety") from error
-    if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
+    if not isinstance(tensors, dict) or {type(value) for item in tensors.items() for value in item} != {str, Tensor}:
         raise ValueError(f"{file} does not hold tensors by name")
     names = {dtype: name for name, dtype in DTYPES.items()}
     for name, tensor in tensors.items():
@@ -165,12 +105,12 @@ def tensors_in_safetensors(file: Path) -> Iterator[StoredTensor]:
         if 8 + length > min(size, 100_000_000):
             raise ValueError(f"{file} is truncated or not a safetensors file")
         try:
-            entries = [
-                (*map(int, entry["data_offsets"]), name, str(entry["dtype"]), tuple(map(int, entry["shape"])))
-                for name, entry in json.loads(f.read(length)).items()
-                if name != "__metadata__"
-            ]
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            entries = []
+            for name, entry in json.loads(f.read(length)).items():
+                if name != "__metadata__":
+                    start, end = map(int, entry["data_offsets"])
+                    entries.append((start, end, name, str(entry["dtype"]), tuple(map(int, entry["shape"]))))
+        except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
             raise ValueError(f"{file} has a broken header") from error
     place = 0
     for start, end, name, dtype, shape in sorted(entries):
@@ -190,6 +130,16 @@ def read_tensor(file: Path, offset: int, dtype: str, shape: tuple[int, ...]) -> 
         if f.readinto(tensor.view(-1).view(torch.uint8).numpy()) != tensor.nbytes:
             raise ValueError(f"{file} is truncated")
     return tensor
+
+
+class NoInit(TorchFunctionMode):
+    """Build modules without drawing their first weights, for which the meta device would import half of PyTorch."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", "") == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
 
 
 def survey(model: nn.Module, folder: Path) -> tuple[dict[str, StoredTensor], list[str]]:

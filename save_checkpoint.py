@@ -28,7 +28,10 @@ HUB = [
 
 
 def save(model: LlavaForConditionalGeneration, processor: LlavaProcessor, folder: str | Path, shard_bytes=5e9) -> None:
-    """Write a whole checkpoint. Nothing in `folder` changes before all of it is written."""
+    """Write a whole checkpoint. Nothing in `folder` changes before all of it is written.
+
+    (Loaded from LLaVA's authors, a model has no embedding for <image>; transformers would want that row.)
+    """
     with replaced_files(Path(folder)) as scratch:
         write_weights(model, scratch, shard_bytes)
         dtype = str(model.dtype).removeprefix("torch.")
@@ -49,7 +52,7 @@ def replaced_files(folder: Path) -> Iterator[Path]:
         files = sorted(Path(scratch).iterdir())
         for file in files:
             os.replace(file, folder / file.name)
-        for old in (*folder.glob("model*.safetensors"), *folder.glob("model*.index.json")):
+        for old in (*folder.glob("model-*-of-*.safetensors"), *folder.glob("model.safetensors*")):
             if old.name not in {file.name for file in files}:  # shards of what was here before
                 old.unlink()
 
@@ -88,8 +91,7 @@ def config_json(config: LlavaConfig) -> dict:
     if (factor := text.pop("rope_factor")) != 1:
         text["rope_parameters"] |= {"rope_type": "linear", "factor": factor}
     head = {"architectures": ["LlavaForConditionalGeneration"], "model_type": "llava"}
-    derived = {"vocab_size": text["vocab_size"], "image_seq_length": config.image_seq_length}
-    return head | asdict(config) | {"text_config": text} | derived
+    return head | asdict(config) | {"text_config": text, "image_seq_length": config.image_seq_length}
 
 
 def write_processor(processor: LlavaProcessor, config: LlavaConfig, folder: Path) -> None:

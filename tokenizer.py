@@ -33,7 +33,9 @@ class Tokenizer:
         except RuntimeError as error:
             raise ValueError(f"tokenizer.model is not a sentencepiece model ({error})") from error
         size = self.sp.vocab_size()
-        added = special_tokens or {"<image>": size, "<pad>": size + 1}
+        added = special_tokens or {}
+        if "<image>" not in added:
+            added = added | {"<image>": size, "<pad>": size + 1}
         self.special_tokens = {self.sp.id_to_piece(i): i for i in range(size) if self.sp.is_control(i)}
         self.special_tokens |= {self.sp.id_to_piece(self.sp.unk_id()): self.sp.unk_id(), **added}
         self.special_names = {i: name for name, i in self.special_tokens.items()}
@@ -55,7 +57,7 @@ class Tokenizer:
         if not added:
             tokens = read_settings(folder / "tokenizer.json").get("added_tokens", [])
             added = {token["content"]: token["id"] for token in tokens}
-        if added and "<image>" not in added:
+        if max(added.values(), default=0) > 2 and "<image>" not in added:  # <unk>, <s> and </s> are always there
             raise ValueError(f"{folder} has special tokens, but <image> is not one of them")
         pad = settings.get("pad_token") or "<pad>"
         pad = pad if isinstance(pad, str) else pad["content"]
@@ -124,7 +126,7 @@ def read_settings(path: Path) -> dict:
         return {}
     try:
         settings = json.loads(path.read_text("utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON ({error})") from error
     if not isinstance(settings, dict):
         raise ValueError(f"{path} holds a {type(settings).__name__}, not a JSON object")

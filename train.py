@@ -107,7 +107,7 @@ def tokenize_caption(caption: str, processor: LlavaProcessor) -> tuple[list[int]
     return tokenize_conversation(turns, LlavaProcessor(None, processor.tokenizer, processor.image_seq_length, "plain"))
 
 
-# --- Batches: from a range of seeds to what a stage learns from ---------------------------------------------------
+# --- Batches: from a range of seeds to what a stage learns from ------------------------------------------------------
 
 
 @dataclass
@@ -230,7 +230,7 @@ STAGES = [
         ("vision_tower", "multi_modal_projector", "language_model", "lm_head"),
         World.conversations,
         NextTokenLoss,
-        steps=2000,
+        steps=1700,
         batch=64,
         lr=1e-3,
     ),

@@ -16,8 +16,8 @@ from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from llava import LlavaConfig, LlavaForConditionalGeneration
-from load_weights import read_config
+from checkpoint import read_config
+from llava import LlavaForConditionalGeneration
 from save_checkpoint import hub_name, write_json
 
 SHARD_BYTES = 2e9
@@ -28,8 +28,7 @@ def main() -> None:
     parser.add_argument("source", type=Path)
     parser.add_argument("out", type=Path)
     args = parser.parse_args()
-    with torch.device("meta"):
-        model = LlavaForConditionalGeneration(LlavaConfig.from_dict(read_config(args.source)))
+    model = LlavaForConditionalGeneration.without_weights(read_config(args.source))
     ignore = shutil.ignore_patterns("*.safetensors*", "*.bin*")
     shutil.copytree(args.source, args.out, ignore=ignore, copy_function=shutil.copyfile)
     args.out.chmod(0o755)

@@ -9,9 +9,9 @@ import torch
 import transformers
 from PIL import Image
 
+from checkpoint import read_config
 from command import BUNDLED
 from llava import AutoProcessor, LlavaConfig, LlavaProcessor
-from load_weights import read_config
 from save_checkpoint import config_json, write_json, write_processor, write_tokenizer
 
 
