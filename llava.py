@@ -154,6 +154,10 @@ class LlavaForConditionalGeneration(nn.Module):
     def dtype(self) -> torch.dtype:
         return self.lm_head.weight.dtype
 
+    @property
+    def device(self) -> torch.device:
+        return self.lm_head.weight.device
+
     def get_image_features(
         self,
         pixel_values: Tensor,

@@ -230,7 +230,7 @@ STAGES = [
         ("vision_tower", "multi_modal_projector", "language_model", "lm_head"),
         World.conversations,
         NextTokenLoss,
-        steps=1700,
+        steps=2500,
         batch=64,
         lr=1e-3,
     ),

@@ -1,7 +1,11 @@
 """The oracle: small random LLaVAs made and saved by Hugging Face transformers, with plain (eager) attention."""
 
+from pathlib import Path
+
 import torch
 import transformers
+
+from llava import LlavaForConditionalGeneration
 
 VISION = {
     "hidden_size": 32,
@@ -37,6 +41,13 @@ def reference_model(vision: dict | None = None, text: dict | None = None, spread
         for name, parameter in model.named_parameters():  # the default spread makes every output nearly the same
             parameter.normal_(1.0 if "norm" in name and "weight" in name else 0.0, spread)
     return model
+
+
+def reference_and_ours(folder: Path, *configuration, **options):
+    """The same random model twice: the reference's, and what we load from where it was saved."""
+    reference = reference_model(*configuration, **options)
+    reference.save_pretrained(folder)
+    return reference, LlavaForConditionalGeneration.from_pretrained(folder)
 
 
 def prompts(lengths: list[int], pictures: list[int], patches: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from reference import IMAGE_TOKEN, prompts, reference_model
+from reference import IMAGE_TOKEN, prompts, reference_and_ours, reference_model
 from tokenizers_at_hand import tokenizers
 
 import generate
@@ -12,10 +12,7 @@ from llava import LlavaForConditionalGeneration
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
-    reference = reference_model()
-    folder = tmp_path_factory.mktemp("checkpoint")
-    reference.save_pretrained(folder)
-    return reference, LlavaForConditionalGeneration.from_pretrained(folder)
+    return reference_and_ours(tmp_path_factory.mktemp("checkpoint"))
 
 
 def inputs(lengths=(9, 5), pictures=(1, 2)) -> dict:

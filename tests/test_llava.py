@@ -1,11 +1,9 @@
 """The whole model against the reference: the same checkpoint, the same inputs, the same numbers."""
 
-import copy
-
 import pytest
 import torch
 import transformers
-from reference import prompts, reference_model
+from reference import prompts, reference_and_ours, reference_model
 from torch.testing import assert_close
 
 from llava import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
@@ -39,11 +37,8 @@ VARIANTS = {
 @pytest.fixture(scope="module", params=VARIANTS, ids=lambda name: name.replace(" ", "-"))
 def pair(request, tmp_path_factory):
     """The reference's model and ours, loaded from what the reference saved."""
-    vision, text, top = copy.deepcopy(VARIANTS[request.param])
-    reference = reference_model(vision, text, **top)
-    folder = tmp_path_factory.mktemp("checkpoint")
-    reference.save_pretrained(folder)
-    return reference, LlavaForConditionalGeneration.from_pretrained(folder)
+    vision, text, top = VARIANTS[request.param]
+    return reference_and_ours(tmp_path_factory.mktemp("checkpoint"), vision, text, **top)
 
 
 def batch(model, lengths=(9, 4, 6), pictures=(1, 2, 0)) -> dict:
@@ -112,10 +107,7 @@ def test_greedy_tokens_are_the_references(pair, lengths, pictures):
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
-    reference = reference_model()
-    folder = tmp_path_factory.mktemp("checkpoint")
-    reference.save_pretrained(folder)
-    return reference, LlavaForConditionalGeneration.from_pretrained(folder)
+    return reference_and_ours(tmp_path_factory.mktemp("checkpoint"))
 
 
 @torch.no_grad()

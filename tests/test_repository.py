@@ -80,3 +80,10 @@ def test_the_readme_shows_what_its_commands_really_print(command, shown):
 
 def test_the_readme_shows_something():
     assert len(SESSIONS) >= 3
+
+
+def test_the_readmes_python_code_runs(monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    for code in re.findall(r"```python\n(.*?)```", README, re.DOTALL):
+        exec(code, {})
+    assert "a rocket on a black background" in capsys.readouterr().out
