@@ -1,6 +1,5 @@
 """Prompts and pictures to the model's inputs, against the reference's processor on the bundled checkpoint."""
 
-import itertools
 from dataclasses import replace
 
 import numpy as np
@@ -96,7 +95,8 @@ def test_the_chat_template_is_the_checkpoints(pair):
         assert ours.apply_chat_template(messages, add_generation_prompt=generation) == rendered
 
 
-@pytest.mark.parametrize(("do_pad", "strategy"), itertools.product([False, True], ["default", "full"]))
+@pytest.mark.parametrize("do_pad", [False, True])
+@pytest.mark.parametrize("strategy", ["default", "full"])
 def test_both_layouts_of_the_settings_are_read(pair, tmp_path, do_pad, strategy):
     """Ours (the hub's, two files) and what transformers 5 makes of it (one file)."""
     ours, _ = pair
