@@ -82,6 +82,12 @@ def sample(logits: Tensor, seen: Tensor, config: GenerationConfig, generator: to
     return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
 
 
+def tokens_seen(input_ids: Tensor, attention_mask: Tensor, V: int) -> Tensor:  # two (B, T) -> (B, V + 1)
+    """Which tokens a prompt holds. Left padding and ids beyond the vocabulary go to a last column, ignored."""
+    ids = input_ids.masked_fill(attention_mask.cumsum(-1) == 0, V).clamp(max=V)
+    return torch.zeros(len(ids), V + 1, dtype=torch.bool, device=ids.device).scatter(1, ids, True)
+
+
 def prefill(model, input_ids: Tensor, attention_mask: Tensor, cache: KVCache, pixel_values: Tensor | None) -> Tensor:
     """Run the prompt (B, T) through the model into the cache; scores (B, V) for the first token of the answer."""
     position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)  # left padding does not count
@@ -152,9 +158,8 @@ def generate(
     finished = torch.zeros(batch, dtype=torch.bool, device=device)
     cache = KVCache(model.config.text_config, batch, T + n_new, model.dtype, device)
     logits = prefill(model, input_ids, attention_mask, cache, pixel_values)
-    V = logits.shape[1]  # `seen` has one column more, for what sample() must ignore: padding, ids beyond the vocabulary
-    prompt_ids = input_ids.masked_fill(attention_mask.cumsum(-1) == 0, V).clamp(max=V)
-    seen = torch.zeros(batch, V + 1, dtype=torch.bool, device=device).scatter(1, prompt_ids, True)
+    V = logits.shape[1]
+    seen = tokens_seen(input_ids, attention_mask, V)
     position_ids = attention_mask.sum(-1, keepdim=True)
     for end in range(T, T + n_new):
         is_last = end == T + n_new - 1

@@ -18,6 +18,7 @@ and a run that resumes at a step sees what it would have seen. Seeds from UNSEEN
 
 import argparse
 import csv
+import io
 import math
 import random
 import sys
@@ -63,7 +64,7 @@ def messages(turns: list[dict]) -> list[dict]:
     return result
 
 
-def train_tokenizer(folder: Path, scenes: int = 20000) -> Tokenizer:
+def train_tokenizer(scenes: int = 20000) -> Tokenizer:
     """A vocabulary from the world's text, with Llama's settings: with others the reference's ids would differ."""
     rng = random.Random(0)
     text = []
@@ -72,9 +73,10 @@ def train_tokenizer(folder: Path, scenes: int = 20000) -> Tokenizer:
         said = messages(emoji_world.conversation(truth, rng, turns=9))
         text += [emoji_world.caption(truth, rng), TEMPLATES["v1"].render(said)]
     text = [line for part in text for line in part.replace("<image>", "\n").replace("</s>", "\n").split("\n") if line]
+    model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(text),
-        model_prefix=str(folder / "tokenizer"),
+        model_writer=model,
         model_type="bpe",
         vocab_size=800,
         byte_fallback=True,  # what is not in the vocabulary is spelt in bytes
@@ -84,7 +86,7 @@ def train_tokenizer(folder: Path, scenes: int = 20000) -> Tokenizer:
         required_chars="".join(map(chr, range(33, 127))),
         minloglevel=2,
     )
-    return Tokenizer((folder / "tokenizer.model").read_bytes())
+    return Tokenizer(model.getvalue())
 
 
 def tokenize_conversation(turns: list[dict], processor: LlavaProcessor) -> tuple[list[int], list[int]]:
@@ -363,7 +365,7 @@ def main() -> None:
     torch.manual_seed(0)
     stages = [replace(s, steps=4, batch=4) for s in STAGES] if args.quick else STAGES
     args.out.mkdir(parents=True, exist_ok=True)
-    tokenizer = train_tokenizer(args.out)
+    tokenizer = train_tokenizer()
     side = {"height": SIDE, "width": SIDE}
     processor = LlavaProcessor(ImageProcessor({"shortest_edge": SIDE}, side), tokenizer, VISION.num_patches, "v1")
     model = new_model(tokenizer).to(args.device)
