@@ -345,7 +345,8 @@ def evaluate(
 
 
 def table(tally: dict[str, tuple[int, int]]) -> str:
-    rows = [f"| {row} | {right / n:.1%} | {n} |" for row, (right, n) in tally.items()]
+    sums_last = sorted(tally.items(), key=lambda row: (row[0].startswith("all"), row[0] == "all"))
+    rows = [f"| {row} | {right / n:.1%} | {n} |" for row, (right, n) in sums_last]
     return "\n".join(["| question | right | asked |", "|---|---|---|", *rows])
 
 

@@ -46,7 +46,7 @@ def main() -> None:
     print("| weights | prompt | load | first token | each further token | peak memory |\n|---|---|---|---|---|---|")
     dtype = str(model.dtype).removeprefix("torch.")
     print(
-        f"| {weights:.3g} GB {dtype} | {inputs.input_ids.shape[1]} tokens | {load:.1f} s | {first:.2f} s "
+        f"| {weights:.3g} GB {dtype} | {inputs.input_ids.shape[1]} tokens | {load:.2f} s | {first:.2f} s "
         f"| {(answer - again) / 16 * 1000:.0f} ms | {peak:.2f} GB |"
     )
 
