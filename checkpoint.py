@@ -36,7 +36,8 @@ def find_checkpoint(path: str | Path) -> Path:
         return Path(snapshot_download(str(path), allow_patterns=files))
     except Exception as error:  # not installed, no network, no such id: to the user it is all the same
         get = f"pip install huggingface_hub && hf download {path}"
-        raise FileNotFoundError(f"{path} is no folder here, nor in the hub cache; if it is a hub id: {get}") from error
+        why = f"is not a folder here, not in the hub cache, and could not be fetched ({type(error).__name__})"
+        raise FileNotFoundError(f"{path} {why}; if it is a hub id, run: {get}") from error
 
 
 def read_config(folder: Path) -> dict:

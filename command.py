@@ -20,11 +20,11 @@ BUNDLED = Path(__file__).parent / "checkpoints" / "tiny-llava"
 
 
 def fast_dtype(device: str) -> torch.dtype:
-    """bfloat16 where the hardware multiplies matrices in it, else float32."""
+    """bfloat16 where the hardware multiplies matrices in it, else float16 on a GPU and float32 on a CPU."""
     kind = torch.device(device).type
-    on_gpu = kind == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    on_cpu = kind == "cpu" and torch.cpu._is_amx_tile_supported()
-    return torch.bfloat16 if on_gpu or on_cpu else torch.float32
+    if kind == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    return torch.bfloat16 if kind == "cpu" and torch.cpu._is_amx_tile_supported() else torch.float32
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -35,8 +35,10 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--model", default=BUNDLED, help="a checkpoint folder or hub id (default: the bundled tiny model)")
     add("--max-new-tokens", type=int, default=256, help="the longest answer, in tokens (default: %(default)s)")
     add("--temperature", type=float, default=0.0, help="0 takes the likeliest word each time, 1 samples (default: 0)")
-    add("--top-p", type=float, default=1.0, help="sample among words that together are this likely (default: 1)")
-    add("--seed", type=int, help="the same seed samples the same answer")
+    add(
+        "--top-p", type=float, default=1.0, help="when sampling: among words that together are this likely (default: 1)"
+    )
+    add("--seed", type=int, help="when sampling: the same seed gives the same answer")
     add("--dtype", choices=["float32", "float16", "bfloat16"], help="precision (default: the fastest that is safe)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda (default: %(default)s)")
     return parser.parse_args(argv)
@@ -51,7 +53,11 @@ def check_device(name: str) -> None:
 
 def answer(args: argparse.Namespace) -> None:
     check_device(args.device)
-    image = open_image(args.image) if args.image else None
+    if "<image>" in args.prompt:
+        raise ValueError("the prompt must not hold <image>: the picture of --image gets its place by itself")
+    image = None if args.image is None else open_image(args.image)
+    if image is None:
+        print("No picture given: the prompt is answered by itself.", file=sys.stderr)
     if args.model == BUNDLED:
         print(
             "The bundled tiny model knows only its small world: emoji on plain grounds. "
@@ -82,6 +88,11 @@ def run(work: Callable[[], None]) -> int:
         work()
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except (MemoryError, torch.OutOfMemoryError):
+        print(
+            "error: the memory is not enough: try --dtype bfloat16, a smaller model or another device", file=sys.stderr
+        )
         return 2
     except KeyboardInterrupt:
         return 130
@@ -117,7 +128,7 @@ family    LLaVA: {vision.model_type} and {text.model_type}
 tower     {vision.num_hidden_layers} layers of width {vision.hidden_size}, {vision.num_attention_heads} heads, \
 {vision.image_size} pixels in patches of {vision.patch_size}: {config.image_seq_length} tokens a picture
 decoder   {text.num_hidden_layers} layers of width {text.hidden_size}, {text.num_attention_heads} heads \
-on {text.num_key_value_heads} key/value heads, {text.vocab_size} tokens
+on {text.num_key_value_heads} key/value heads, a vocabulary of {text.vocab_size}
 weights   {len(found)} tensors, {n:,} numbers, {" ".join(sorted({t.dtype for t in found.values()}))}
 memory    {4 * n / 1e9:.3g} GB in fp32, {2 * n / 1e9:.3g} GB in bf16 or fp16, {cache / 1e3:.3g} kB a token of context
 misfits   {", ".join(misfits) or "none"}"""

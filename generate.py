@@ -48,9 +48,10 @@ class GenerationConfig:
         if self.max_new_tokens is None and self.max_length is None:
             return 20
         new = self.max_new_tokens if self.max_new_tokens is not None else self.max_length - prompt_length
+        if self.max_new_tokens is not None and new < 1:
+            raise ValueError(f"max_new_tokens must be at least 1, not {new}")
         if new < 1:
-            limits = f"max_new_tokens {self.max_new_tokens} and max_length {self.max_length}"
-            raise ValueError(f"{limits} leave no room for an answer behind {prompt_length} tokens")
+            raise ValueError(f"max_length {self.max_length} leaves no room for an answer behind {prompt_length} tokens")
         return new
 
     @classmethod

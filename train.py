@@ -7,7 +7,7 @@
     tune      the whole model      conversations about pictures    665,000 conversations, lr 2e-5, tower frozen
 
     python train.py                   all stages; a stopped run goes on where it was
-    python train.py --quick           all stages in a minute or two, to see the machinery (it learns next to nothing)
+    python train.py --quick           all stages in seconds, to see the machinery (it learns next to nothing)
     python train.py --evaluate        how often the bundled model is right, by kind of question
 
 The pictures are drawn as they are needed: picture n is the scene with seed n, so no picture is seen twice in a stage,
@@ -35,7 +35,7 @@ from torch import Tensor, nn
 
 import emoji_world
 from clip import CLIPVisionConfig, ImageProcessor
-from command import BUNDLED, fast_dtype
+from command import BUNDLED, fast_dtype, run
 from llama import Llama, LlamaConfig
 from llava import LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
 from save_checkpoint import save
@@ -366,6 +366,8 @@ def main() -> None:
     torch.manual_seed(0)
     stages = [replace(s, steps=4, batch=4) for s in STAGES] if args.quick else STAGES
     args.out.mkdir(parents=True, exist_ok=True)
+    if args.quick:  # nothing to resume, everything to see
+        (args.out / f"{stages[0].name}.pt").unlink(missing_ok=True)
     tokenizer = train_tokenizer()
     side = {"height": SIDE, "width": SIDE}
     processor = LlavaProcessor(ImageProcessor({"shortest_edge": SIDE}, side), tokenizer, VISION.num_patches, "v1")
@@ -377,7 +379,9 @@ def main() -> None:
         run_stage(stage, model, World(emoji_world.load_sprites(), processor), args.out, args.device)
     save(model.to(torch.bfloat16), processor, args.out)
     print(f"saved to {args.out}: python llava.py --model {args.out} --image images/cat-and-apple.jpg")
+    if args.quick:
+        print("(it has learnt next to nothing: an empty or senseless answer is what to expect)")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run(main))

@@ -100,7 +100,7 @@ def test_the_same_seed_draws_the_same_tokens(pair):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"max_new_tokens": 0}, "max_new_tokens 0"),
+        ({"max_new_tokens": 0}, "max_new_tokens must be at least 1, not 0"),
         ({"max_length": 38}, "behind 38 tokens"),
         ({"do_sample": True, "temperature": 0.0}, "temperature"),
         ({"do_sample": True, "top_p": 1.5}, "top_p"),
