@@ -126,7 +126,6 @@ class World:
     def collate(self, rows: list[tuple[list[int], list[int]]]) -> dict[str, Tensor]:
         """Ids and labels of B rows, filled up on the right. No mask: a token never sees what comes after it."""
         longest, pad = max(len(ids) for ids, _ in rows), self.processor.tokenizer.pad_token_id
-        longest = -(-longest // 32) * 32  # few different lengths: matrix kernels are compiled anew for every shape
         input_ids = torch.tensor([ids + [pad] * (longest - len(ids)) for ids, _ in rows])
         labels = torch.tensor([labels + [-100] * (longest - len(labels)) for _, labels in rows])
         return {"input_ids": input_ids, "labels": labels}
