@@ -1,7 +1,9 @@
 """The two commands: ask about a picture, describe a checkpoint.
 
-python llava.py --image x.jpg
-python load_weights.py checkpoints/tiny-llava
+    python llava.py --image x.jpg
+    python load_weights.py checkpoints/tiny-llava
+
+What a person can mend ends in one sentence on stderr and exit code 2.
 """
 
 import argparse

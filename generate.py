@@ -103,14 +103,17 @@ def decode_one_token(model, ids: Tensor, position_ids: Tensor, cache: KVCache) -
 class TextWatcher:
     """Follows the text of every row as it grows: hands it to a streamer, and knows when a stop string has come."""
 
-    def __init__(self, tokenizer: Tokenizer, batch: int, streamer: Callable | None, stop_strings: list[str]):
+    def __init__(
+        self, tokenizer: Tokenizer, batch: int, streamer: Callable | None, stop_strings: str | list[str] | None
+    ):
         if tokenizer is None:
             raise ValueError("streamer and stop_strings need the text: pass tokenizer=processor.tokenizer too")
         if streamer is not None and batch > 1:
             raise ValueError("a streamer follows one answer: generate a batch of prompts without it")
         self.streams = [TextStream(tokenizer) for _ in range(batch)]
         self.texts = [""] * batch
-        self.streamer, self.stop_strings = streamer, stop_strings
+        self.streamer = streamer
+        self.stop_strings = [stop_strings] if isinstance(stop_strings, str) else list(stop_strings or [])
 
     def put(self, row: int, token_id: int, last: bool) -> bool:
         """Take in a row's next token; True if its text now holds a stop string."""
@@ -148,8 +151,7 @@ def generate(
     attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
     if attention_mask.shape != input_ids.shape or not attention_mask[:, -1].all():
         raise ValueError("attention_mask must have the shape of input_ids and end in ones: pad prompts on the left")
-    stops = [stop_strings] if isinstance(stop_strings, str) else list(stop_strings or [])
-    watcher = TextWatcher(tokenizer, batch, streamer, stops) if streamer or stops else None
+    watcher = TextWatcher(tokenizer, batch, streamer, stop_strings) if streamer or stop_strings else None
     generator = None if seed is None else torch.Generator(device).manual_seed(seed)
     eos = torch.tensor(config.eos_token_id, device=device).reshape(-1)
     pad = next((int(i) for i in (config.pad_token_id, *eos) if i is not None), 0)

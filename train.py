@@ -318,7 +318,7 @@ def answers(
 ) -> list[str]:
     """Greedy answers to one question per picture, as a batch."""
     prompts = [processor.template.render(messages([{"from": "human", "value": "<image>\n" + q}])) for q in asked]
-    inputs = processor(images=pictures, text=prompts, padding=True).to(model.lm_head.weight.device)
+    inputs = processor(images=pictures, text=prompts, padding=True).to(model.device)
     ids = model.generate(**inputs, max_new_tokens=60)
     return processor.batch_decode(ids[:, inputs.input_ids.shape[1] :], skip_special_tokens=True)
 

@@ -13,7 +13,7 @@ from PIL import Image
 from reference import reference_model
 
 import emoji_world
-from command import BUNDLED
+from command import BUNDLED, run
 from llava import LlavaForConditionalGeneration, LlavaProcessor
 from save_checkpoint import write_tokenizer
 from tokenizer import Tokenizer
@@ -104,6 +104,15 @@ def test_a_users_mistake_is_one_sentence_and_exit_code_2(arguments, words, tmp_p
     assert words in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr
     assert done.stdout == ""
+
+
+@pytest.mark.parametrize("error", [MemoryError, torch.OutOfMemoryError])
+def test_too_little_memory_is_one_sentence_too(error, capsys):
+    def work():
+        raise error
+
+    assert run(work) == 2
+    assert capsys.readouterr().err.startswith("error: the memory is not enough")
 
 
 @torch.no_grad()

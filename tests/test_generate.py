@@ -169,6 +169,8 @@ def test_stop_strings_end_their_own_row():
     out = generate.generate(Parrot(*rows), ids, tokenizer=tokenizer, stop_strings=["two", "nine"], max_new_tokens=9)
     texts = tokenizer.batch_decode(out, skip_special_tokens=True)
     assert texts == ["one two", "five six two"]
+    out = generate.generate(Parrot(rows[0]), ids[:1], tokenizer=tokenizer, stop_strings="three", max_new_tokens=9)
+    assert tokenizer.decode(out[0], skip_special_tokens=True) == "one two three"
 
 
 def test_a_finished_row_is_filled_with_padding():
