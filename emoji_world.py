@@ -1,7 +1,8 @@
 """The world the tiny LLaVA lives in: emoji on a coloured ground, and conversations about them.
 
-A picture holds none to four different things, in two drawing styles (see sprites/NOTICE), each with its place, size,
-tilt and tint. We put them there ourselves, so the truth is known, and with it every answer and what an answer is worth:
+A picture holds none to four things, each in one of several artists' drawings (see sprites/NOTICE), at its own place,
+size and tilt, in shifted colours. We put them there ourselves, so the truth is known, and with it every answer and
+what an answer is worth:
 
     seed -> make_scene -> picture, truth -> caption (to align), conversation (to instruct), questions, score (to test)
     truth = {"ground": "blue", "things": [{"name": "cat", "x": 0.25, "y": 0.5, "size": 0.4}, ...]}
@@ -15,137 +16,324 @@ import argparse
 import json
 import random
 import re
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageFilter
 
-OBJECTS = {  # name: emoji, in the order of the sheets
-    "dog": "🐶", "cat": "🐱", "pig": "🐷", "frog": "🐸", "fish": "🐟", "butterfly": "🦋", "elephant": "🐘",
-    "owl": "🦉", "apple": "🍎", "banana": "🍌", "carrot": "🥕", "pizza": "🍕", "donut": "🍩", "egg": "🥚",
-    "car": "🚗", "bicycle": "🚲", "rocket": "🚀", "airplane": "✈", "sailboat": "⛵", "tree": "🌳", "cactus": "🌵",
-    "sunflower": "🌻", "hat": "🎩", "dress": "👗", "boot": "👢", "guitar": "🎸", "drum": "🥁", "trumpet": "🎺",
-    "umbrella": "☂", "key": "🔑", "clock": "⏰", "chair": "🪑",
+KINDS = {  # of things; the word for one of them, and the emoji that shows it
+    "animal": "dog 🐶, cat 🐱, mouse 🐭, rabbit 🐰, fox 🦊, bear 🐻, panda 🐼, koala 🐨, tiger 🐯, lion 🦁, cow 🐮, pig 🐷, "
+    "frog 🐸, monkey 🐵, horse 🐴, zebra 🦓, deer 🦌, elephant 🐘, hippo 🦛, giraffe 🦒, kangaroo 🦘, camel 🐪, sheep 🐑, "
+    "hedgehog 🦔, squirrel 🐿, bat 🦇, chicken 🐔, penguin 🐧, duck 🦆, owl 🦉, eagle 🦅, parrot 🦜, flamingo 🦩, "
+    "peacock 🦚, swan 🦢, bee 🐝, butterfly 🦋, snail 🐌, ladybug 🐞, ant 🐜, spider 🕷, scorpion 🦂, turtle 🐢, snake 🐍, "
+    "crocodile 🐊, dinosaur 🦕, octopus 🐙, lobster 🦞, crab 🦀, fish 🐟, dolphin 🐬, whale 🐳, shark 🦈",
+    "food": "apple 🍎, pear 🍐, orange 🍊, lemon 🍋, banana 🍌, watermelon 🍉, strawberry 🍓, peach 🍑, pineapple 🍍, "
+    "coconut 🥥, kiwi 🥝, tomato 🍅, eggplant 🍆, avocado 🥑, cucumber 🥒, carrot 🥕, peanut 🥜, croissant 🥐, pretzel 🥨, "
+    "waffle 🧇, hamburger 🍔, pizza 🍕, hot dog 🌭, sandwich 🥪, taco 🌮, ice cream 🍦, donut 🍩, cookie 🍪, cake 🎂, "
+    "cupcake 🧁, pie 🥧, lollipop 🍭, egg 🥚, mushroom 🍄, pumpkin 🎃",
+    "vehicle": "car 🚗, bus 🚌, truck 🚚, tractor 🚜, fire truck 🚒, ambulance 🚑, motorcycle 🏍, bicycle 🚲, train 🚂, "
+    "airplane ✈, helicopter 🚁, rocket 🚀, sailboat ⛵, ship 🚢, canoe 🛶",
+    "plant": "tree 🌳, palm tree 🌴, cactus 🌵, sunflower 🌻, rose 🌹, tulip 🌷, clover 🍀",
+    "piece of clothing": "hat 🎩, cap 🧢, crown 👑, dress 👗, shirt 👕, sock 🧦, boot 👢, shoe 👟, glove 🧤, scarf 🧣",
+    "instrument": "guitar 🎸, violin 🎻, trumpet 🎺, drum 🥁, saxophone 🎷, accordion 🪗, piano 🎹, bell 🔔",
+    "tool": "hammer 🔨, wrench 🔧, saw 🪚, axe 🪓, ladder 🪜, knife 🔪, magnet 🧲, pencil ✏, paintbrush 🖌, broom 🧹, "
+    "bucket 🪣, anchor ⚓, microscope 🔬, telescope 🔭",
+    "thing": "soccer ball ⚽, basketball 🏀, football 🏈, baseball ⚾, volleyball 🏐, ring 💍, backpack 🎒, handbag 👜, "
+    "umbrella ☂, key 🔑, lock 🔒, clock ⏰, watch ⌚, chair 🪑, bed 🛏, couch 🛋, light bulb 💡, candle 🕯, flashlight 🔦, "
+    "telephone ☎, phone 📱, camera 📷, television 📺, radio 📻, microphone 🎤, laptop 💻, book 📕, envelope ✉, gift 🎁, "
+    "balloon 🎈, teddy bear 🧸, kite 🪁, die 🎲, bathtub 🛁, toilet 🚽, teapot 🫖, basket 🧺, door 🚪, window 🪟, globe 🌍, "
+    "shopping cart 🛒, diamond 💎, trophy 🏆, medal 🏅, boxing glove 🥊, skateboard 🛹, house 🏠, castle 🏰, tent ⛺, "
+    "Ferris wheel 🎡, sun ☀, moon 🌙, star ⭐, cloud ☁, rainbow 🌈, snowflake ❄, fire 🔥, snowman ⛄, heart ❤, robot 🤖, "
+    "ghost 👻, skull 💀, alien 👽, bone 🦴, tooth 🦷, hand ✋",
 }
-STYLES, CELL, COLUMNS = ("noto", "fluent"), 96, 8  # the sheets sprites/*.webp: a side of CELL pixels for each drawing
+KINDS = {kind: dict(thing.rsplit(" ", 1) for thing in things.split(", ")) for kind, things in KINDS.items()}
+OBJECTS = {name: emoji for things in KINDS.values() for name, emoji in things.items()}
+CELL, COLUMNS = 72, 16  # the sheets sprites/*.webp: a side of CELL pixels for each drawing, OBJECTS in their order
 GROUNDS = {
-    "red": (208, 48, 48), "blue": (52, 96, 212), "green": (62, 158, 74), "yellow": (246, 212, 62),
-    "white": (243, 243, 243), "black": (20, 20, 22), "gray": (134, 134, 136), "pink": (247, 168, 200),
+    "red": (204, 44, 44), "blue": (52, 96, 212), "green": (62, 158, 74), "yellow": (246, 212, 62),
+    "white": (240, 240, 240), "black": (22, 22, 24), "gray": (132, 132, 134), "pink": (247, 160, 196),
+    "purple": (128, 58, 172), "brown": (122, 76, 44),
 }
-HOW_MANY = (3, 29, 33, 22, 13)  # how often a picture has 0, 1, 2, 3, 4 things, in percent
-SIZES = ((), (0.32, 0.68), (0.28, 0.48), (0.26, 0.42), (0.25, 0.38))  # and between which sides they are then drawn
+GRIDS = ((1, 1), (1, 1), (2, 2), (1, 2), (2, 1), (5, 5), (40, 40), (1, 14), (14, 1), (8, 8))  # patterns of a ground
+HOW_MANY = (3, 25, 29, 24, 19)  # how often a picture has 0, 1, 2, 3, 4 things, in percent
+SIZES = ((), (0.36, 0.8), (0.35, 0.52), (0.33, 0.46), (0.31, 0.43))  # and between which sides they are then drawn
 NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+
+
 SHORT = "\nAnswer the question using a single word or phrase."
-SIDES = {"left": "on the left", "right": "on the right", "top": "at the top", "bottom": "at the bottom"}
+SIDES = {"left": "on the left", "right": "on the right", "top": "at the top", "bottom": "at the bottom",
+         "middle": "in the middle"}
+BESIDE = {"left": "to the left of", "right": "to the right of", "top": "above", "bottom": "below"}
 QUESTIONS = {
-    "describe": ("Describe the picture.", "Describe this image.", "Tell me about the picture."),
+    "describe": ("Describe the picture.", "Describe this image.", "Tell me about the picture.", "What do you see?"),
     "what": ("What is in the picture?", "What can you see?", "What is in this image?", "Which objects do you see?"),
     "count": ("How many objects are in the picture?", "How many objects are there?", "How many things can you see?"),
+    "how many": ("How many {names} are in the picture?", "How many {names} are there?", "How many {names} do you see?"),
     "exists": ("Is there {a} in the picture?", "Is there {a} here?", "Do you see {a}?", "Can you see {a}?"),
     "ground": ("What color is the background?", "Which color is the background?", "What is the background color?"),
+    "which": ("Which {names} are in the picture?", "Which {names} are there?", "What {names} can you see?"),
+    "beside": ("What is {side} the {name}?", "Which object is {side} the {name}?", "What do you see {side} the {name}?"),
+    "is beside": ("Is the {name} {side} the {other}?",),
     **dict.fromkeys(SIDES, ("What is {side}?", "What is {side} of the picture?", "Which object is {side}?")),
 }
+IRREGULAR = {"mouse": "mice", "sheep": "sheep", "deer": "deer", "fish": "fish", "knife": "knives", "die": "dice",
+             "scarf": "scarves", "food": "foods", "piece of clothing": "pieces of clothing"}
+
+
+# --- Pictures --------------------------------------------------------------------------------------------------------
 
 
 def load_sprites(folder: str | Path = Path(__file__).parent / "sprites") -> dict[str, list[Image.Image]]:
+    """Name -> its drawings, at most one from every sheet: an artist need not have drawn everything."""
     sprites = {name: [] for name in OBJECTS}
-    for style in STYLES:
-        sheet = Image.open(Path(folder) / f"{style}.webp").convert("RGBA")
+    for file in sorted(Path(folder).glob("*.webp")):
+        sheet = Image.open(file).convert("RGBA")
         if sheet.size != (COLUMNS * CELL, -(-len(OBJECTS) // COLUMNS) * CELL):
-            raise ValueError(f"{style}.webp does not hold {len(OBJECTS)} things: run sprites/make_sheet.py again")
+            raise ValueError(f"{file.name} does not hold {len(OBJECTS)} things: run sprites/make_sheet.py again")
         for i, drawings in enumerate(sprites.values()):
             x, y = i % COLUMNS * CELL, i // COLUMNS * CELL
-            drawings.append(sheet.crop((x, y, x + CELL, y + CELL)))
+            drawing = sheet.crop((x, y, x + CELL, y + CELL))
+            if drawing.getchannel("A").getbbox():
+                drawings.append(drawing)
     return sprites
 
 
-def plan_things(rng: random.Random) -> list[dict]:
+def kept_apart(one: str, other: str) -> bool:
+    """Whether training never shows these two together: one pair in 17, so that judging can show something new."""
+    order = list(OBJECTS)
+    return one != other and (order.index(one) + order.index(other)) % 17 == 0
+
+
+APART = {one: [other for other in OBJECTS if kept_apart(one, other)] for one in OBJECTS}
+
+
+def plan_names(rng: random.Random, count: int, apart: bool) -> list[str]:
+    """The things of a picture. With `apart`, two of them (there are two at least) are a pair that is kept apart."""
+    names = []
+    if apart:
+        one = rng.choice([name for name in OBJECTS if APART[name]])
+        names = [one, rng.choice(APART[one])]
+    while len(names) < count:
+        again = names and not apart and rng.random() < 0.12
+        name = rng.choice(names if again else list(OBJECTS))
+        if again or name not in names and not any(name in APART[other] for other in names):
+            names.append(name)
+    return names
+
+
+def plan_things(rng: random.Random, apart: bool = False) -> list[dict]:
     count, things = rng.choices(range(len(HOW_MANY)), HOW_MANY)[0], []
-    for name in rng.sample(list(OBJECTS), count):
-        for _ in range(30):  # a thing that finds no free place in 30 tries is left out
-            size = round(rng.uniform(*SIZES[count]), 3)
+    count = max(count, 2) if apart else count
+    for name in plan_names(rng, count, apart):
+        for attempt in range(200):  # a thing that finds no place in 30 tries is made smaller
+            size = round(rng.uniform(*SIZES[count]) * 0.9 ** (attempt // 30), 3)
             x, y = (round(rng.uniform(size / 2, 1 - size / 2), 3) for _ in "xy")
-            if all(max(abs(x - t["x"]), abs(y - t["y"])) > 0.48 * (size + t["size"]) for t in things):
-                tint = [rng.uniform(0.86, 1.06) for _ in "rgb"]
-                things.append({"name": name, "x": x, "y": y, "size": size, "tilt": rng.uniform(-15, 15), "tint": tint,
-                               "style": rng.randrange(len(STYLES)), "mirror": rng.random() < 0.5})
+            if all(max(abs(x - t["x"]), abs(y - t["y"])) > 0.45 * (size + t["size"]) for t in things):
+                things.append({"name": name, "x": x, "y": y, "size": size})
                 break
     return things
 
 
-def plan_ground(rng: random.Random, name: str, grid: int) -> np.ndarray:  # (grid, grid, 3), to be stretched
-    shade = np.frombuffer(rng.randbytes(grid * grid), np.uint8).reshape(grid, grid, 1) / 127.5 - 1
-    return (np.add(GROUNDS[name], [rng.uniform(-5, 5) for _ in "rgb"]) + 14 * shade).clip(0, 255).astype(np.uint8)
+def plan_look(rng: random.Random) -> dict:
+    """How a thing is drawn, apart from what it is and where: none of this is asked for, all of it must not matter."""
+    wild = rng.random() < 0.25
+    mix = rng.uniform(0.1, 0.5) if wild else rng.uniform(0, 0.08)  # of each colour with the two others
+    colours = [[rng.uniform(0.75, 1.1) * (row == column) + mix * rng.uniform(-0.5, 1) for column in range(3)]
+               for row in range(3)]
+    return {
+        "style": rng.random(), "mirror": rng.random() < 0.5, "tilt": rng.gauss(0, 35 if rng.random() < 0.15 else 9),
+        "squeeze": rng.uniform(0.82, 1), "upright": rng.random() < 0.5, "colours": colours,
+        "edge": rng.choice(((0, 0, 0), (255, 255, 255))) if rng.random() < 0.3 else None,  # a shadow, or a glow
+        "edge_at": (rng.randint(-2, 3), rng.randint(-1, 3)),
+    }
 
 
-def draw_scene(sprites: dict, ground: np.ndarray, things: list[dict], width: int, height: int) -> Image.Image:
-    picture = Image.fromarray(ground).resize((width, height), Image.Resampling.BICUBIC)
+def plain_look(style: float = 0.0, tilt: float = 0.0) -> dict:
+    one_to_one = [[float(row == column) for column in range(3)] for row in range(3)]
+    return {"style": style, "mirror": False, "tilt": tilt, "squeeze": 1, "upright": True, "colours": one_to_one,
+            "edge": None, "edge_at": (0, 0)}
+
+
+def plan_ground(rng: random.Random, name: str, grid: tuple[int, int]) -> np.ndarray:  # (*grid, 3), to be stretched
+    shade = np.frombuffer(rng.randbytes(grid[0] * grid[1]), np.uint8).reshape(*grid, 1) / 127.5 - 1
+    tint = [rng.uniform(-8, 8) for _ in "rgb"]
+    return (np.add(GROUNDS[name], tint) + rng.uniform(4, 18) * shade).clip(0, 255).astype(np.uint8)
+
+
+def draw_thing(picture: Image.Image, sprites: dict, thing: dict, look: dict) -> None:
+    width, height = picture.size
     side = min(width, height)  # places are in the central square, all that the model sees of an oblong picture
-    for t in things:
-        pixels = round(t["size"] * side)
-        drawing = sprites[t["name"]][t["style"]].resize((pixels, pixels), Image.Resampling.BILINEAR)
-        if t["mirror"]:
-            drawing = drawing.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        drawing = drawing.rotate(t["tilt"], Image.Resampling.BILINEAR, expand=True)
-        r, g, b = t["tint"]
-        colours = drawing.convert("RGB").convert("RGB", (r, 0, 0, 0, 0, g, 0, 0, 0, 0, b, 0))
-        x = round((width - drawing.width) / 2 + (t["x"] - 0.5) * side)
-        y = round((height - drawing.height) / 2 + (t["y"] - 0.5) * side)
-        picture.paste(colours, (x, y), drawing.getchannel("A"))
-    return picture
+    long = max(2, round(thing["size"] * side))
+    short = round(long * look["squeeze"])
+    drawings = sprites[thing["name"]]
+    drawing = drawings[int(look["style"] * len(drawings))]
+    drawing = drawing.resize((short, long) if look["upright"] else (long, short), Image.Resampling.BILINEAR)
+    if look["mirror"]:
+        drawing = drawing.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    drawing = drawing.rotate(look["tilt"], Image.Resampling.BILINEAR, expand=True)
+    matrix = [value for row in look["colours"] for value in (*row, 0)]
+    colours, alpha = drawing.convert("RGB").convert("RGB", matrix), drawing.getchannel("A")
+    x = round((width - drawing.width) / 2 + (thing["x"] - 0.5) * side)
+    y = round((height - drawing.height) / 2 + (thing["y"] - 0.5) * side)
+    if look["edge"]:
+        dx, dy = look["edge_at"]
+        picture.paste(look["edge"], (x + dx, y + dy), alpha.point(lambda value: value // 2))
+    picture.paste(colours, (x, y), alpha)
 
 
-def plan_scene(rng: random.Random) -> tuple[list[dict], dict]:
-    ground, things = rng.choice(list(GROUNDS)), plan_things(rng)
-    known = [{key: t[key] for key in ("name", "x", "y", "size")} for t in things]
-    return things, {"ground": ground, "things": known}
+def plan_scene(rng: random.Random, apart: bool = False) -> dict:
+    return {"ground": rng.choice(list(GROUNDS)), "things": plan_things(rng, apart)}
 
 
-def make_truth(seed: int) -> dict:  # what make_scene would draw, undrawn
-    return plan_scene(random.Random(seed))[1]
+def make_truth(seed: int, apart: bool = False) -> dict:
+    """What make_scene would draw, undrawn."""
+    return plan_scene(random.Random(seed), apart)
 
 
-def make_scene(sprites: dict[str, list[Image.Image]], seed: int, size: int = 112) -> tuple[Image.Image, dict]:
+def make_scene(
+    sprites: dict[str, list[Image.Image]], seed: int, size: int = 112, apart: bool = False
+) -> tuple[Image.Image, dict]:
+    """Picture `seed`, (size, size), and its truth. `sprites` may be any artist's: name -> drawings, RGBA, one or more.
+
+    With `apart`, the picture shows two things that are never together in the pictures without it.
+    """
     rng = random.Random(seed)
-    things, truth = plan_scene(rng)
-    ground = plan_ground(rng, truth["ground"], rng.choice((1, 2, 5, 32)))  # 1 is plain, 32 grainy
-    return draw_scene(sprites, ground, things, size, size), truth
+    truth = plan_scene(rng, apart)
+    grid = rng.choice(GRIDS)
+    stretch = rng.choice((Image.Resampling.NEAREST, Image.Resampling.BICUBIC))
+    picture = Image.fromarray(plan_ground(rng, truth["ground"], grid)).resize((size, size), stretch)
+    for thing in truth["things"]:
+        draw_thing(picture, sprites, thing, plan_look(rng))
+    if rng.random() < 0.15:
+        picture = picture.filter(ImageFilter.GaussianBlur(rng.uniform(0.3, 1.0) * size / 112))
+    return picture, truth
+
+
+# --- Words -----------------------------------------------------------------------------------------------------------
 
 
 def a(name: str) -> str:
     return f"an {name}" if name[0] in "aeiou" else f"a {name}"
 
 
+def plural(name: str) -> str:
+    if name in IRREGULAR:
+        return IRREGULAR[name]
+    if name.endswith("y") and name[-2] not in "aeiou":
+        return name[:-1] + "ies"
+    return name + ("es" if name.endswith(("s", "x", "ch", "sh", "ato")) else "s")
+
+
+def number(count: int, name: str) -> str:
+    return a(name) if count == 1 else f"{NUMBERS[count]} {plural(name)}"
+
+
 def listing(names: list[str]) -> str:
     return " and ".join(filter(None, [", ".join(names[:-1]), *names[-1:]]))
 
 
-def on_side(truth: dict, side: str) -> str | None:  # the one thing in that half; None where people could disagree
-    axis = "x" if side in ("left", "right") else "y"
-    near = sorted((t[axis] if side in ("left", "top") else 1 - t[axis], t["name"]) for t in truth["things"])
-    clear = near and near[0][0] < 0.42 and all(distance > max(0.5, near[0][0] + 0.2) for distance, _ in near[1:])
+def things(names: list[str]) -> str:
+    """["cat", "dog", "cat"] -> "two cats and a dog"."""
+    return listing([number(count, name) for name, count in Counter(names).items()]) or "nothing"
+
+
+# --- What is true ----------------------------------------------------------------------------------------------------
+
+
+def left_to_right(truth: dict) -> list[str]:
+    return [thing["name"] for thing in sorted(truth["things"], key=lambda thing: thing["x"])]
+
+
+def of_kind(truth: dict, kind: str) -> list[str]:
+    return [name for name in left_to_right(truth) if name in KINDS[kind]]
+
+
+def on_side(truth: dict, side: str) -> str | None:
+    """The one thing there; None where there is none and where people could disagree."""
+    def distance(thing: dict) -> float:
+        if side == "middle":
+            return max(abs(thing["x"] - 0.5), abs(thing["y"] - 0.5)) + 0.27
+        at = thing["x" if side in ("left", "right") else "y"]
+        return at if side in ("left", "top") else 1 - at
+
+    near = sorted((distance(thing), thing["name"]) for thing in truth["things"])
+    clear = near and near[0][0] < 0.42 and all(far > max(0.5, near[0][0] + 0.2) for far, _ in near[1:])
     return near[0][1] if clear else None
+
+
+def is_beside(thing: dict, side: str, other: dict) -> bool:
+    """Whether people would say that `thing` is to that side of `other`."""
+    right, down = thing["x"] - other["x"], thing["y"] - other["y"]
+    along, across = (right, down) if side in ("left", "right") else (down, right)
+    return (-along if side in ("left", "top") else along) > max(0.2, 1.3 * abs(across))
+
+
+def relations(truth: dict) -> list[tuple[str, str, str]]:
+    """(one, side, other): one is to that side of the other. Only things that are there once, so "the cat" is clear."""
+    once = [t for t in truth["things"] if left_to_right(truth).count(t["name"]) == 1]
+    return [(t["name"], side, other["name"]) for t in once for other in once for side in BESIDE
+            if is_beside(t, side, other)]
+
+
+# --- Questions and answers -------------------------------------------------------------------------------------------
+
+
+def facts(truth: dict, rng: random.Random) -> list[tuple[str, str, str | None]]:
+    """Everything worth asking, as (kind, answer in a sentence, answer in a word or phrase, if there is one)."""
+    names, ground = left_to_right(truth), truth["ground"]
+    n, unique = len(names), list(dict.fromkeys(names))
+    found = [("describe", f"The picture shows {things(names)} on {a(ground)} background.", None),
+             ("what", f"There is {things(names)} in the picture.", things(names)),
+             ("count", f"There {'is one object' if n == 1 else f'are {NUMBERS[n]} objects'} in the picture.", str(n)),
+             ("ground", f"The background is {ground}.", ground)]
+    found += [(s, f"There is {a(name)} {at}.", name) for s, at in SIDES.items() if (name := on_side(truth, s))]
+    if n:  # a yes and a no for every picture, so that neither is the better guess
+        here, away = rng.choice(names), rng.choice([name for name in OBJECTS if name not in names])
+        found += [(f"exists:{here}", f"Yes, there is {a(here)} in the picture.", "yes"),
+                  (f"exists:{away}", f"No, there is no {away} in the picture.", "no")]
+        repeated = [name for name in unique if names.count(name) > 1]
+        for name in [*(repeated or [here]), *([away] if rng.random() < 0.3 else [])]:
+            count = names.count(name)
+            said = f"is one {name}" if count == 1 else f"are {NUMBERS[count]} {plural(name)}"
+            found.append((f"how many:{name}", f"There {said} in the picture.", str(count)))
+    kinds = [kind for kind in KINDS if kind != "thing"]
+    for kind in dict.fromkeys([rng.choice(kinds), *(kind for kind in kinds if of_kind(truth, kind))]):
+        members = of_kind(truth, kind)
+        said = f"is {things(members)}" if members else f"are no {plural(kind)}"
+        found.append((f"which:{kind}", f"There {said} in the picture.", things(members) if members else "none"))
+    return found + facts_beside(truth, rng)
+
+
+def facts_beside(truth: dict, rng: random.Random) -> list[tuple[str, str, str]]:
+    known = relations(truth)
+    found = []
+    for side, other in sorted({(side, other) for _, side, other in known}):
+        there = [name for name, *place in known if place == [side, other]]
+        if len(there) == 1:
+            sentence = f"There is {a(there[0])} {BESIDE[side]} the {other}."
+            found.append((f"beside:{side}:{other}", sentence, there[0]))
+    if known:
+        one, side, other = rng.choice(known)
+        across = {"left": "right", "right": "left", "top": "bottom", "bottom": "top"}[side]
+        where = f"the {one} is {BESIDE[side]} the {other}."
+        found += [(f"is beside:{side}:{one}:{other}", f"Yes, {where}", "yes"),
+                  (f"is beside:{across}:{one}:{other}", f"No, {where}", "no")]
+        rng.shuffle(found)
+    return found[:3]
 
 
 def questions(truth: dict, rng: random.Random, short: bool | None = None) -> list[tuple[str, str, str]]:
     """Everything worth asking, as (kind, question, answer); short: words, sentences, or None for either."""
-    names = [t["name"] for t in sorted(truth["things"], key=lambda t: t["x"])]
-    things, n, ground = listing([a(name) for name in names]) or "nothing", len(names), truth["ground"]
-    facts = [("describe", f"The picture shows {things} on {a(ground)} background.", None),
-             ("what", f"There is {things} in the picture.", listing(names) or "nothing"),
-             ("count", f"There {'is one object' if n == 1 else f'are {NUMBERS[n]} objects'} in the picture.", str(n)),
-             ("ground", f"The background is {ground}.", ground)]
-    facts += [(s, f"There is {a(name)} {where}.", name) for s, where in SIDES.items() if (name := on_side(truth, s))]
-    if n:  # a yes and a no for every picture, so that neither is the better guess
-        here, away = rng.choice(names), rng.choice([name for name in OBJECTS if name not in names])
-        facts += [(f"exists:{here}", f"Yes, there is {a(here)} in the picture.", "yes"),
-                  (f"exists:{away}", f"No, there is no {away} in the picture.", "no")]
     asked = []
-    for kind, sentence, word in facts:
-        family, _, name = kind.partition(":")
-        question = rng.choice(QUESTIONS[family]).format(a=a(name or family), side=SIDES.get(kind))
+    for kind, sentence, word in facts(truth, rng):
+        family, *about = kind.split(":")
+        side = {"beside": BESIDE, "is beside": BESIDE}.get(family, SIDES).get(about[0] if about else family)
+        name = about[-1] if family == "beside" else about[min(1, len(about) - 1)] if about else ""
+        question = rng.choice(QUESTIONS[family]).format(
+            a=a(name or "thing"), names=plural(name), name=name, other=about[-1] if about else "", side=side)
         brief = word is not None and (rng.random() < 0.5 if short is None else short)
-        asked.append((kind, question + SHORT, word.capitalize()) if brief else (kind, question, sentence))
+        asked.append((kind, question + SHORT, word[0].upper() + word[1:]) if brief else (kind, question, sentence))
     return asked
 
 
@@ -157,35 +345,62 @@ def conversation(truth: dict, rng: random.Random, turns: int = 3) -> list[dict[s
 
 
 def caption(truth: dict, rng: random.Random) -> str:
-    things = sorted(truth["things"], key=lambda t: t["x"])
-    what, ground = listing([a(t["name"]) for t in things]) or "nothing", a(f"{truth['ground']} background")
-    if len(things) == 2:
-        right, down = (things[1][axis] - things[0][axis] for axis in "xy")
-        relation = "to the left of" if right > abs(down) else "above" if down > 0 else "below"
-        what = what.replace(" and ", f" {relation} ")
+    what, ground = things(left_to_right(truth)), a(f"{truth['ground']} background")
+    if len(truth["things"]) == 2 and (known := relations(truth)):
+        one, side, other = rng.choice(known)
+        what = f"{a(one)} {BESIDE[side]} {a(other)}"
     return rng.choice((f"{what} on {ground}", f"a picture of {what} on {ground}", f"{ground} with {what}"))
 
 
-def mentioned(words: dict | tuple, text: str) -> set[str]:
-    return set(re.findall(rf"\b({'|'.join(words)})(?:s|es)?\b", text))
+# --- Judging ---------------------------------------------------------------------------------------------------------
 
 
-def score(kind: str, answer: str, truth: dict) -> bool:  # lenient about wording, strict about facts
-    text = re.sub(r"\b(none|zero|nothing|empty)\b", "no", answer.lower().replace("grey", "gray"))
-    named, names = mentioned(OBJECTS, text), {t["name"] for t in truth["things"]}
-    colours, numbers = mentioned(GROUNDS, text), mentioned((*NUMBERS, r"\d+"), text)
-    family, _, name = kind.partition(":")
+def any_of(words: list[str]) -> str:  # the longest first, or "hot dog" would be read as a dog
+    return "|".join(map(re.escape, sorted(words, key=len, reverse=True)))
+
+
+SINGULAR = {form.lower(): name for name in OBJECTS for form in (name, plural(name))}
+A_THING = re.compile(rf"(?:\b({any_of(['a', 'an', 'the', *NUMBERS])}|\d+)\s+)?\b({any_of(list(SINGULAR))})\b")
+
+
+def mentioned(words: list[str] | dict, text: str) -> set[str]:
+    return set(re.findall(rf"\b({any_of(list(words))})\b", text))
+
+
+def named_things(text: str) -> Counter:
+    """How many of each thing the text speaks of. "The cat" is the cat spoken of before."""
+    counts, known = Counter(), set()
+    for how_many, form in A_THING.findall(text):
+        name = SINGULAR[form]
+        if how_many != "the":
+            counts[name] += NUMBERS.index(how_many) if how_many in NUMBERS else int(how_many) if how_many.isdigit() else 1
+        known.add(name)
+    return Counter({name: counts[name] or 1 for name in known})
+
+
+def score(kind: str, answer: str, truth: dict) -> bool:
+    """Whether an answer is right: lenient about wording, strict about facts. `kind` is what questions() calls it."""
+    text = answer.lower().replace("grey", "gray").rstrip(". ")
+    text = re.sub(r"\b(none|zero|nothing|empty)\b", "no", text)
+    family, *about = kind.split(":")
+    names, named = left_to_right(truth), named_things(text)
+    numbers = {NUMBERS.index(n) if n in NUMBERS else int(n) for n in mentioned([*NUMBERS, *map(str, range(11))], text)}
+    colours, no = mentioned(GROUNDS, text), bool(re.search(r"\b(no|not)\b|n't\b", text))
     if family == "ground":
-        return colours == {truth["ground"]}
-    if family == "count":
-        return {NUMBERS.index(n) if n in NUMBERS else int(n) for n in numbers} == {len(names)}
-    if family == "exists":
-        no = bool(re.search(r"\b(no|not)\b|n't\b", text))
-        yes = bool(re.search(r"\byes\b", text)) or (name in named and not no)
-        return named <= {name} and (yes, no) == (name in names, name not in names)
+        return colours == {truth["ground"]} and not re.search(r"\bnot\b|n't\b", text)
+    if family in ("count", "how many"):
+        return numbers == {names.count(about[0]) if about else len(names)}
+    if family in ("exists", "is beside"):
+        right = about[0] in names if family == "exists" else (about[1], about[0], about[2]) in relations(truth)
+        yes = bool(re.search(r"\byes\b", text)) or (bool(named) and not no)
+        return set(named) <= {*about[-2:]} and (yes, no) == (right, not right)
     if family in SIDES:
-        return named == {on_side(truth, family)} and (family in text or not mentioned(SIDES, text))
-    return named == names and colours <= {truth["ground"]} and ("no" in numbers) == (not names)
+        return set(named) == {on_side(truth, family)} and (family in text or not mentioned(SIDES, text))
+    if family == "beside":
+        there = {one for one, *place in relations(truth) if place == about}
+        return set(named) - {about[1]} == there and len(there) == 1
+    wanted = Counter(of_kind(truth, about[0]) if family == "which" else names)
+    return named == wanted and colours <= {truth["ground"]} and no == (not wanted)
 
 
 def main() -> None:

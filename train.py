@@ -1,41 +1,50 @@
 """The recipe: a tiny LLaVA from nothing, stage by stage, on pictures and conversations of the emoji world.
 
-    stage     what learns          from                            in LLaVA-1.5
-    tower     the vision tower     pictures with captions          CLIP, trained by others
-    decoder   decoder and head     the world's text, no pictures   Vicuna, trained by others
-    align     only the projector   pictures with captions          558,000 captions, lr 1e-3
-    tune      the whole model      conversations about pictures    665,000 conversations, lr 2e-5, tower frozen
+    stage     what learns             from                            in LLaVA-1.5
+    tower     the vision tower        parts of pictures, with words   CLIP, trained by others
+    decoder   decoder and head        the world's text, no pictures   Vicuna, trained by others
+    align     only the projector      pictures with captions          558,000 captions, lr 1e-3
+    tune      projector and decoder   conversations about pictures    665,000 conversations, lr 2e-5
 
     python train.py                   all stages; a stopped run goes on where it was
-    python train.py --quick           all stages in seconds, to see the machinery (it learns next to nothing)
-    python train.py --evaluate        how often the bundled model is right, by kind of question
+    python train.py --quick           all stages in a minute, to see the machinery (it learns next to nothing)
+    python train.py --evaluate        how often the bundled model is right, by kind of question, after each stage
+    python train.py --data my.json --images DIR --out DIR      tune the bundled model on your own conversations
+    torchrun --nproc-per-node=2 train.py                       the same steps, each shared between two processes
 
 The pictures are drawn as they are needed: picture n is the scene with seed n, so no picture is seen twice in a stage,
-and a run that resumes at a step sees what it would have seen. Seeds from UNSEEN up are for judging only.
+and a run that resumes at a step sees what it would have seen. Seeds from judge.UNSEEN up are for judging only.
 
-    B batch    T tokens    D width
+    B batch    T tokens    P patches    D width
 """
 
 import argparse
 import csv
 import io
 import math
+import os
 import random
 import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import sentencepiece
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.nn.functional import all_gather
+from torch.nn.parallel import DistributedDataParallel
 
 import emoji_world
+from batches import Records, Steps, World, messages
 from clip import CLIPVisionConfig, ImageProcessor
 from command import BUNDLED, fast_dtype, run
+from judge import evaluate_stages, save_stage, snapshot
 from llama import Llama, LlamaConfig
 from llava import LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
 from save_checkpoint import save
@@ -43,25 +52,11 @@ from tokenizer import TEMPLATES, Tokenizer
 
 SIDE = 112  # pixels
 KEEP_EVERY, REPORT_EVERY = 100, 20  # steps
-TURNS = 4  # questions and answers in a conversation
-UNSEEN = 10**9  # the first seed of the scenes kept for judging
 VISION = CLIPVisionConfig(192, 768, 192, 6, 3, image_size=SIDE, patch_size=14, hidden_act="gelu")
 TEXT = LlamaConfig(hidden_size=256, intermediate_size=704, num_hidden_layers=4, num_attention_heads=4)
 
 
-# --- Text and vocabulary ---------------------------------------------------------------------------------------------
-
-
-def messages(turns: list[dict]) -> list[dict]:
-    """LLaVA's JSON turns, {"from": "human", "value": "<image>\\n..."}, as the messages a prompt template takes."""
-    roles = {"human": "user", "gpt": "assistant"}
-    result = []
-    for turn in turns:
-        text = turn["value"]
-        pictures = [{"type": "image"}] * text.count("<image>")
-        text = text.replace("<image>\n", "").replace("<image>", "")
-        result.append({"role": roles[turn["from"]], "content": pictures + [{"type": "text", "text": text}]})
-    return result
+# --- What is trained -------------------------------------------------------------------------------------------------
 
 
 def train_tokenizer(scenes: int = 20000) -> Tokenizer:
@@ -78,7 +73,7 @@ def train_tokenizer(scenes: int = 20000) -> Tokenizer:
         sentence_iterator=iter(text),
         model_writer=model,
         model_type="bpe",
-        vocab_size=800,
+        vocab_size=1200,
         byte_fallback=True,  # what is not in the vocabulary is spelt in bytes
         normalization_rule_name="identity",
         remove_extra_whitespaces=False,
@@ -87,210 +82,6 @@ def train_tokenizer(scenes: int = 20000) -> Tokenizer:
         minloglevel=2,
     )
     return Tokenizer(model.getvalue())
-
-
-def tokenize_conversation(turns: list[dict], processor: LlavaProcessor) -> tuple[list[int], list[int]]:
-    """A conversation as ids and labels: only the assistant's words and the </s> behind them are to be learnt."""
-    tokenizer, ids, labels = processor.tokenizer, [], []
-    template = processor.template
-    for question, answer in zip(turns[::2], turns[1::2], strict=True):
-        prompt = template.render(messages([question])).replace("<image>", "<image>" * processor.image_seq_length)
-        prompt = tokenizer.encode(prompt, add_special_tokens=not ids)
-        answer = [*tokenizer.encode(answer["value"], add_special_tokens=False), tokenizer.eos_token_id]
-        ids += prompt + answer
-        labels += [-100] * len(prompt) + answer
-        template = replace(template, system="")  # it opens a conversation only once
-    return ids, labels
-
-
-def tokenize_caption(caption: str, processor: LlavaProcessor) -> tuple[list[int], list[int]]:
-    """Picture and caption in the plain form of the alignment stage: only the caption is to be learnt."""
-    turns = [{"from": "human", "value": "<image>\n"}, {"from": "gpt", "value": caption}]
-    return tokenize_conversation(turns, LlavaProcessor(None, processor.tokenizer, processor.image_seq_length, "plain"))
-
-
-# --- Batches: from a range of seeds to what a stage learns from ------------------------------------------------------
-
-
-@dataclass
-class World:
-    """What every batch is made of."""
-
-    sprites: dict
-    processor: LlavaProcessor
-
-    def pictures(self, seeds: range) -> tuple[Tensor, list[dict]]:  # -> (B, 3, SIDE, SIDE), B truths
-        drawn = [emoji_world.make_scene(self.sprites, seed, SIDE) for seed in seeds]
-        return self.processor.image_processor([picture for picture, _ in drawn]), [truth for _, truth in drawn]
-
-    def collate(self, rows: list[tuple[list[int], list[int]]]) -> dict[str, Tensor]:
-        """Ids and labels of B rows, filled up on the right. No mask: a token never sees what comes after it."""
-        longest, pad = max(len(ids) for ids, _ in rows), self.processor.tokenizer.pad_token_id
-        input_ids = torch.tensor([ids + [pad] * (longest - len(ids)) for ids, _ in rows])
-        labels = torch.tensor([labels + [-100] * (longest - len(labels)) for _, labels in rows])
-        return {"input_ids": input_ids, "labels": labels}
-
-    def captions(self, seeds: range) -> dict[str, Tensor]:
-        """Pictures with one caption each."""
-        pixel_values, truths = self.pictures(seeds)
-        texts = [emoji_world.caption(truth, random.Random(seed)) for truth, seed in zip(truths, seeds, strict=True)]
-        return {
-            "pixel_values": pixel_values,
-            **self.collate([tokenize_caption(text, self.processor) for text in texts]),
-        }
-
-    def conversations(self, seeds: range) -> dict[str, Tensor]:
-        """Pictures with several questions and answers each."""
-        pixel_values, truths = self.pictures(seeds)
-        said = [emoji_world.conversation(t, random.Random(seed), TURNS) for t, seed in zip(truths, seeds, strict=True)]
-        return {
-            "pixel_values": pixel_values,
-            **self.collate([tokenize_conversation(turns, self.processor) for turns in said]),
-        }
-
-    def text(self, seeds: range) -> dict[str, Tensor]:
-        """Captions and conversations without their pictures, every word to be learnt."""
-        blind = LlavaProcessor(None, self.processor.tokenizer, image_seq_length=0, template="v1")
-        rows = []
-        for seed in seeds:
-            truth, rng = emoji_world.make_truth(seed), random.Random(seed)
-            said = emoji_world.conversation(truth, rng, TURNS)
-            ids, _ = (
-                tokenize_caption(emoji_world.caption(truth, rng), blind)
-                if seed % 4 == 0
-                else tokenize_conversation(said, blind)
-            )
-            rows.append((ids, ids))
-        return self.collate(rows)
-
-
-# --- Losses ----------------------------------------------------------------------------------------------------------
-
-
-class NextTokenLoss(nn.Module):
-    """The loss of LLaVA's own stages: the next word, where the labels want one."""
-
-    def __init__(self, model: LlavaForConditionalGeneration):
-        super().__init__()
-        self.model = model
-
-    def forward(self, batch: dict[str, Tensor]) -> Tensor:
-        return self.model(**batch).loss
-
-
-class ContrastiveLoss(nn.Module):
-    """CLIP's loss (Radford et al. 2021, figure 3): among all captions of the batch, find the picture's own, and back.
-
-    The text side is a little Llama that is thrown away afterwards, as LLaVA throws CLIP's away.
-    """
-
-    def __init__(self, model: LlavaForConditionalGeneration, width: int = 128):
-        super().__init__()
-        self.model = model
-        vocab_size = model.config.text_config.vocab_size
-        self.text = Llama(LlamaConfig(vocab_size, width, 2 * width, num_hidden_layers=2, num_attention_heads=2))
-        self.from_text = nn.Linear(width, width, bias=False)
-        self.from_picture = nn.Linear(model.config.vision_config.hidden_size, width, bias=False)
-        self.log_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
-        init_weights(self.text)
-
-    def forward(self, batch: dict[str, Tensor]) -> Tensor:
-        tower, labels = self.model.vision_tower, batch["labels"]
-        seen = tower.post_layernorm(tower(batch["pixel_values"])[-1][:, 0])  # (B, D), the class token
-        start = int((labels[0] >= 0).long().argmax())  # every caption begins in the same column
-        labels = labels[:, start:]
-        ids = labels.clamp(min=0)
-        last = (labels >= 0).long().cumsum(-1).argmax(-1)  # where </s> stands, which has read it all
-        read = self.text(self.text.embed_tokens(ids))[torch.arange(len(ids)), last]  # (B, width)
-        seen, read = F.normalize(self.from_picture(seen), dim=-1), F.normalize(self.from_text(read), dim=-1)
-        scores = self.log_scale.exp().clamp(max=100) * seen @ read.T  # (B, B), the right pairs on the diagonal
-        own = torch.arange(len(scores), device=scores.device)
-        return (F.cross_entropy(scores.float(), own) + F.cross_entropy(scores.float().T, own)) / 2
-
-
-# --- The stages and the loop -----------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Stage:
-    name: str
-    trainable: tuple[str, ...]  # the model's parts that change; all others are frozen
-    data: Callable[[World, range], dict[str, Tensor]]
-    loss: Callable[[LlavaForConditionalGeneration], nn.Module]
-    steps: int
-    batch: int  # pictures (or texts) a step
-    lr: float  # the highest, after warming up
-
-
-STAGES = [
-    Stage("tower", ("vision_tower",), World.captions, ContrastiveLoss, steps=700, batch=256, lr=1e-3),
-    Stage("decoder", ("language_model", "lm_head"), World.text, NextTokenLoss, steps=200, batch=64, lr=2e-3),
-    Stage("align", ("multi_modal_projector",), World.captions, NextTokenLoss, steps=200, batch=64, lr=2e-3),
-    Stage(
-        "tune",
-        ("vision_tower", "multi_modal_projector", "language_model", "lm_head"),
-        World.conversations,
-        NextTokenLoss,
-        steps=2500,
-        batch=64,
-        lr=1e-3,
-    ),
-]
-
-
-def learning_rate(step: int, stage: Stage) -> float:
-    """Up in a straight line over the first 3 % of the steps, then down along a cosine to zero."""
-    warm_up = max(1, round(0.03 * stage.steps))
-    if step < warm_up:
-        return stage.lr * (step + 1) / warm_up
-    return stage.lr * 0.5 * (1 + math.cos(math.pi * (step - warm_up) / max(1, stage.steps - warm_up)))
-
-
-def run_stage(stage: Stage, model: LlavaForConditionalGeneration, world: World, folder: Path, device: str) -> None:
-    """Train one stage, or what is left of it, into `folder`: NAME.pt every 100 steps and a row of log.csv every 20."""
-    objective = stage.loss(model).to(device).train()
-    for name, parameter in objective.named_parameters():  # what is not the model's, like CLIP's text side, learns
-        parameter.requires_grad_(
-            name.removeprefix("model.").startswith(stage.trainable) or not name.startswith("model.")
-        )
-    learning = [parameter for parameter in objective.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(learning, lr=stage.lr, betas=(0.9, 0.98), weight_decay=0.0)
-    kept, first = folder / f"{stage.name}.pt", 0
-    if kept.is_file():
-        state = torch.load(kept, map_location=device, weights_only=True)
-        objective.load_state_dict(state["objective"])
-        optimizer.load_state_dict(state["optimizer"])
-        first = state["step"]
-    started, losses = time.monotonic(), []
-    for step in range(first, stage.steps):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, stage)
-        seeds = range(step * stage.batch, (step + 1) * stage.batch)
-        batch = {name: tensor.to(device) for name, tensor in stage.data(world, seeds).items()}
-        with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=fast_dtype(device) == torch.bfloat16):
-            loss = objective(batch)
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(learning, 1.0)
-        optimizer.step()
-        losses.append(loss.item())
-        done = step + 1
-        if done % REPORT_EVERY == 0 or done == stage.steps:
-            report(stage, done, sum(losses) / len(losses), (time.monotonic() - started) / (done - first), folder)
-            losses.clear()
-        if done % KEEP_EVERY == 0 or done == stage.steps:
-            state = {"step": done, "objective": objective.state_dict(), "optimizer": optimizer.state_dict()}
-            torch.save(state, kept.with_suffix(".new"))
-            kept.with_suffix(".new").replace(kept)
-
-
-def report(stage: Stage, step: int, loss: float, seconds: float, folder: Path) -> None:
-    left = time.strftime("%H:%M:%S", time.gmtime(seconds * (stage.steps - step)))
-    speed = f"{stage.batch / seconds:4.0f} {'texts' if stage.name == 'decoder' else 'pictures'}/s"
-    end = "\r" if sys.stdout.isatty() and step < stage.steps else "\n"
-    print(f"{stage.name:8} {step:5}/{stage.steps}  loss {loss:7.4f}  {speed}  {left} left ", end=end, flush=True)
-    with open(folder / "log.csv", "a", newline="") as file:
-        csv.writer(file).writerow([stage.name, step, f"{loss:.5f}", f"{learning_rate(step - 1, stage):.3e}"])
 
 
 def init_weights(model: nn.Module) -> None:
@@ -310,76 +101,339 @@ def new_model(tokenizer: Tokenizer) -> LlavaForConditionalGeneration:
     return model
 
 
-# --- Judging ---------------------------------------------------------------------------------------------------------
+# --- Losses ----------------------------------------------------------------------------------------------------------
 
 
-def answers(
-    model: LlavaForConditionalGeneration, processor: LlavaProcessor, pictures: list, asked: list[str]
-) -> list[str]:
-    """Greedy answers to one question per picture, as a batch."""
-    prompts = [processor.template.render(messages([{"from": "human", "value": "<image>\n" + q}])) for q in asked]
-    inputs = processor(images=pictures, text=prompts, padding=True).to(model.device)
-    ids = model.generate(**inputs, max_new_tokens=60)
-    return processor.batch_decode(ids[:, inputs.input_ids.shape[1] :], skip_special_tokens=True)
+class NextTokenLoss(nn.Module):
+    """The loss of LLaVA's own stages: the next word, where the labels want one. Summed over a batch's words."""
+
+    def __init__(self, model: LlavaForConditionalGeneration):
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: dict[str, Tensor]) -> Tensor:
+        return self.model(**batch).loss * self.count(batch)
+
+    @staticmethod
+    def count(batch: dict[str, Tensor]) -> Tensor:
+        return (batch["labels"][:, 1:] >= 0).sum()  # nothing comes before the first word to foretell it
 
 
-def evaluate(
-    model: LlavaForConditionalGeneration, processor: LlavaProcessor, n_scenes: int
-) -> dict[str, tuple[int, int]]:
-    """Kind of question -> (right, asked), over unseen scenes, each asked for a sentence or a word."""
-    model.eval()
-    sprites, tally, todo = emoji_world.load_sprites(), defaultdict(lambda: [0, 0]), []
-    for seed in range(UNSEEN, UNSEEN + n_scenes):
-        picture, truth = emoji_world.make_scene(sprites, seed, SIDE)
-        todo += [(picture, truth, *turn) for turn in emoji_world.questions(truth, random.Random(seed))]
-    for start in range(0, len(todo), 64):
-        part = todo[start : start + 64]
-        said = answers(model, processor, [picture for picture, *_ in part], [question for *_, question, _ in part])
-        for (_, truth, kind, question, _), answer in zip(part, said, strict=True):
-            form = "word" if question.endswith(emoji_world.SHORT) else "sentence"
-            for row in (kind.partition(":")[0], f"all, in a {form}", "all"):
-                tally[row][0] += emoji_world.score(kind, answer, truth)
-                tally[row][1] += 1
-    return {row: (right, n) for row, (right, n) in tally.items()}
+class ContrastiveLoss(nn.Module):
+    """CLIP's loss (Radford et al. 2021, figure 3), part by part: find each part's own words in the batch, and back.
+
+    CLIP matches whole pictures with whole captions, 400 million of them, and where things are comes out by itself.
+    Here the parts are told: the patches under a thing against its name, those of the ground against its colour.
+    The text side is a little Llama over bytes that is thrown away afterwards, as LLaVA throws CLIP's away.
+    """
+
+    def __init__(self, model: LlavaForConditionalGeneration, width: int = 128):
+        super().__init__()
+        self.model = model
+        self.text = Llama(LlamaConfig(256, width, 2 * width, num_hidden_layers=2, num_attention_heads=2))
+        self.from_text = nn.Linear(width, width, bias=False)
+        self.from_picture = nn.Linear(model.config.vision_config.hidden_size, width, bias=False)
+        self.log_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+        init_weights(self.text)
+
+    def forward(self, batch: dict[str, Tensor]) -> Tensor:
+        tower = self.model.vision_tower
+        patches = tower.post_layernorm(tower(batch["pixel_values"])[-1][:, 1:])  # (B, P, D), without the class token
+        seen = self.from_picture(batch["where"].to(patches.dtype) @ patches)  # (B, parts, width), each part's mean
+        seen, words = everywhere(seen).flatten(0, 1), everywhere(batch["words"]).flatten(0, 1)
+        used = words[:, 0] > 0
+        seen, words = seen[used], words[used]  # (N, width), (N, bytes)
+        words, own = torch.unique(words, dim=0, return_inverse=True)  # a name is shared by all the things it names
+        last = (words > 0).sum(-1) - 1  # the last byte has read all others
+        read = self.from_text(self.text(self.text.embed_tokens(words))[torch.arange(len(words)), last])
+        seen, read = F.normalize(seen.float(), dim=-1), F.normalize(read.float(), dim=-1)
+        scores = self.log_scale.exp().clamp(max=100) * seen @ read.T  # (N, words)
+        theirs = F.one_hot(own, len(words)).float()
+        return (F.cross_entropy(scores, own) + F.cross_entropy(scores.T, (theirs / theirs.sum(0)).T)) / 2
+
+    @staticmethod
+    def count(batch: dict[str, Tensor]) -> Tensor:
+        return torch.ones((), device=batch["words"].device)  # a mean already, the same on every process
 
 
-def table(tally: dict[str, tuple[int, int]]) -> str:
-    sums_last = sorted(tally.items(), key=lambda row: (row[0].startswith("all"), row[0] == "all"))
-    rows = [f"| {row} | {right / n:.1%} | {n} |" for row, (right, n) in sums_last]
-    return "\n".join(["| question | right | asked |", "|---|---|---|", *rows])
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Train the tiny LLaVA from nothing, or judge it.")
+def everywhere(x: Tensor) -> Tensor:
+    """The rows of all processes, in order; gradients go back to where the rows came from."""
+    return torch.cat(all_gather(x)) if dist.is_initialized() else x
+
+
+# --- The stages ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Stage:
+    name: str
+    trainable: tuple[str, ...]  # the model's parts that change; all others are frozen
+    data: Callable[[World, range], dict[str, Tensor]]
+    loss: Callable[[LlavaForConditionalGeneration], nn.Module]
+    steps: int
+    batch: int  # pictures (or texts) a step
+    lr: float  # the highest, after warming up
+
+
+STAGES = [
+    Stage("tower", ("vision_tower",), World.parts, ContrastiveLoss, steps=2600, batch=256, lr=1.5e-3),
+    Stage("decoder", ("language_model", "lm_head"), World.text, NextTokenLoss, steps=300, batch=64, lr=2e-3),
+    Stage("align", ("multi_modal_projector",), World.captions, NextTokenLoss, steps=300, batch=64, lr=2e-3),
+    Stage(
+        "tune",
+        ("multi_modal_projector", "language_model", "lm_head"),
+        World.conversations,
+        NextTokenLoss,
+        steps=2000,
+        batch=64,
+        lr=1e-3,
+    ),
+]
+
+
+def learning_rate(step: int, stage: Stage) -> float:
+    """Up in a straight line over the first 3 % of the steps, then down along a cosine to zero."""
+    warm_up = max(1, round(0.03 * stage.steps))
+    if step < warm_up:
+        return stage.lr * (step + 1) / warm_up
+    return stage.lr * 0.5 * (1 + math.cos(math.pi * (step - warm_up) / max(1, stage.steps - warm_up)))
+
+
+# --- The loop --------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Place:
+    """Where a run happens: its folder, its device, and its share of the work."""
+
+    folder: Path
+    device: str = "cpu"
+    rank: int = 0
+    accumulate: int = 1  # batches that one step is learnt from, one after the other, to save memory
+    workers: int = 0  # processes that draw
+
+    def autocast(self):
+        kind = torch.device(self.device).type
+        return torch.autocast(kind, torch.bfloat16) if fast_dtype(self.device) == torch.bfloat16 else nullcontext()
+
+    def pieces(self, stage: Stage) -> int:
+        return 1 if stage.loss is ContrastiveLoss else self.accumulate  # contrast is with all of a batch, or it is less
+
+
+def run_stage(
+    stage: Stage, model: LlavaForConditionalGeneration, data: Callable[[range], dict[str, Tensor]], place: Place
+) -> None:
+    """Train one stage, or what is left of it: NAME.pt every 100 steps, a row of log.csv every 20."""
+    objective = stage.loss(model).to(place.device).train()
+    for name, parameter in objective.named_parameters():  # what is not the model's, like CLIP's text side, learns
+        mine = name.removeprefix("model.").startswith(stage.trainable)
+        parameter.requires_grad_(mine or not name.startswith("model."))
+    learning = [parameter for parameter in objective.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(learning, lr=stage.lr, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
+    kept, first = place.folder / f"{stage.name}.pt", 0
+    if kept.is_file():
+        state = torch.load(kept, map_location=place.device, weights_only=True)
+        objective.load_state_dict(state["objective"])
+        optimizer.load_state_dict(state["optimizer"])
+        first = state["step"]
+    log = Log(stage, place, first)
+    # The layers behind the one that LLaVA reads learn nothing, which the engine has to be told.
+    parallel = DistributedDataParallel(objective, find_unused_parameters=True) if dist.is_initialized() else objective
+    steps = Steps(data, stage.batch, first, stage.steps, place.rank, world_size(), place.pieces(stage))
+    for step, batches in enumerate(steps.loader(place.workers), first):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, stage)
+        optimizer.zero_grad()
+        loss = backward(parallel, objective.count, batches, place)
+        nn.utils.clip_grad_norm_(learning, 1.0)
+        optimizer.step()
+        log.add(step + 1, loss)
+        done = step + 1
+        if place.rank == 0 and (done % KEEP_EVERY == 0 or done == stage.steps):
+            state = {"step": done, "objective": objective.state_dict(), "optimizer": optimizer.state_dict()}
+            torch.save(state, kept.with_suffix(".new"))
+            kept.with_suffix(".new").replace(kept)
+
+
+def backward(objective: nn.Module, count: Callable[[dict], Tensor], batches: list[dict], place: Place) -> float:
+    """Gradients of the mean loss over all that one step learns from, on all processes; returns that loss."""
+    batches = [{name: tensor.to(place.device) for name, tensor in batch.items()} for batch in batches]
+    total = torch.stack([count(batch).float() for batch in batches]).sum()
+    if dist.is_initialized():
+        dist.all_reduce(total)
+    whole = torch.zeros((), device=place.device)
+    for batch in batches:
+        with place.autocast():
+            loss = objective(batch) / total
+        # The engine takes the mean of the processes' gradients, where the sum is wanted.
+        (loss * world_size()).backward()
+        whole += loss.detach()
+    if dist.is_initialized():
+        dist.all_reduce(whole)
+    return whole.item()
+
+
+@dataclass
+class Log:
+    """log.csv and what the terminal shows. Rows of steps that a stopped run did not keep are taken out again."""
+
+    stage: Stage
+    place: Place
+    first: int
+
+    def __post_init__(self) -> None:
+        self.file, self.losses, self.started = self.place.folder / "log.csv", [], time.monotonic()
+        if self.place.rank == 0 and self.file.is_file():
+            rows = list(csv.reader(self.file.open(newline="")))
+            rows = [row for row in rows if row[0] != self.stage.name or int(row[1]) <= self.first]
+            csv.writer(self.file.open("w", newline="")).writerows(rows)
+
+    def add(self, step: int, loss: float) -> None:
+        self.losses.append(loss)
+        if self.place.rank or (step % REPORT_EVERY and step != self.stage.steps):
+            return
+        stage, mean = self.stage, sum(self.losses) / len(self.losses)
+        self.losses.clear()
+        seconds = (time.monotonic() - self.started) / (step - self.first)
+        left = time.strftime("%H:%M:%S", time.gmtime(seconds * (stage.steps - step)))
+        speed = f"{stage.batch / seconds:4.0f} {'texts' if stage.data is World.text else 'pictures'}/s"
+        end = "\r" if sys.stdout.isatty() and step < stage.steps else "\n"
+        print(f"{stage.name:8} {step:5}/{stage.steps}  loss {mean:7.4f}  {speed}  {left} left ", end=end, flush=True)
+        with open(self.file, "a", newline="") as file:
+            csv.writer(file).writerow([stage.name, step, f"{mean:.5f}", f"{learning_rate(step - 1, stage):.3e}"])
+
+
+def plot(log: Path, picture: Path) -> None:
+    """The loss of every stage over its steps, as a picture beside the log."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        print(f"no {picture.name}: pip install matplotlib draws the losses in {log}")
+        return
+    curves = defaultdict(list)
+    for name, step, loss, _ in csv.reader(log.open(newline="")):
+        curves[name].append((int(step), float(loss)))
+    figure = Figure(figsize=(3 * len(curves), 2.6), layout="constrained")
+    for axes, (name, points) in zip(figure.subplots(1, len(curves), squeeze=False)[0], curves.items(), strict=True):
+        axes.plot(*zip(*points, strict=True), linewidth=1.2)
+        axes.set(title=name, xlabel="step", ylim=(0, None))
+        axes.grid(alpha=0.3)
+    figure.supylabel("loss", fontsize="medium")
+    figure.savefig(picture, dpi=110)
+
+
+# --- The runs --------------------------------------------------------------------------------------------------------
+
+
+def train_from_nothing(args: argparse.Namespace, place: Place) -> None:
+    stages = [replace(stage, steps=4, batch=4) for stage in STAGES] if args.quick else STAGES
+    if args.quick and place.rank == 0:  # nothing to resume, everything to see
+        for stage in stages:
+            (place.folder / f"{stage.name}.pt").unlink(missing_ok=True)
+    wait_for_all()
+    tokenizer = train_tokenizer(1000 if args.quick else 20000)
+    side = {"height": SIDE, "width": SIDE}
+    processor = LlavaProcessor(ImageProcessor({"shortest_edge": SIDE}, side), tokenizer, VISION.num_patches, "v1")
+    model, world = new_model(tokenizer).to(place.device), World(emoji_world.load_sprites(), processor)
+    known = {}
+    for i, stage in enumerate(stages):
+        if place.rank == 0 and not (place.folder / f"{stage.name}.pt").is_file():  # later ones are of another run
+            for later in stages[i:]:
+                (place.folder / f"{later.name}.pt").unlink(missing_ok=True)
+        wait_for_all()
+        run_stage(stage, model, Draw(world, stage.data), place)
+        known[stage.name] = snapshot(model)
+    if place.rank == 0:
+        plot(place.folder / "log.csv", place.folder / "log.png")
+        save(model.to(torch.bfloat16), processor, place.folder)
+        save_stage(known["decoder"], known["tune"], place.folder / "stages" / "before-alignment.safetensors")
+        save_stage(known["align"], known["decoder"], place.folder / "stages" / "after-alignment.safetensors")
+        print(f"saved to {place.folder}: python llava.py --model {place.folder} --image images/cat-and-apple.jpg")
+        if args.quick:
+            print("(it has learnt next to nothing: an empty or senseless answer is what to expect)")
+
+
+@dataclass
+class Draw:
+    """A stage's batches of a world; a class and not a lambda, so that drawing processes can be handed one."""
+
+    world: World
+    batch: Callable[[World, range], dict[str, Tensor]]
+
+    def __call__(self, seeds: range) -> dict[str, Tensor]:
+        return self.batch(self.world, seeds)
+
+
+def train_on_records(args: argparse.Namespace, place: Place) -> None:
+    """LLaVA's second stage on a file of conversations, starting from any checkpoint in the hub's layout."""
+    model = LlavaForConditionalGeneration.from_pretrained(args.model, torch.float32, place.device)
+    processor = LlavaProcessor.from_pretrained(args.model)
+    longest = model.config.text_config.max_position_embeddings
+    records = Records(args.data, args.images or args.data.parent, processor, longest)
+    steps = args.steps or -(-len(records.records) // args.batch)
+    stage = replace(STAGES[-1], steps=steps, batch=args.batch, lr=args.lr)
+    if place.rank == 0:
+        print(*(f"skipped: {line}" for line in records.skipped), sep="\n", end="\n" if records.skipped else "")
+        print(f"{len(records.records)} conversations, {steps} steps of {stage.batch}")
+    run_stage(stage, model, records.conversations, place)
+    if place.rank == 0:
+        save(model.to(torch.bfloat16), processor, place.folder)
+        print(f"saved to {place.folder}")
+
+
+def wait_for_all() -> None:
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def find_place(args: argparse.Namespace) -> Place:
+    """One process's place; those that torchrun started find each other first."""
+    name = "quick" if args.quick else "my-llava" if args.data else "tiny-llava"
+    folder, workers = args.out or Path("runs") / name, 0 if args.quick else args.workers
+    folder.mkdir(parents=True, exist_ok=True)
+    if "WORLD_SIZE" not in os.environ:
+        return Place(folder, args.device, 0, args.accumulate, workers)
+    dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
+    device = args.device
+    if device == "cuda":
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(device)
+    return Place(folder, device, dist.get_rank(), args.accumulate, workers)
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Train the tiny LLaVA, tune one on your data, or judge it.")
     parser.add_argument("--out", type=Path, help="where the model is written (default: a folder under runs/)")
     parser.add_argument("--quick", action="store_true", help="a few steps of every stage")
     parser.add_argument("--evaluate", type=Path, nargs="?", const=BUNDLED, metavar="FOLDER", help="judge a model")
-    parser.add_argument("--scenes", type=int, default=500, help="how many unseen scenes to judge by")
+    parser.add_argument("--scenes", type=int, default=300, help="how many unseen scenes to judge by")
+    parser.add_argument("--data", type=Path, help="a LLaVA-format JSON file to tune on")
+    parser.add_argument("--images", type=Path, help="the folder of its pictures (default: the file's own)")
+    parser.add_argument("--model", type=Path, default=BUNDLED, help="the checkpoint that --data starts from")
+    parser.add_argument("--steps", type=int, help="with --data (default: once through the file)")
+    parser.add_argument("--batch", type=int, default=16, help="with --data: conversations a step")
+    parser.add_argument("--lr", type=float, default=2e-5, help="with --data: the highest learning rate")
+    parser.add_argument("--accumulate", type=int, default=1, help="learn each step in so many pieces, to save memory")
+    parser.add_argument("--seed", type=int, default=0, help="of the first weights")
+    parser.add_argument("--workers", type=int, default=max(1, min(12, (os.cpu_count() or 2) - 1)))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_arguments()
     if args.evaluate:
-        model = LlavaForConditionalGeneration.from_pretrained(args.evaluate, torch.float32, args.device)
-        print(table(evaluate(model, LlavaProcessor.from_pretrained(args.evaluate), args.scenes)))
+        evaluate_stages(args.evaluate, args.scenes, args.device)
         return
-    args.out = args.out or Path("runs/quick" if args.quick else "runs/tiny-llava")
-    torch.manual_seed(0)
-    stages = [replace(s, steps=4, batch=4) for s in STAGES] if args.quick else STAGES
-    args.out.mkdir(parents=True, exist_ok=True)
-    if args.quick:  # nothing to resume, everything to see
-        (args.out / f"{stages[0].name}.pt").unlink(missing_ok=True)
-    tokenizer = train_tokenizer()
-    side = {"height": SIDE, "width": SIDE}
-    processor = LlavaProcessor(ImageProcessor({"shortest_edge": SIDE}, side), tokenizer, VISION.num_patches, "v1")
-    model = new_model(tokenizer).to(args.device)
-    for i, stage in enumerate(stages):
-        if not (args.out / f"{stage.name}.pt").is_file():  # what came after it then is of another run
-            for later in stages[i:]:
-                (args.out / f"{later.name}.pt").unlink(missing_ok=True)
-        run_stage(stage, model, World(emoji_world.load_sprites(), processor), args.out, args.device)
-    save(model.to(torch.bfloat16), processor, args.out)
-    print(f"saved to {args.out}: python llava.py --model {args.out} --image images/cat-and-apple.jpg")
-    if args.quick:
-        print("(it has learnt next to nothing: an empty or senseless answer is what to expect)")
+    torch.manual_seed(args.seed)
+    place = find_place(args)
+    (train_on_records if args.data else train_from_nothing)(args, place)
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -1,13 +1,18 @@
-"""Makes noto.webp and fluent.webp: one cell for each thing of emoji_world.OBJECTS, in its order, eight to a row.
+"""Makes sprites/*.webp: a sheet for each style, with a cell for each thing of emoji_world.OBJECTS, in its order.
 
-The drawings come from two packages; NOTICE says whose they are. On Debian, from the root of the repository:
+The drawings come from four packages; NOTICE says whose they are. On Debian, from the root of the repository:
 
-    apt-get install fonts-noto-color-emoji
-    npm pack @lobehub/fluent-emoji-3d && tar xzf lobehub-fluent-emoji-3d-*.tgz
-    python -m sprites.make_sheet --noto /usr/share/fonts/truetype/noto/NotoColorEmoji.ttf --fluent package/assets
+    apt-get install fonts-noto-color-emoji openclipart-png
+    npm pack @lobehub/fluent-emoji-3d && npm pack fluentui-emoji && npm pack emojibase-data
+    mkdir 3d ui names && tar xzf lobehub-*.tgz -C 3d && tar xzf fluentui-*.tgz -C ui && tar xzf emojibase-*.tgz -C names
+    pip install resvg-py
+    python -m sprites.make_sheet --noto /usr/share/fonts/truetype/noto/NotoColorEmoji.ttf --fluent 3d/package/assets \\
+        --svg ui/package/icons --names names/package/en/data.json --clipart /usr/share/openclipart/png
 """
 
 import argparse
+import io
+import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -19,49 +24,91 @@ from emoji_world import CELL, COLUMNS, OBJECTS
 HERE = Path(__file__).parent
 
 
-def noto_drawing(font: ImageFont.FreeTypeFont, emoji: str) -> Image.Image:
+def noto_drawing(font: ImageFont.FreeTypeFont, name: str) -> Image.Image:
     drawing = Image.new("RGBA", (136, 128))  # the font's bitmaps have this one size
-    ImageDraw.Draw(drawing).text((0, 0), emoji, font=font, embedded_color=True)
+    ImageDraw.Draw(drawing).text((0, 0), OBJECTS[name], font=font, embedded_color=True)
     return drawing
 
 
-def fluent_drawing(folder: Path, emoji: str) -> Image.Image:
+def fluent_drawing(folder: Path, name: str) -> Image.Image:
     """Files are named by code point; some names add fe0f, which asks for the coloured form of an old text symbol."""
+    emoji = OBJECTS[name]
     for file in (f"{ord(emoji):x}.webp", f"{ord(emoji):x}-fe0f.webp"):
         if (folder / file).exists():
             return Image.open(folder / file).convert("RGBA")
     raise FileNotFoundError(f"{folder} has no drawing of {emoji}")
 
 
-def styles(noto: Path, fluent: Path) -> dict[str, Callable[[str], Image.Image]]:
-    return {"noto": partial(noto_drawing, ImageFont.truetype(noto, 109)), "fluent": partial(fluent_drawing, fluent)}
+def svg_drawing(folder: Path, labels: dict[str, str], name: str) -> Image.Image:
+    """Files are named by Unicode's label for the emoji, and -default where there are tones of skin."""
+    import resvg_py  # only needed to make the sheets
+
+    slug = labels[OBJECTS[name]].lower().replace(" ", "-").replace("’", "")
+    for file in (f"{slug}.svg", f"{slug}-default.svg"):
+        if (folder / file).exists():
+            drawn = resvg_py.svg_to_bytes(svg_path=str(folder / file), width=256, height=256)
+            return Image.open(io.BytesIO(bytes(drawn))).convert("RGBA")
+    raise FileNotFoundError(f"{folder} has no {slug}.svg")
+
+
+def clipart_drawing(folder: Path, picks: dict[str, list[str]], number: int, name: str) -> Image.Image | None:
+    files = picks.get(name, [])
+    return Image.open(folder / files[number]).convert("RGBA") if number < len(files) else None
+
+
+def read_labels(file: Path) -> dict[str, str]:
+    labels = {}
+    for entry in json.loads(file.read_text()):
+        for form in filter(None, (entry.get("emoji"), entry.get("text"))):
+            labels[form.replace("\ufe0f", "").replace("\ufe0e", "")] = entry["label"]
+    return labels
+
+
+def styles(args: argparse.Namespace) -> dict[str, Callable[[str], Image.Image | None]]:
+    """Style -> what draws a thing in it, or gives None."""
+    labels = read_labels(args.names)
+    picks = json.loads((HERE / "clipart.json").read_text())
+    return {
+        "noto": partial(noto_drawing, ImageFont.truetype(args.noto, 109)),
+        "fluent-3d": partial(fluent_drawing, args.fluent),
+        "fluent-flat": partial(svg_drawing, args.svg / "flat", labels),
+        "fluent-modern": partial(svg_drawing, args.svg / "modern", labels),
+        **{f"clipart-{n + 1}": partial(clipart_drawing, args.clipart, picks, n) for n in range(3)},
+    }
 
 
 def fit(drawing: Image.Image, side: int) -> Image.Image:
     """Cut the empty border away, so that a size in a scene is the size of the ink, and centre it on a square."""
-    box = drawing.getchannel("A").point(lambda alpha: 255 * (alpha > 24)).getbbox()
+    box = drawing.getchannel("A").point(lambda alpha: 255 * (alpha > 40)).getbbox()
     if box is None:
         raise ValueError("an empty drawing: does the font have this emoji?")
     ink = drawing.crop(box)
     scale = (side - 2) / max(ink.size)
-    ink = ink.resize((round(ink.width * scale), round(ink.height * scale)), Image.Resampling.LANCZOS)
+    ink = ink.resize((max(1, round(ink.width * scale)), max(1, round(ink.height * scale))), Image.Resampling.LANCZOS)
     square = Image.new("RGBA", (side, side))
     square.paste(ink, ((side - ink.width) // 2, (side - ink.height) // 2))
     return square
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Make the sprite sheets of emoji_world.py.")
+def read_arguments(description: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--noto", type=Path, required=True, help="NotoColorEmoji.ttf, the one with bitmaps")
     parser.add_argument("--fluent", type=Path, required=True, help="the folder of Fluent 3D drawings")
-    args = parser.parse_args()
-    rows = -(-len(OBJECTS) // COLUMNS)
-    for style, draw in styles(args.noto, args.fluent).items():
-        sheet = Image.new("RGBA", (COLUMNS * CELL, rows * CELL))
-        for i, emoji in enumerate(OBJECTS.values()):
-            sheet.paste(fit(draw(emoji), CELL), (i % COLUMNS * CELL, i // COLUMNS * CELL))
-        sheet.save(HERE / f"{style}.webp", quality=92, alpha_quality=100, method=6)
-        print(f"{style}.webp: {len(OBJECTS)} drawings, {(HERE / f'{style}.webp').stat().st_size / 1000:.0f} kB")
+    parser.add_argument("--svg", type=Path, required=True, help="the folder with flat/ and modern/")
+    parser.add_argument("--names", type=Path, required=True, help="emojibase's en/data.json")
+    parser.add_argument("--clipart", type=Path, required=True, help="openclipart's folder png/")
+    return parser.parse_args()
+
+
+def main() -> None:
+    for style, draw in styles(read_arguments("Make the sprite sheets of emoji_world.py.")).items():
+        sheet, drawn = Image.new("RGBA", (COLUMNS * CELL, -(-len(OBJECTS) // COLUMNS) * CELL)), 0
+        for i, name in enumerate(OBJECTS):
+            if drawing := draw(name):
+                sheet.paste(fit(drawing, CELL), (i % COLUMNS * CELL, i // COLUMNS * CELL))
+                drawn += 1
+        sheet.save(HERE / f"{style}.webp", quality=85, alpha_quality=90, method=6)
+        print(f"{style}.webp: {drawn} drawings, {(HERE / f'{style}.webp').stat().st_size / 1000:.0f} kB")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,9 @@
-"""The recipe: what each stage learns from, what it may change, and that a stopped run goes on."""
+"""The recipe: what each stage learns from, what it may change, that a stopped run goes on, alone or shared."""
 
 import csv
+import json
+import os
+import pickle
 import random
 import subprocess
 import sys
@@ -9,9 +12,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 import emoji_world
+import judge
 import train
+from batches import Records, Steps, World, collate, messages, tokenize_caption, tokenize_conversation
 from clip import ImageProcessor
 from command import BUNDLED
 from llava import LlavaForConditionalGeneration, LlavaProcessor
@@ -24,6 +30,7 @@ TURNS = [
     {"from": "human", "value": "Is there a dog?"},
     {"from": "gpt", "value": "No."},
 ]
+TOWER, DECODER, ALIGN, TUNE = train.STAGES
 
 
 @pytest.fixture(scope="module")
@@ -31,13 +38,26 @@ def world():
     side = {"height": train.SIDE, "width": train.SIDE}
     image_processor = ImageProcessor({"shortest_edge": train.SIDE}, side)
     processor = LlavaProcessor(image_processor, Tokenizer.from_pretrained(BUNDLED), 64, "v1")
-    return train.World(emoji_world.load_sprites(), processor)
+    return World(emoji_world.load_sprites(), processor)
+
+
+def fresh_model(world: World) -> LlavaForConditionalGeneration:
+    torch.manual_seed(0)
+    return train.new_model(world.processor.tokenizer)
+
+
+def losses(folder: Path) -> dict[tuple[str, int], str]:
+    with open(folder / "log.csv") as file:
+        return {(name, int(step)): loss for name, step, loss, _ in csv.reader(file)}
+
+
+# --- What is learnt from ---------------------------------------------------------------------------------------------
 
 
 def test_a_conversation_is_tokenized_as_its_prompt_will_be(world):
     processor = world.processor
-    ids, labels = train.tokenize_conversation(TURNS, processor)
-    text = processor.template.render(train.messages(TURNS), add_generation_prompt=False)
+    ids, labels = tokenize_conversation(TURNS, processor)
+    text = processor.template.render(messages(TURNS), add_generation_prompt=False)
     assert ids == processor.tokenizer.encode(text.replace("<image>", "<image>" * 64))
     learnt = [i for i in labels if i != -100]
     assert processor.decode(learnt) == "There is a cat on the left.</s> No.</s>"
@@ -45,96 +65,170 @@ def test_a_conversation_is_tokenized_as_its_prompt_will_be(world):
 
 
 def test_a_caption_is_all_that_alignment_learns(world):
-    ids, labels = train.tokenize_caption("a cat on a blue background", world.processor)
+    ids, labels = tokenize_caption("a cat on a blue background", world.processor)
     assert world.processor.decode(ids).replace("<image>", "") == "<s> \n a cat on a blue background</s>"
     assert world.processor.decode([i for i in labels if i != -100]) == "a cat on a blue background</s>"
+
+
+def test_messages_of_a_llava_json_file():
+    said = messages(TURNS)
+    assert said[0] == {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is on the left?"}]}
+    assert [message["role"] for message in said] == ["user", "assistant"] * 2
 
 
 @pytest.mark.parametrize("stage", train.STAGES, ids=lambda stage: stage.name)
 def test_batches_are_the_same_for_the_same_seeds_and_padding_is_not_learnt(world, stage):
     batch, again = stage.data(world, range(5, 9)), stage.data(world, range(5, 9))
     assert all(torch.equal(batch[name], again[name]) for name in batch)
-    filling = batch["input_ids"] == world.processor.tokenizer.pad_token_id
-    assert filling.any() and (batch["labels"][filling] == -100).all()
+    if "labels" in batch:
+        filling = batch["input_ids"] == world.processor.tokenizer.pad_token_id
+        assert filling.any() and (batch["labels"][filling] == -100).all()
     if "pixel_values" in batch:
-        images = (batch["input_ids"] == world.processor.tokenizer.image_token_id).sum(1)
-        assert (batch["pixel_values"].shape, images.tolist()) == ((4, 3, 112, 112), [64] * 4)
+        assert batch["pixel_values"].shape == (4, 3, 112, 112)
         assert not torch.equal(batch["pixel_values"], stage.data(world, range(6, 10))["pixel_values"])
+    if {"input_ids", "pixel_values"} <= set(batch):
+        images = (batch["input_ids"] == world.processor.tokenizer.image_token_id).sum(1)
+        assert images.tolist() == [64] * 4
+
+
+def test_parts_are_where_things_are(world):
+    batch = world.parts(range(40))
+    for i in range(40):
+        truth = emoji_world.make_truth(i)
+        said = [bytes(row[row > 0].tolist()).decode() for row in batch["words"][i]]
+        assert [name for name in said if name][: len(truth["things"])] == [t["name"] for t in truth["things"]]
+        assert said[len(truth["things"])] in ("", f"{truth['ground']} background")
+        for j, thing in enumerate(truth["things"]):
+            share = batch["where"][i, j].view(8, 8)
+            assert share.sum().item() == pytest.approx(1)
+            y, x = divmod(share.argmax().item(), 8)
+            assert max(abs((x + 0.5) / 8 - thing["x"]), abs((y + 0.5) / 8 - thing["y"])) <= 1 / 16 + 0.001
+        assert (batch["where"][i].sum(-1) > 0.99).tolist() == [bool(text) for text in said]
+
+
+def test_steps_are_shared_without_gap_or_overlap():
+    def seen(**how) -> list[list[int]]:
+        return [[n for piece in item for n in piece] for item in Steps(list, batch=12, first=2, end=4, **how)]
+
+    assert seen() == [list(range(24, 36)), list(range(36, 48))]
+    assert [len(piece) for piece in Steps(list, 12, 2, 4, pieces=3)[0]] == [4, 4, 4]
+    shares = [seen(rank=rank, world_size=3, pieces=2) for rank in range(3)]
+    assert [sum(parts, []) for parts in zip(*shares, strict=True)] == seen()
+
+
+def test_a_world_can_be_handed_to_a_drawing_process(world):
+    copy = pickle.loads(pickle.dumps(train.Draw(world, World.captions)))  # as macOS and Windows do
+    batch, same = world.captions(range(3)), copy(range(3))
+    assert all(torch.equal(batch[name], same[name]) for name in batch)
+
+
+# --- Losses ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_contrast_at_the_start_is_that_of_guessing_and_right_words_make_it_small(world):
+    contrast = train.ContrastiveLoss(fresh_model(world))
+    batch = world.parts(range(16))
+    words = batch["words"].flatten(0, 1)
+    words = [bytes(row[row > 0].tolist()) for row in words if row[0]]
+    n, different = len(words), len(set(words))
+    guessing = (torch.tensor(n).log() + torch.tensor(different).log()) / 2
+    scale = contrast.log_scale.item()
+    with torch.no_grad():
+        contrast.log_scale.fill_(0)  # no preference is made large
+        assert contrast(batch).item() == pytest.approx(guessing.item(), abs=0.2)
+        contrast.log_scale.fill_(scale)
+    optimizer = torch.optim.AdamW(contrast.parameters(), lr=2e-3)
+    for _ in range(25):
+        optimizer.zero_grad()
+        loss = contrast(batch)
+        loss.backward()
+        optimizer.step()
+    entropy = sum(words.count(w) * torch.tensor(words.count(w)).log() / words.count(w) for w in set(words)) / different
+    assert entropy / 2 < loss.item() < 0.5 * guessing  # no lower than that: things of one name cannot be told apart
+
+
+# --- The loop --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("stage", train.STAGES, ids=lambda stage: stage.name)
 def test_a_stage_changes_its_own_parts_and_nothing_else(world, stage, tmp_path):
-    torch.manual_seed(0)
-    model = train.new_model(world.processor.tokenizer)
-    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    train.run_stage(replace(stage, steps=2, batch=3), model, world, tmp_path, "cpu")
-    changed = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
+    model = fresh_model(world)
+    before = judge.snapshot(model)
+    train.run_stage(replace(stage, steps=2, batch=3), model, train.Draw(world, stage.data), train.Place(tmp_path))
+    changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
     assert changed and all(name.startswith(stage.trainable) for name in changed)
-    parts = {name.partition(".")[0] for name in changed}
-    assert parts == set(stage.trainable)
+    assert {name.partition(".")[0] for name in changed} == set(stage.trainable)
 
 
 def test_a_stopped_run_goes_on_with_the_same_losses(world, tmp_path, monkeypatch):
-    stage = replace(train.STAGES[1], steps=8, batch=4)
+    stage = replace(TUNE, steps=8, batch=3)
     monkeypatch.setattr(train, "KEEP_EVERY", 4)
     monkeypatch.setattr(train, "REPORT_EVERY", 1)
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    weights = {}
+    for folder, stop in ((whole, None), (stopped, 6 * 3), (stopped, None)):
+        folder.mkdir(exist_ok=True)
+        model = fresh_model(world)
 
-    def losses(folder: Path) -> list[tuple]:
-        torch.manual_seed(0)
-        train.run_stage(stage, train.new_model(world.processor.tokenizer), world, folder, "cpu")
-        with open(folder / "log.csv") as file:
-            return [(int(row[1]), row[2]) for row in csv.reader(file)]
+        def draw(seeds, stop=stop):
+            if seeds.start == stop:
+                raise KeyboardInterrupt
+            return world.conversations(seeds)
 
-    (tmp_path / "whole").mkdir()
-    (tmp_path / "stopped").mkdir()
-    whole = losses(tmp_path / "whole")
-    assert [step for step, _ in whole] == list(range(1, 9))
-    draw, text = [], train.World.text
+        try:
+            train.run_stage(stage, model, draw, train.Place(folder))
+        except KeyboardInterrupt:
+            assert len(losses(folder)) == 6  # two steps more than are kept
+        weights[folder] = judge.snapshot(model)
+    assert losses(stopped) == losses(whole) and len(losses(whole)) == 8
+    assert (stopped / "log.csv").read_text() == (whole / "log.csv").read_text()
+    assert all(torch.equal(tensor, weights[whole][name]) for name, tensor in weights[stopped].items())
 
-    def stop_at_the_sixth(world, seeds):
-        draw.append(seeds)
-        if len(draw) == 6:
-            raise KeyboardInterrupt
-        return text(world, seeds)
 
-    stage = replace(stage, data=stop_at_the_sixth)
-    with pytest.raises(KeyboardInterrupt):
-        losses(tmp_path / "stopped")
-    stage = replace(stage, data=text)
-    resumed = losses(tmp_path / "stopped")
-    assert resumed[-4:] == whole[-4:]  # from step 5 on, though 5 had been run once already
+def test_a_step_in_pieces_is_the_same_step(world, tmp_path):
+    batches = [[world.conversations(range(6))], [world.conversations(range(2 * i, 2 * i + 2)) for i in range(3)]]
+    grads = []
+    for pieces in batches:
+        objective = train.NextTokenLoss(fresh_model(world))
+        loss = train.backward(objective, objective.count, pieces, Float32(tmp_path))
+        grads.append((loss, objective.model.lm_head.weight.grad))
+    (loss, whole), (same_loss, same) = grads
+    assert loss == pytest.approx(same_loss, rel=1e-5) and torch.allclose(whole, same, atol=1e-7)
+
+
+class Float32(train.Place):
+    def autocast(self):
+        return torch.autocast("cpu", enabled=False)
+
+
+def test_two_processes_learn_what_one_does(tmp_path):
+    """The same global batch by torchrun: the same losses, and so the same gradients, in every stage."""
+    script = tmp_path / "short.py"
+    script.write_text(
+        "import sys\nfrom dataclasses import replace\nimport torch, train, command\n"
+        "train.fast_dtype = lambda device: torch.float32\ntorch.set_num_threads(1)\n"
+        "train.REPORT_EVERY = 1\ntrain.STAGES = [replace(s, steps=3, batch=4) for s in train.STAGES]\n"
+        "sys.exit(command.run(train.main))\n"
+    )
+    for n in (1, 2):
+        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={n}"]
+        launch = launch if n > 1 else [sys.executable]
+        command = [*launch, str(script), "--quick", "--out", str(tmp_path / str(n))]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=280, cwd=tmp_path,
+                              env=os.environ | {"PYTHONPATH": str(ROOT)})  # fmt: skip
+        assert done.returncode == 0, done.stderr[-3000:]
+    one, two = losses(tmp_path / "1"), losses(tmp_path / "2")
+    assert list(one) == list(two) and len(one) == 16
+    for step, loss in one.items():
+        assert float(two[step]) == pytest.approx(float(loss), abs=2e-3), (step, one, two)
 
 
 def test_the_learning_rate_rises_and_falls():
-    stage = replace(train.STAGES[0], steps=1000, lr=2.0)
+    stage = replace(TOWER, steps=1000, lr=2.0)
     rates = [train.learning_rate(step, stage) for step in range(1000)]
     assert max(rates) == rates[30] == 2.0
     assert rates[:31] == sorted(rates[:31]) and rates[30:] == sorted(rates[30:], reverse=True)
     assert rates[0] < 0.1 and rates[-1] < 1e-4
-
-
-def test_contrast_prefers_the_right_captions(world):
-    """At the start the loss is that of guessing; with a batch of one there is nothing to confuse."""
-    torch.manual_seed(0)
-    contrast = train.ContrastiveLoss(train.new_model(world.processor.tokenizer))
-    with torch.no_grad():
-        assert contrast(world.captions(range(1))).item() == 0
-        assert contrast(world.captions(range(8))).item() == pytest.approx(torch.tensor(8.0).log().item(), abs=0.5)
-
-
-def test_the_bundled_model_answers_about_unseen_scenes():
-    model = LlavaForConditionalGeneration.from_pretrained(BUNDLED, dtype=torch.float32)
-    tally = train.evaluate(model, LlavaProcessor.from_pretrained(BUNDLED), n_scenes=25)
-    right, asked = tally["all"]
-    assert asked > 150
-    assert right / asked > 0.6  # 75 % over 500 scenes, see the README; 25 scenes vary
-    assert set(emoji_world.QUESTIONS) <= set(tally)
-
-
-def test_messages_of_a_llava_json_file():
-    said = train.messages(TURNS)
-    assert said[0] == {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is on the left?"}]}
-    assert [message["role"] for message in said] == ["user", "assistant"] * 2
 
 
 def test_every_stage_runs_from_the_command(tmp_path):
@@ -143,8 +237,89 @@ def test_every_stage_runs_from_the_command(tmp_path):
     assert done.returncode == 0, done.stderr
     for stage in train.STAGES:
         assert f"{stage.name} " in done.stdout
+    assert {name for name, _ in losses(tmp_path)} == {stage.name for stage in train.STAGES}
+    assert Image.open(tmp_path / "log.png").width > 400
     model = LlavaForConditionalGeneration.from_pretrained(tmp_path)
     processor = LlavaProcessor.from_pretrained(tmp_path)
-    picture, truth = emoji_world.make_scene(emoji_world.load_sprites(), train.UNSEEN)
-    assert emoji_world.questions(truth, random.Random(0))
-    assert len(train.answers(model, processor, [picture], ["Describe the picture."])) == 1
+    picture, _ = emoji_world.make_scene(emoji_world.load_sprites(), judge.UNSEEN)
+    assert len(judge.answers(model, processor, [picture], ["Describe the picture."])) == 1
+    command = [sys.executable, ROOT / "train.py", "--evaluate", tmp_path, "--scenes", "2"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=170)
+    assert done.stdout.startswith("| question | before alignment | after alignment | after tuning | asked |")
+    assert "| all, on pairs never shown together |" in done.stdout
+
+
+# --- Anybody's data --------------------------------------------------------------------------------------------------
+
+
+def records(folder: Path, n: int = 6) -> list[dict]:
+    sprites, made = emoji_world.load_sprites(), []
+    for i in range(n):
+        picture, truth = emoji_world.make_scene(sprites, i, 100 + i)
+        picture.save(folder / f"{i}.png")
+        turns = emoji_world.conversation(truth, random.Random(i), 2)
+        made.append({"id": f"r{i}", "image": f"{i}.png", "conversations": turns})
+    return made
+
+
+def test_a_llava_file_is_trained_on_and_what_is_broken_is_named(tmp_path, world):
+    good = records(tmp_path)
+    text_only = {"id": "words", "conversations": [turn | {"value": turn["value"].removeprefix("<image>\n")}
+                                                  for turn in TURNS]}  # fmt: skip
+    (tmp_path / "2.png").write_bytes((tmp_path / "2.png").read_bytes()[:300])  # breaks off: seen when it is its turn
+    broken = {
+        "no picture": good[0] | {"image": "gone.png"},
+        "two for one": good[0] | {"conversations": [{"from": "human", "value": "<image><image>"}, TURNS[1]]},
+        "none spoken of": text_only | {"image": "0.png"},
+        "wrong order": good[0] | {"conversations": TURNS[::-1]},
+        "half": good[0] | {"conversations": TURNS[:1]},
+        "numbers": good[0] | {"conversations": [{"from": "human", "value": 3}, TURNS[1]]},
+        "long": good[0] | {"conversations": [TURNS[0], {"from": "gpt", "value": "word " * 3000}]},
+        "list": good[0] | {"image": ["0.png"]},
+    }
+    content = [*good, text_only, *({**record, "id": name} for name, record in broken.items()), "no record", None]
+    (tmp_path / "my.json").write_text(json.dumps(content))
+    command = [sys.executable, ROOT / "train.py", "--data", tmp_path / "my.json", "--out", tmp_path / "out", "--batch", "3"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=170)
+    assert done.returncode == 0, done.stderr
+    for name in (*broken, len(content) - 2, len(content) - 1):
+        assert f"skipped: record {name}: " in done.stdout
+    assert "7 conversations, 3 steps of 3" in done.stdout and "2.png" in done.stdout
+    model = LlavaForConditionalGeneration.from_pretrained(tmp_path / "out", torch.float32)
+    before = LlavaForConditionalGeneration.from_pretrained(BUNDLED, torch.float32)
+    changed = {name.partition(".")[0] for name, tensor in model.state_dict().items()
+               if not torch.equal(tensor, before.state_dict()[name])}  # fmt: skip
+    assert changed <= set(TUNE.trainable) and "lm_head" in changed
+
+
+def test_records_are_what_the_world_says(tmp_path, world):
+    (tmp_path / "my.json").write_text(json.dumps(records(tmp_path, 3)))
+    found = Records(tmp_path / "my.json", tmp_path, world.processor, 2048)
+    batch = found.conversations(range(3))
+    said = [emoji_world.conversation(emoji_world.make_truth(i), random.Random(i), 2) for i in range(3)]
+    rows = collate([tokenize_conversation(turns, world.processor) for turns in said], 0)
+    assert not found.skipped and torch.equal(batch["labels"], rows["labels"])
+    assert batch["pixel_values"].shape == (3, 3, 112, 112)
+    again = found.conversations(range(3, 6))  # from the start
+    assert all(torch.equal(batch[name], again[name]) for name in batch)
+
+
+@pytest.mark.parametrize("content", ["{", "{}", "[]", '["a"]', "[1]", "\xff"])
+def test_a_file_without_records_is_refused_in_a_sentence(tmp_path, content):
+    (tmp_path / "my.json").write_bytes(content.encode("latin-1"))
+    command = [sys.executable, ROOT / "train.py", "--data", tmp_path / "my.json", "--out", tmp_path / "out"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "my.json" in done.stderr
+    assert not list((tmp_path / "out").glob("*.safetensors"))
+
+
+# --- The result ------------------------------------------------------------------------------------------------------
+
+
+def test_the_bundled_model_answers_about_unseen_scenes():
+    model = LlavaForConditionalGeneration.from_pretrained(BUNDLED, dtype=torch.float32)
+    tally = judge.evaluate(model, LlavaProcessor.from_pretrained(BUNDLED), n_scenes=25)
+    right, asked = tally["all"]
+    assert asked > 200
+    assert right / asked > 0.8  # more over many scenes, see the README; 25 scenes vary
+    assert set(emoji_world.QUESTIONS) <= set(tally)

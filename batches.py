@@ -1,0 +1,248 @@
+"""What the stages of train.py learn from, as tensors: scenes of the emoji world, or anybody's LLaVA-format JSON file.
+
+Every source is asked for the samples of a range of numbers and always gives the same ones for it, so a run that goes
+on after a stop, and one that is split over several processes, sees exactly what it would have seen.
+
+    B batch    T tokens    P patches
+"""
+
+import json
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+import emoji_world
+from clip import open_image
+from llava import LlavaProcessor
+
+TURNS = 6  # questions and answers in a conversation about a scene
+PARTS, PART_BYTES = 5, 24  # of a scene: four things and the ground, and the longest name of one
+ROLES = {"human": "user", "gpt": "assistant"}
+
+
+# --- From turns to ids and labels ------------------------------------------------------------------------------------
+
+
+def messages(turns: list[dict]) -> list[dict]:
+    """LLaVA's JSON turns, {"from": "human", "value": "<image>\\n..."}, as the messages a prompt template takes."""
+    result = []
+    for turn in turns:
+        text = turn["value"]
+        pictures = [{"type": "image"}] * text.count("<image>")
+        text = text.replace("<image>\n", "").replace("\n<image>", "").replace("<image>", "")
+        result.append({"role": ROLES[turn["from"]], "content": pictures + [{"type": "text", "text": text}]})
+    return result
+
+
+def tokenize_conversation(turns: list[dict], processor: LlavaProcessor) -> tuple[list[int], list[int]]:
+    """A conversation as ids and labels: only the assistant's words and the </s> behind them are to be learnt."""
+    tokenizer, ids, labels = processor.tokenizer, [], []
+    template = processor.template
+    for question, answer in zip(turns[::2], turns[1::2], strict=True):
+        prompt = template.render(messages([question])).replace("<image>", "<image>" * processor.image_seq_length)
+        prompt = tokenizer.encode(prompt, add_special_tokens=not ids)
+        answer = [*tokenizer.encode(answer["value"], add_special_tokens=False), tokenizer.eos_token_id]
+        ids += prompt + answer
+        labels += [-100] * len(prompt) + answer
+        template = replace(template, system="")  # it opens a conversation only once
+    return ids, labels
+
+
+def tokenize_caption(caption: str, processor: LlavaProcessor) -> tuple[list[int], list[int]]:
+    """Picture and caption in the plain form of the alignment stage: only the caption is to be learnt."""
+    turns = [{"from": "human", "value": "<image>\n"}, {"from": "gpt", "value": caption}]
+    return tokenize_conversation(turns, LlavaProcessor(None, processor.tokenizer, processor.image_seq_length, "plain"))
+
+
+def collate(rows: list[tuple[list[int], list[int]]], pad: int) -> dict[str, Tensor]:
+    """Ids and labels of B rows, filled up on the right. No mask: a token never sees what comes after it."""
+    longest = max(len(ids) for ids, _ in rows)
+    input_ids = torch.tensor([ids + [pad] * (longest - len(ids)) for ids, _ in rows])
+    labels = torch.tensor([labels + [-100] * (longest - len(labels)) for _, labels in rows])
+    return {"input_ids": input_ids, "labels": labels}
+
+
+# --- The emoji world -------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class World:
+    """Sample n is the scene with seed n."""
+
+    sprites: dict
+    processor: LlavaProcessor
+
+    @property
+    def side(self) -> int:
+        return self.processor.image_processor.crop_size["height"]
+
+    def pictures(self, seeds: range) -> tuple[Tensor, list[dict]]:  # -> (B, 3, side, side), B truths
+        drawn = [emoji_world.make_scene(self.sprites, seed, self.side) for seed in seeds]
+        return self.processor.image_processor([picture for picture, _ in drawn]), [truth for _, truth in drawn]
+
+    def parts(self, seeds: range) -> dict[str, Tensor]:
+        """Pictures, and for each of up to PARTS parts the share of each patch in it and the bytes of its words.
+
+        pixel_values (B, 3, side, side), where (B, PARTS, P), words (B, PARTS, PART_BYTES); unused parts are zeros.
+        """
+        pixel_values, truths = self.pictures(seeds)
+        columns = round(self.processor.image_seq_length**0.5)
+        centres = (torch.arange(columns) + 0.5) / columns
+        y, x = (grid.flatten() for grid in torch.meshgrid(centres, centres, indexing="ij"))
+        where = torch.zeros(len(truths), PARTS, len(x))
+        words = torch.zeros(len(truths), PARTS, PART_BYTES, dtype=torch.long)
+        for i, truth in enumerate(truths):
+            said, free = [thing["name"] for thing in truth["things"]], torch.ones_like(x)
+            for j, thing in enumerate(truth["things"]):
+                away = torch.maximum((x - thing["x"]).abs(), (y - thing["y"]).abs()) / thing["size"]  # 0.5 at its edge
+                where[i, j] = (0.6 - away).clamp(min=0)  # the patches in its middle say most about it
+                free *= away > 0.55
+            if free.any():
+                where[i, len(said)] = free
+                said.append(f"{truth['ground']} background")
+            for j, text in enumerate(said):
+                words[i, j, : len(text)] = torch.tensor(list(text.encode()))
+        where /= where.sum(-1, keepdim=True).clamp(min=1e-6)
+        return {"pixel_values": pixel_values, "where": where, "words": words}
+
+    def captions(self, seeds: range) -> dict[str, Tensor]:
+        """Pictures with one caption each."""
+        pixel_values, truths = self.pictures(seeds)
+        texts = [emoji_world.caption(truth, random.Random(seed)) for truth, seed in zip(truths, seeds, strict=True)]
+        rows = [tokenize_caption(text, self.processor) for text in texts]
+        return {"pixel_values": pixel_values, **collate(rows, self.processor.tokenizer.pad_token_id)}
+
+    def conversations(self, seeds: range) -> dict[str, Tensor]:
+        """Pictures with several questions and answers each."""
+        pixel_values, truths = self.pictures(seeds)
+        said = [emoji_world.conversation(t, random.Random(seed), TURNS) for t, seed in zip(truths, seeds, strict=True)]
+        rows = [tokenize_conversation(turns, self.processor) for turns in said]
+        return {"pixel_values": pixel_values, **collate(rows, self.processor.tokenizer.pad_token_id)}
+
+    def text(self, seeds: range) -> dict[str, Tensor]:
+        """Captions and conversations without their pictures, every word to be learnt."""
+        blind = LlavaProcessor(None, self.processor.tokenizer, image_seq_length=0, template="v1")
+        rows = []
+        for seed in seeds:
+            truth, rng = emoji_world.make_truth(seed), random.Random(seed)
+            if seed % 4 == 0:
+                ids, _ = tokenize_caption(emoji_world.caption(truth, rng), blind)
+            else:
+                ids, _ = tokenize_conversation(emoji_world.conversation(truth, rng, TURNS), blind)
+            rows.append((ids, ids))
+        return collate(rows, self.processor.tokenizer.pad_token_id)
+
+
+# --- Anybody's conversations -----------------------------------------------------------------------------------------
+
+
+@dataclass
+class Records:
+    """A LLaVA-format JSON file: a list of {"image": "a.jpg", "conversations": [{"from": "human", "value": ...}, ...]}.
+
+    Records that cannot be used are named in `skipped`, a line each; "image" may be missing where no picture is spoken
+    of. Raises ValueError when the file is not such a list or nothing in it is of use.
+    """
+
+    file: Path
+    images: Path
+    processor: LlavaProcessor
+    longest: int  # tokens; a longer conversation is skipped
+    skipped: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        try:
+            records = json.loads(Path(self.file).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{self.file} cannot be read as JSON: {error}") from None
+        if not isinstance(records, list):
+            raise ValueError(f"{self.file} is not a list of records, as LLaVA's training files are")
+        self.records = []
+        for i, record in enumerate(records):
+            trouble = self.trouble(record)
+            if trouble:
+                name = record.get("id", i) if isinstance(record, dict) else i
+                self.skipped.append(f"record {name}: {trouble}")
+            else:
+                self.records.append(record)
+        if not self.records:
+            because = f" (the first, {self.skipped[0]})" if self.skipped else ""
+            raise ValueError(f"{self.file} has no record that can be trained on{because}")
+
+    def trouble(self, record: object) -> str | None:
+        """What is wrong with a record, or None."""
+        turns = record.get("conversations") if isinstance(record, dict) else None
+        if not isinstance(turns, list) or not turns or len(turns) % 2:
+            return "its conversations are not pairs of a question and an answer"
+        for i, turn in enumerate(turns):
+            wanted = ("human", "gpt")[i % 2]
+            if not isinstance(turn, dict) or turn.get("from") != wanted or not isinstance(turn.get("value"), str):
+                return f'turn {i} is not {{"from": "{wanted}", "value": "..."}}'
+        spoken_of = sum(turn["value"].count("<image>") for turn in turns[::2])
+        if any("<image>" in turn["value"] for turn in turns[1::2]) or spoken_of != int("image" in record):
+            return f"<image> stands {spoken_of} times in its questions, for {int('image' in record)} pictures"
+        if spoken_of and not (isinstance(record["image"], str) and (self.images / record["image"]).is_file()):
+            return f"there is no picture {self.images / str(record['image'])}"
+        length = len(tokenize_conversation(turns, self.processor)[0])
+        return f"{length} tokens are more than the model holds, {self.longest}" if length > self.longest else None
+
+    def read(self, number: int) -> tuple[list[Tensor], tuple[list[int], list[int]]]:
+        record = self.records[number % len(self.records)]
+        pictures = [open_image(self.images / record["image"])] if "image" in record else []
+        pictures = [self.processor.image_processor([picture])[0] for picture in pictures]
+        return pictures, tokenize_conversation(record["conversations"], self.processor)
+
+    def conversations(self, numbers: range) -> dict[str, Tensor]:
+        """Pictures and conversations; past the file's end it begins again. A picture that fails to open is left out."""
+        pictures, rows = [], []
+        for start in numbers:
+            for number in range(start, start + len(self.records)):  # the next one that opens takes the place
+                try:
+                    picture, row = self.read(number)
+                except (OSError, ValueError) as error:
+                    print(f"skipped: {error}", flush=True)
+                    continue
+                pictures += picture
+                rows.append(row)
+                break
+        if not rows:
+            raise ValueError(f"no picture of {self.file} can be opened")
+        batch = collate(rows, self.processor.tokenizer.pad_token_id)
+        return {"pixel_values": torch.stack(pictures), **batch} if pictures else batch
+
+
+# --- Steps -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Steps(Dataset):
+    """Item i is what process `rank` of `world_size` learns from in step first + i: its share of the step's samples,
+    in `pieces` batches one after the other."""
+
+    data: Callable[[range], dict[str, Tensor]]
+    batch: int  # samples in a step, over all processes
+    first: int
+    end: int
+    rank: int = 0
+    world_size: int = 1
+    pieces: int = 1
+
+    def __len__(self) -> int:
+        return self.end - self.first
+
+    def __getitem__(self, i: int) -> list[dict[str, Tensor]]:
+        if i >= len(self):
+            raise IndexError(i)
+        samples = range((self.first + i) * self.batch, (self.first + i + 1) * self.batch)
+        share = len(samples) // (self.world_size * self.pieces)
+        starts = range(self.rank * share * self.pieces, (self.rank + 1) * share * self.pieces, share)
+        return [self.data(samples[start : start + share]) for start in starts]
+
+    def loader(self, workers: int) -> DataLoader:
+        """Batches are drawn by other processes while this one learns."""
+        return DataLoader(self, batch_size=None, num_workers=workers, prefetch_factor=3 if workers else None)

@@ -1,0 +1,101 @@
+"""How good a model is at the emoji world: questions about unseen scenes, and the share of right answers as a table.
+
+`python train.py --evaluate` judges a model after each stage of its training. Beside the final checkpoint lie small
+files with the tensors that were other then, stages/before-alignment.safetensors and stages/after-alignment.safetensors.
+"""
+
+import random
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+import emoji_world
+from batches import messages
+from llava import LlavaForConditionalGeneration, LlavaProcessor
+
+UNSEEN = 10**9  # the first seed of the scenes kept for judging
+STAGES = {"before alignment": "before-alignment", "after alignment": "after-alignment", "after tuning": None}
+
+
+def answers(
+    model: LlavaForConditionalGeneration, processor: LlavaProcessor, pictures: list, asked: list[str]
+) -> list[str]:
+    """Greedy answers to one question per picture, as a batch."""
+    prompts = [processor.template.render(messages([{"from": "human", "value": "<image>\n" + q}])) for q in asked]
+    inputs = processor(images=pictures, text=prompts, padding=True).to(model.device)
+    ids = model.generate(**inputs, max_new_tokens=60)
+    return processor.batch_decode(ids[:, inputs.input_ids.shape[1] :], skip_special_tokens=True)
+
+
+def evaluate(
+    model: LlavaForConditionalGeneration,
+    processor: LlavaProcessor,
+    n_scenes: int,
+    sprites: dict | None = None,
+    apart: bool = False,
+) -> dict[str, tuple[int, int]]:
+    """Kind of question -> (right, asked), over unseen scenes, half of the questions asking for a word or phrase.
+
+    `sprites` may be of another artist; with `apart`, every scene shows two things that training never shows together.
+    """
+    model.eval()
+    sprites, tally, todo = sprites or emoji_world.load_sprites(), defaultdict(lambda: [0, 0]), []
+    side = processor.image_processor.crop_size["height"]
+    for seed in range(UNSEEN, UNSEEN + n_scenes):
+        picture, truth = emoji_world.make_scene(sprites, seed, side, apart)
+        todo += [(picture, truth, *turn) for turn in emoji_world.questions(truth, random.Random(seed))]
+    todo.sort(key=lambda turn: len(turn[3]))  # questions of one length waste no padding
+    for start in range(0, len(todo), 64):
+        part = todo[start : start + 64]
+        said = answers(model, processor, [picture for picture, *_ in part], [question for *_, question, _ in part])
+        for (_, truth, kind, question, _), answer in zip(part, said, strict=True):
+            form = "word" if question.endswith(emoji_world.SHORT) else "sentence"
+            for row in (kind.partition(":")[0], f"all, in a {form}", "all"):
+                tally[row][0] += emoji_world.score(kind, answer, truth)
+                tally[row][1] += 1
+        if sys.stderr.isatty():
+            print(f"\r{start + len(part)} of {len(todo)} questions", end="", file=sys.stderr)
+    return {row: (right, n) for row, (right, n) in tally.items()}
+
+
+def evaluate_stages(folder: Path, n_scenes: int, device: str = "cpu") -> None:
+    """Print the table of a model, with a column for each of its stages that is kept."""
+    model = LlavaForConditionalGeneration.from_pretrained(folder, torch.float32, device)
+    processor = LlavaProcessor.from_pretrained(folder)
+    kept = next((stages for stages in (folder / "stages", folder.parent / "stages") if stages.is_dir()), folder)
+    columns, final = {}, snapshot(model)
+    for title, name in STAGES.items():
+        if name and not (kept / f"{name}.safetensors").is_file():
+            continue
+        model.load_state_dict(final)
+        if name:  # what alignment changed is told as a difference to what was before it
+            for file in dict.fromkeys(("before-alignment", name)):
+                model.load_state_dict(load_file(kept / f"{file}.safetensors"), strict=False)
+        columns[title] = evaluate(model, processor, n_scenes)
+        columns[title]["all, on pairs never shown together"] = evaluate(model, processor, n_scenes, apart=True)["all"]
+    print(table(columns))
+
+
+def table(columns: dict[str, dict[str, tuple[int, int]]]) -> str:
+    """Markdown: a row for each kind of question, the sums last, and how many were asked in the last column."""
+    rows = sorted(next(iter(columns.values())), key=lambda row: (row.startswith("all"), row == "all"))
+    lines = [f"| question | {' | '.join(columns)} | asked |", "|---" * (len(columns) + 2) + "|"]
+    for row in rows:
+        cells = [column[row] for column in columns.values()]
+        lines.append(f"| {row} | {' | '.join(f'{right / n:.1%}' for right, n in cells)} | {cells[0][1]} |")
+    return "\n".join(lines)
+
+
+def snapshot(model: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+
+
+def save_stage(then: dict[str, Tensor], other: dict[str, Tensor], file: Path) -> None:
+    """What `then` has other than `other`, in bfloat16."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    changed = {name: tensor for name, tensor in then.items() if not torch.equal(tensor, other[name])}
+    save_file({name: tensor.to(torch.bfloat16).contiguous().cpu() for name, tensor in changed.items()}, file)
