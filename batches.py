@@ -81,16 +81,17 @@ class World:
     def side(self) -> int:
         return self.processor.image_processor.crop_size["height"]
 
-    def pictures(self, seeds: range) -> tuple[Tensor, list[dict]]:  # -> (B, 3, side, side), B truths
-        drawn = [emoji_world.make_scene(self.sprites, seed, self.side) for seed in seeds]
+    def pictures(self, seeds: range, at_least: int = 0) -> tuple[Tensor, list[dict]]:  # -> (B, 3, side, side), truths
+        drawn = [emoji_world.make_scene(self.sprites, n, self.side, at_least=at_least * (n % 4 > 0)) for n in seeds]
         return self.processor.image_processor([picture for picture, _ in drawn]), [truth for _, truth in drawn]
 
     def parts(self, seeds: range) -> dict[str, Tensor]:
         """Pictures, and for each of up to PARTS parts the share of each patch in it and the bytes of its words.
 
         pixel_values (B, 3, side, side), where (B, PARTS, P), words (B, PARTS, PART_BYTES); unused parts are zeros.
+        Three pictures in four are full: a picture costs the same, and teaches the tower as much as it shows.
         """
-        pixel_values, truths = self.pictures(seeds)
+        pixel_values, truths = self.pictures(seeds, at_least=4)
         columns = round(self.processor.image_seq_length**0.5)
         centres = (torch.arange(columns) + 0.5) / columns
         y, x = (grid.flatten() for grid in torch.meshgrid(centres, centres, indexing="ij"))
@@ -125,15 +126,21 @@ class World:
         return {"pixel_values": pixel_values, **collate(rows, self.processor.tokenizer.pad_token_id)}
 
     def text(self, seeds: range) -> dict[str, Tensor]:
-        """Captions and conversations without their pictures, every word to be learnt."""
+        """Captions and conversations with a caption where the picture will be, every word to be learnt.
+
+        So the decoder learns to speak of what stands there, and alignment has only to make patches look like words.
+        """
         blind = LlavaProcessor(None, self.processor.tokenizer, image_seq_length=0, template="v1")
         rows = []
         for seed in seeds:
             truth, rng = emoji_world.make_truth(seed), random.Random(seed)
+            shown, told = emoji_world.caption(truth, rng), emoji_world.caption(truth, rng)
             if seed % 4 == 0:
-                ids, _ = tokenize_caption(emoji_world.caption(truth, rng), blind)
+                ids, _ = tokenize_caption(f"{shown}\n{told}", blind)
             else:
-                ids, _ = tokenize_conversation(emoji_world.conversation(truth, rng, TURNS), blind)
+                turns = emoji_world.conversation(truth, rng, TURNS)
+                turns[0]["value"] = turns[0]["value"].replace("<image>", shown)
+                ids, _ = tokenize_conversation(turns, blind)
             rows.append((ids, ids))
         return collate(rows, self.processor.tokenizer.pad_token_id)
 

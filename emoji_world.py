@@ -23,29 +23,33 @@ import numpy as np
 from PIL import Image, ImageFilter
 
 KINDS = {  # of things; the word for one of them, and the emoji that shows it
-    "animal": "dog 🐶, cat 🐱, mouse 🐭, rabbit 🐰, fox 🦊, bear 🐻, panda 🐼, koala 🐨, tiger 🐯, lion 🦁, cow 🐮, pig 🐷, "
-    "frog 🐸, monkey 🐵, horse 🐴, zebra 🦓, deer 🦌, elephant 🐘, hippo 🦛, giraffe 🦒, kangaroo 🦘, camel 🐪, sheep 🐑, "
-    "hedgehog 🦔, squirrel 🐿, bat 🦇, chicken 🐔, penguin 🐧, duck 🦆, owl 🦉, eagle 🦅, parrot 🦜, flamingo 🦩, "
-    "peacock 🦚, swan 🦢, bee 🐝, butterfly 🦋, snail 🐌, ladybug 🐞, ant 🐜, spider 🕷, scorpion 🦂, turtle 🐢, snake 🐍, "
-    "crocodile 🐊, dinosaur 🦕, octopus 🐙, lobster 🦞, crab 🦀, fish 🐟, dolphin 🐬, whale 🐳, shark 🦈",
-    "food": "apple 🍎, pear 🍐, orange 🍊, lemon 🍋, banana 🍌, watermelon 🍉, strawberry 🍓, peach 🍑, pineapple 🍍, "
-    "coconut 🥥, kiwi 🥝, tomato 🍅, eggplant 🍆, avocado 🥑, cucumber 🥒, carrot 🥕, peanut 🥜, croissant 🥐, pretzel 🥨, "
-    "waffle 🧇, hamburger 🍔, pizza 🍕, hot dog 🌭, sandwich 🥪, taco 🌮, ice cream 🍦, donut 🍩, cookie 🍪, cake 🎂, "
-    "cupcake 🧁, pie 🥧, lollipop 🍭, egg 🥚, mushroom 🍄, pumpkin 🎃",
-    "vehicle": "car 🚗, bus 🚌, truck 🚚, tractor 🚜, fire truck 🚒, ambulance 🚑, motorcycle 🏍, bicycle 🚲, train 🚂, "
-    "airplane ✈, helicopter 🚁, rocket 🚀, sailboat ⛵, ship 🚢, canoe 🛶",
+    "animal": "dog 🐶, cat 🐱, mouse 🐭, rabbit 🐰, fox 🦊, bear 🐻, panda 🐼, koala 🐨, tiger 🐯, lion 🦁, "
+    "cow 🐮, pig 🐷, frog 🐸, monkey 🐵, horse 🐴, zebra 🦓, deer 🦌, elephant 🐘, hippo 🦛, giraffe 🦒, "
+    "kangaroo 🦘, camel 🐪, sheep 🐑, hedgehog 🦔, squirrel 🐿, bat 🦇, chicken 🐔, penguin 🐧, duck 🦆, owl 🦉, "
+    "eagle 🦅, parrot 🦜, flamingo 🦩, peacock 🦚, swan 🦢, bee 🐝, butterfly 🦋, snail 🐌, ladybug 🐞, ant 🐜, "
+    "spider 🕷, scorpion 🦂, turtle 🐢, snake 🐍, crocodile 🐊, dinosaur 🦕, octopus 🐙, lobster 🦞, crab 🦀, "
+    "fish 🐟, dolphin 🐬, whale 🐳, shark 🦈",
+    "food": "apple 🍎, pear 🍐, orange 🍊, lemon 🍋, banana 🍌, watermelon 🍉, strawberry 🍓, peach 🍑, "
+    "pineapple 🍍, coconut 🥥, kiwi 🥝, tomato 🍅, eggplant 🍆, avocado 🥑, cucumber 🥒, carrot 🥕, peanut 🥜, "
+    "croissant 🥐, pretzel 🥨, waffle 🧇, hamburger 🍔, pizza 🍕, hot dog 🌭, sandwich 🥪, taco 🌮, "
+    "ice cream 🍦, donut 🍩, cookie 🍪, cake 🎂, cupcake 🧁, pie 🥧, lollipop 🍭, egg 🥚, mushroom 🍄, "
+    "pumpkin 🎃",
+    "vehicle": "car 🚗, bus 🚌, truck 🚚, tractor 🚜, fire truck 🚒, ambulance 🚑, motorcycle 🏍, bicycle 🚲, "
+    "train 🚂, airplane ✈, helicopter 🚁, rocket 🚀, sailboat ⛵, ship 🚢, canoe 🛶",
     "plant": "tree 🌳, palm tree 🌴, cactus 🌵, sunflower 🌻, rose 🌹, tulip 🌷, clover 🍀",
-    "piece of clothing": "hat 🎩, cap 🧢, crown 👑, dress 👗, shirt 👕, sock 🧦, boot 👢, shoe 👟, glove 🧤, scarf 🧣",
+    "piece of clothing": "hat 🎩, cap 🧢, crown 👑, dress 👗, shirt 👕, sock 🧦, boot 👢, shoe 👟, glove 🧤, "
+    "scarf 🧣",
     "instrument": "guitar 🎸, violin 🎻, trumpet 🎺, drum 🥁, saxophone 🎷, accordion 🪗, piano 🎹, bell 🔔",
-    "tool": "hammer 🔨, wrench 🔧, saw 🪚, axe 🪓, ladder 🪜, knife 🔪, magnet 🧲, pencil ✏, paintbrush 🖌, broom 🧹, "
-    "bucket 🪣, anchor ⚓, microscope 🔬, telescope 🔭",
-    "thing": "soccer ball ⚽, basketball 🏀, football 🏈, baseball ⚾, volleyball 🏐, ring 💍, backpack 🎒, handbag 👜, "
-    "umbrella ☂, key 🔑, lock 🔒, clock ⏰, watch ⌚, chair 🪑, bed 🛏, couch 🛋, light bulb 💡, candle 🕯, flashlight 🔦, "
-    "telephone ☎, phone 📱, camera 📷, television 📺, radio 📻, microphone 🎤, laptop 💻, book 📕, envelope ✉, gift 🎁, "
-    "balloon 🎈, teddy bear 🧸, kite 🪁, die 🎲, bathtub 🛁, toilet 🚽, teapot 🫖, basket 🧺, door 🚪, window 🪟, globe 🌍, "
-    "shopping cart 🛒, diamond 💎, trophy 🏆, medal 🏅, boxing glove 🥊, skateboard 🛹, house 🏠, castle 🏰, tent ⛺, "
-    "Ferris wheel 🎡, sun ☀, moon 🌙, star ⭐, cloud ☁, rainbow 🌈, snowflake ❄, fire 🔥, snowman ⛄, heart ❤, robot 🤖, "
-    "ghost 👻, skull 💀, alien 👽, bone 🦴, tooth 🦷, hand ✋",
+    "tool": "hammer 🔨, wrench 🔧, saw 🪚, axe 🪓, ladder 🪜, knife 🔪, magnet 🧲, pencil ✏, paintbrush 🖌, "
+    "broom 🧹, bucket 🪣, anchor ⚓, microscope 🔬, telescope 🔭",
+    "thing": "soccer ball ⚽, basketball 🏀, football 🏈, baseball ⚾, volleyball 🏐, ring 💍, backpack 🎒, "
+    "handbag 👜, umbrella ☂, key 🔑, lock 🔒, clock ⏰, watch ⌚, chair 🪑, bed 🛏, couch 🛋, light bulb 💡, "
+    "candle 🕯, flashlight 🔦, telephone ☎, phone 📱, camera 📷, television 📺, radio 📻, microphone 🎤, "
+    "laptop 💻, book 📕, envelope ✉, gift 🎁, balloon 🎈, teddy bear 🧸, kite 🪁, die 🎲, bathtub 🛁, "
+    "toilet 🚽, teapot 🫖, basket 🧺, door 🚪, window 🪟, globe 🌍, shopping cart 🛒, diamond 💎, trophy 🏆, "
+    "medal 🏅, boxing glove 🥊, skateboard 🛹, house 🏠, castle 🏰, tent ⛺, Ferris wheel 🎡, sun ☀, moon 🌙, "
+    "star ⭐, cloud ☁, rainbow 🌈, snowflake ❄, fire 🔥, snowman ⛄, heart ❤, robot 🤖, ghost 👻, skull 💀, "
+    "alien 👽, bone 🦴, tooth 🦷, hand ✋",
 }
 KINDS = {kind: dict(thing.rsplit(" ", 1) for thing in things.split(", ")) for kind, things in KINDS.items()}
 OBJECTS = {name: emoji for things in KINDS.values() for name, emoji in things.items()}
@@ -73,7 +77,7 @@ QUESTIONS = {
     "exists": ("Is there {a} in the picture?", "Is there {a} here?", "Do you see {a}?", "Can you see {a}?"),
     "ground": ("What color is the background?", "Which color is the background?", "What is the background color?"),
     "which": ("Which {names} are in the picture?", "Which {names} are there?", "What {names} can you see?"),
-    "beside": ("What is {side} the {name}?", "Which object is {side} the {name}?", "What do you see {side} the {name}?"),
+    "beside": ("What is {side} the {name}?", "Which thing is {side} the {name}?", "What do you see {side} the {name}?"),
     "is beside": ("Is the {name} {side} the {other}?",),
     **dict.fromkeys(SIDES, ("What is {side}?", "What is {side} of the picture?", "Which object is {side}?")),
 }
@@ -117,14 +121,14 @@ def plan_names(rng: random.Random, count: int, apart: bool) -> list[str]:
     while len(names) < count:
         again = names and not apart and rng.random() < 0.12
         name = rng.choice(names if again else list(OBJECTS))
-        if again or name not in names and not any(name in APART[other] for other in names):
+        if again or not any(name == other or name in APART[other] for other in names):
             names.append(name)
     return names
 
 
-def plan_things(rng: random.Random, apart: bool = False) -> list[dict]:
+def plan_things(rng: random.Random, apart: bool = False, at_least: int = 0) -> list[dict]:
     count, things = rng.choices(range(len(HOW_MANY)), HOW_MANY)[0], []
-    count = max(count, 2) if apart else count
+    count = max(count, at_least, 2 * apart)
     for name in plan_names(rng, count, apart):
         for attempt in range(200):  # a thing that finds no place in 30 tries is made smaller
             size = round(rng.uniform(*SIZES[count]) * 0.9 ** (attempt // 30), 3)
@@ -182,8 +186,8 @@ def draw_thing(picture: Image.Image, sprites: dict, thing: dict, look: dict) -> 
     picture.paste(colours, (x, y), alpha)
 
 
-def plan_scene(rng: random.Random, apart: bool = False) -> dict:
-    return {"ground": rng.choice(list(GROUNDS)), "things": plan_things(rng, apart)}
+def plan_scene(rng: random.Random, apart: bool = False, at_least: int = 0) -> dict:
+    return {"ground": rng.choice(list(GROUNDS)), "things": plan_things(rng, apart, at_least)}
 
 
 def make_truth(seed: int, apart: bool = False) -> dict:
@@ -192,14 +196,15 @@ def make_truth(seed: int, apart: bool = False) -> dict:
 
 
 def make_scene(
-    sprites: dict[str, list[Image.Image]], seed: int, size: int = 112, apart: bool = False
+    sprites: dict[str, list[Image.Image]], seed: int, size: int = 112, apart: bool = False, at_least: int = 0
 ) -> tuple[Image.Image, dict]:
     """Picture `seed`, (size, size), and its truth. `sprites` may be any artist's: name -> drawings, RGBA, one or more.
 
-    With `apart`, the picture shows two things that are never together in the pictures without it.
+    With `apart`, the picture shows two things that are never together in the pictures without it; `at_least` is how
+    many things there must be.
     """
     rng = random.Random(seed)
-    truth = plan_scene(rng, apart)
+    truth = plan_scene(rng, apart, at_least)
     grid = rng.choice(GRIDS)
     stretch = rng.choice((Image.Resampling.NEAREST, Image.Resampling.BICUBIC))
     picture = Image.fromarray(plan_ground(rng, truth["ground"], grid)).resize((size, size), stretch)
@@ -367,13 +372,17 @@ def mentioned(words: list[str] | dict, text: str) -> set[str]:
     return set(re.findall(rf"\b({any_of(list(words))})\b", text))
 
 
+def to_number(word: str) -> int:
+    return NUMBERS.index(word) if word in NUMBERS else int(word)
+
+
 def named_things(text: str) -> Counter:
     """How many of each thing the text speaks of. "The cat" is the cat spoken of before."""
     counts, known = Counter(), set()
     for how_many, form in A_THING.findall(text):
         name = SINGULAR[form]
         if how_many != "the":
-            counts[name] += NUMBERS.index(how_many) if how_many in NUMBERS else int(how_many) if how_many.isdigit() else 1
+            counts[name] += to_number(how_many) if how_many in NUMBERS or how_many.isdigit() else 1
         known.add(name)
     return Counter({name: counts[name] or 1 for name in known})
 
@@ -384,7 +393,7 @@ def score(kind: str, answer: str, truth: dict) -> bool:
     text = re.sub(r"\b(none|zero|nothing|empty)\b", "no", text)
     family, *about = kind.split(":")
     names, named = left_to_right(truth), named_things(text)
-    numbers = {NUMBERS.index(n) if n in NUMBERS else int(n) for n in mentioned([*NUMBERS, *map(str, range(11))], text)}
+    numbers = {to_number(word) for word in mentioned([*NUMBERS, *map(str, range(11))], text)}
     colours, no = mentioned(GROUNDS, text), bool(re.search(r"\b(no|not)\b|n't\b", text))
     if family == "ground":
         return colours == {truth["ground"]} and not re.search(r"\bnot\b|n't\b", text)

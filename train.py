@@ -37,7 +37,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.nn.functional import all_gather
 from torch.nn.parallel import DistributedDataParallel
 
 import emoji_world
@@ -160,9 +159,24 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+class Everywhere(torch.autograd.Function):
+    """The rows of all processes, in order. Gradients go back to where the rows came from."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        rows = [torch.empty_like(x) for _ in range(world_size())]
+        dist.all_gather(rows, x.contiguous())
+        return torch.cat(rows)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        grad = grad.contiguous()
+        dist.all_reduce(grad)  # every process has a loss, and all of them want something of these rows
+        return grad.chunk(world_size())[dist.get_rank()]
+
+
 def everywhere(x: Tensor) -> Tensor:
-    """The rows of all processes, in order; gradients go back to where the rows came from."""
-    return torch.cat(all_gather(x)) if dist.is_initialized() else x
+    return Everywhere.apply(x) if dist.is_initialized() else x
 
 
 # --- The stages ------------------------------------------------------------------------------------------------------
@@ -180,8 +194,8 @@ class Stage:
 
 
 STAGES = [
-    Stage("tower", ("vision_tower",), World.parts, ContrastiveLoss, steps=2600, batch=256, lr=1.5e-3),
-    Stage("decoder", ("language_model", "lm_head"), World.text, NextTokenLoss, steps=300, batch=64, lr=2e-3),
+    Stage("tower", ("vision_tower",), World.parts, ContrastiveLoss, steps=3600, batch=256, lr=1.5e-3),
+    Stage("decoder", ("language_model", "lm_head"), World.text, NextTokenLoss, steps=500, batch=64, lr=2e-3),
     Stage("align", ("multi_modal_projector",), World.captions, NextTokenLoss, steps=300, batch=64, lr=2e-3),
     Stage(
         "tune",
@@ -241,8 +255,10 @@ def run_stage(
         optimizer.load_state_dict(state["optimizer"])
         first = state["step"]
     log = Log(stage, place, first)
-    # The layers behind the one that LLaVA reads learn nothing, which the engine has to be told.
-    parallel = DistributedDataParallel(objective, find_unused_parameters=True) if dist.is_initialized() else objective
+    parallel = objective
+    if dist.is_initialized():  # the tower's layers behind the one that LLaVA reads have no part in its own losses
+        unused = stage.loss is NextTokenLoss and "vision_tower" in stage.trainable
+        parallel = DistributedDataParallel(objective, find_unused_parameters=unused)
     steps = Steps(data, stage.batch, first, stage.steps, place.rank, world_size(), place.pieces(stage))
     for step, batches in enumerate(steps.loader(place.workers), first):
         for group in optimizer.param_groups:

@@ -203,11 +203,12 @@ def test_judging(kind, right, wrong):
 
 def test_judging_numbers_of_things():
     twice = {"ground": "blue", "things": [*CAT_APPLE["things"], {"name": "cat", "x": 0.2, "y": 0.1, "size": 0.2}]}
-    for answer in ("Two cats and an apple", "There is a cat, an apple and a cat.", "Two cats. The cats are near an apple"):
+    for answer in ("Two cats and an apple", "A cat, an apple and a cat.", "Two cats. The cats are near an apple"):
         assert score("what", answer, twice) and not score("what", answer, CAT_APPLE), answer
     for answer in ("A cat and an apple", "Three cats and an apple", "Two cats and two apples", "Two cats"):
         assert not score("what", answer, twice), answer
-    assert score("how many:cat", "2", twice) and score("count", "three", twice) and score("left", "a cat", twice) is False
+    assert score("how many:cat", "2", twice) and score("count", "three", twice)
+    assert not score("left", "a cat", twice)
 
 
 def test_hot_dogs_are_no_dogs():

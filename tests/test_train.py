@@ -94,7 +94,8 @@ def test_batches_are_the_same_for_the_same_seeds_and_padding_is_not_learnt(world
 def test_parts_are_where_things_are(world):
     batch = world.parts(range(40))
     for i in range(40):
-        truth = emoji_world.make_truth(i)
+        truth = emoji_world.make_scene(world.sprites, i, at_least=4 * (i % 4 > 0))[1]
+        assert i % 4 == 0 or len(truth["things"]) == 4
         said = [bytes(row[row > 0].tolist()).decode() for row in batch["words"][i]]
         assert [name for name in said if name][: len(truth["things"])] == [t["name"] for t in truth["things"]]
         assert said[len(truth["things"])] in ("", f"{truth['ground']} background")
@@ -113,7 +114,7 @@ def test_steps_are_shared_without_gap_or_overlap():
     assert seen() == [list(range(24, 36)), list(range(36, 48))]
     assert [len(piece) for piece in Steps(list, 12, 2, 4, pieces=3)[0]] == [4, 4, 4]
     shares = [seen(rank=rank, world_size=3, pieces=2) for rank in range(3)]
-    assert [sum(parts, []) for parts in zip(*shares, strict=True)] == seen()
+    assert [[n for part in parts for n in part] for parts in zip(*shares, strict=True)] == seen()
 
 
 def test_a_world_can_be_handed_to_a_drawing_process(world):
@@ -138,13 +139,13 @@ def test_the_contrast_at_the_start_is_that_of_guessing_and_right_words_make_it_s
         assert contrast(batch).item() == pytest.approx(guessing.item(), abs=0.2)
         contrast.log_scale.fill_(scale)
     optimizer = torch.optim.AdamW(contrast.parameters(), lr=2e-3)
-    for _ in range(25):
+    for _ in range(50):
         optimizer.zero_grad()
         loss = contrast(batch)
         loss.backward()
         optimizer.step()
     entropy = sum(words.count(w) * torch.tensor(words.count(w)).log() / words.count(w) for w in set(words)) / different
-    assert entropy / 2 < loss.item() < 0.5 * guessing  # no lower than that: things of one name cannot be told apart
+    assert entropy / 2 < loss.item() < 0.6 * guessing  # no lower than that: things of one name cannot be told apart
 
 
 # --- The loop --------------------------------------------------------------------------------------------------------
@@ -279,8 +280,8 @@ def test_a_llava_file_is_trained_on_and_what_is_broken_is_named(tmp_path, world)
     }
     content = [*good, text_only, *({**record, "id": name} for name, record in broken.items()), "no record", None]
     (tmp_path / "my.json").write_text(json.dumps(content))
-    command = [sys.executable, ROOT / "train.py", "--data", tmp_path / "my.json", "--out", tmp_path / "out", "--batch", "3"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=170)
+    command = [sys.executable, ROOT / "train.py", "--data", tmp_path / "my.json", "--out", tmp_path / "out"]
+    done = subprocess.run([*command, "--batch", "3"], capture_output=True, text=True, timeout=170)
     assert done.returncode == 0, done.stderr
     for name in (*broken, len(content) - 2, len(content) - 1):
         assert f"skipped: record {name}: " in done.stdout
