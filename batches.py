@@ -152,14 +152,15 @@ class World:
 class Records:
     """A LLaVA-format JSON file: a list of {"image": "a.jpg", "conversations": [{"from": "human", "value": ...}, ...]}.
 
-    Records that cannot be used are named in `skipped`, a line each; "image" may be missing where no picture is spoken
-    of. Raises ValueError when the file is not such a list or nothing in it is of use.
+    "image" may be missing where no picture is spoken of. Records that cannot be used are named in `skipped`, a line
+    each; those whose picture turns out not to open, or that are longer than `longest` tokens, are named when it is
+    their turn. Raises ValueError when the file is not such a list or nothing in it is of use.
     """
 
     file: Path
     images: Path
     processor: LlavaProcessor
-    longest: int  # tokens; a longer conversation is skipped
+    longest: int
     skipped: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -171,12 +172,11 @@ class Records:
             raise ValueError(f"{self.file} is not a list of records, as LLaVA's training files are")
         self.records = []
         for i, record in enumerate(records):
-            trouble = self.trouble(record)
-            if trouble:
-                name = record.get("id", i) if isinstance(record, dict) else i
-                self.skipped.append(f"record {name}: {trouble}")
+            name = f"record {record.get('id', i) if isinstance(record, dict) else i}"
+            if trouble := self.trouble(record):
+                self.skipped.append(f"{name}: {trouble}")
             else:
-                self.records.append(record)
+                self.records.append((name, record))
         if not self.records:
             because = f" (the first, {self.skipped[0]})" if self.skipped else ""
             raise ValueError(f"{self.file} has no record that can be trained on{because}")
@@ -195,30 +195,31 @@ class Records:
             return f"<image> stands {spoken_of} times in its questions, for {int('image' in record)} pictures"
         if spoken_of and not (isinstance(record["image"], str) and (self.images / record["image"]).is_file()):
             return f"there is no picture {self.images / str(record['image'])}"
-        length = len(tokenize_conversation(turns, self.processor)[0])
-        return f"{length} tokens are more than the model holds, {self.longest}" if length > self.longest else None
+        return None
 
-    def read(self, number: int) -> tuple[list[Tensor], tuple[list[int], list[int]]]:
-        record = self.records[number % len(self.records)]
+    def read(self, record: dict) -> tuple[list[Tensor], tuple[list[int], list[int]]]:
+        row = tokenize_conversation(record["conversations"], self.processor)
+        if len(row[0]) > self.longest:
+            raise ValueError(f"{len(row[0])} tokens are more than the model holds, {self.longest}")
         pictures = [open_image(self.images / record["image"])] if "image" in record else []
-        pictures = [self.processor.image_processor([picture])[0] for picture in pictures]
-        return pictures, tokenize_conversation(record["conversations"], self.processor)
+        return [self.processor.image_processor([picture])[0] for picture in pictures], row
 
     def conversations(self, numbers: range) -> dict[str, Tensor]:
-        """Pictures and conversations; past the file's end it begins again. A picture that fails to open is left out."""
+        """Pictures and conversations; past the file's end it begins again."""
         pictures, rows = [], []
         for start in numbers:
-            for number in range(start, start + len(self.records)):  # the next one that opens takes the place
+            for number in range(start, start + len(self.records)):  # where one is of no use, the next takes its place
+                name, record = self.records[number % len(self.records)]
                 try:
-                    picture, row = self.read(number)
+                    picture, row = self.read(record)
                 except (OSError, ValueError) as error:
-                    print(f"skipped: {error}", flush=True)
+                    print(f"skipped: {name}: {error}", flush=True)
                     continue
                 pictures += picture
                 rows.append(row)
                 break
         if not rows:
-            raise ValueError(f"no picture of {self.file} can be opened")
+            raise ValueError(f"none of the conversations in {self.file} can be trained on")
         batch = collate(rows, self.processor.tokenizer.pad_token_id)
         return {"pixel_values": torch.stack(pictures), **batch} if pictures else batch
 

@@ -95,7 +95,10 @@ def init_weights(model: nn.Module) -> None:
 def new_model(tokenizer: Tokenizer) -> LlavaForConditionalGeneration:
     size = max(tokenizer.special_names) + 1
     text = replace(TEXT, vocab_size=-(-size // 64) * 64)  # rounded up, as the hub's checkpoints do
-    model = LlavaForConditionalGeneration(LlavaConfig(VISION, text, image_token_index=tokenizer.image_token_id))
+    model = LlavaForConditionalGeneration(
+        # LLaVA reads CLIP's layer -2, because the last one served CLIP's class token. Ours served its patches.
+        LlavaConfig(VISION, text, image_token_index=tokenizer.image_token_id, vision_feature_layer=-1)
+    )
     init_weights(model)
     return model
 
@@ -195,15 +198,15 @@ class Stage:
 
 STAGES = [
     Stage("tower", ("vision_tower",), World.parts, ContrastiveLoss, steps=3600, batch=256, lr=1.5e-3),
-    Stage("decoder", ("language_model", "lm_head"), World.text, NextTokenLoss, steps=500, batch=64, lr=2e-3),
+    Stage("decoder", ("language_model", "lm_head"), World.text, NextTokenLoss, steps=500, batch=32, lr=2e-3),
     Stage("align", ("multi_modal_projector",), World.captions, NextTokenLoss, steps=300, batch=64, lr=2e-3),
     Stage(
         "tune",
         ("multi_modal_projector", "language_model", "lm_head"),
         World.conversations,
         NextTokenLoss,
-        steps=2000,
-        batch=64,
+        steps=3000,
+        batch=32,
         lr=1e-3,
     ),
 ]
@@ -227,6 +230,7 @@ class Place:
     folder: Path
     device: str = "cpu"
     rank: int = 0
+    source: str = "the emoji world"  # of what is learnt
     accumulate: int = 1  # batches that one step is learnt from, one after the other, to save memory
     workers: int = 0  # processes that draw
 
@@ -248,9 +252,13 @@ def run_stage(
         parameter.requires_grad_(mine or not name.startswith("model."))
     learning = [parameter for parameter in objective.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(learning, lr=stage.lr, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
+    place.folder.mkdir(parents=True, exist_ok=True)
     kept, first = place.folder / f"{stage.name}.pt", 0
+    settings = f"{stage.steps} steps of {stage.batch} at {stage.lr}, from {place.source}"
     if kept.is_file():
         state = torch.load(kept, map_location=place.device, weights_only=True)
+        if state["settings"] != settings:
+            raise ValueError(f"{kept} is of another run ({state['settings']}): delete it, or choose another --out")
         objective.load_state_dict(state["objective"])
         optimizer.load_state_dict(state["optimizer"])
         first = state["step"]
@@ -270,8 +278,8 @@ def run_stage(
         log.add(step + 1, loss)
         done = step + 1
         if place.rank == 0 and (done % KEEP_EVERY == 0 or done == stage.steps):
-            state = {"step": done, "objective": objective.state_dict(), "optimizer": optimizer.state_dict()}
-            torch.save(state, kept.with_suffix(".new"))
+            state = {"objective": objective.state_dict(), "optimizer": optimizer.state_dict()}
+            torch.save({"step": done, "settings": settings, **state}, kept.with_suffix(".new"))
             kept.with_suffix(".new").replace(kept)
 
 
@@ -390,6 +398,8 @@ def train_on_records(args: argparse.Namespace, place: Place) -> None:
     processor = LlavaProcessor.from_pretrained(args.model)
     longest = model.config.text_config.max_position_embeddings
     records = Records(args.data, args.images or args.data.parent, processor, longest)
+    records.conversations(range(1))  # fails here, in a sentence, if nothing can be opened
+    place.source = f"{args.data} ({len(records.records)} conversations), on {args.model}"
     steps = args.steps or -(-len(records.records) // args.batch)
     stage = replace(STAGES[-1], steps=steps, batch=args.batch, lr=args.lr)
     if place.rank == 0:
@@ -409,16 +419,16 @@ def wait_for_all() -> None:
 def find_place(args: argparse.Namespace) -> Place:
     """One process's place; those that torchrun started find each other first."""
     name = "quick" if args.quick else "my-llava" if args.data else "tiny-llava"
-    folder, workers = args.out or Path("runs") / name, 0 if args.quick else args.workers
-    folder.mkdir(parents=True, exist_ok=True)
+    place = Place(args.out or Path("runs") / name, args.device, accumulate=args.accumulate)
+    place.workers = 0 if args.quick else args.workers
     if "WORLD_SIZE" not in os.environ:
-        return Place(folder, args.device, 0, args.accumulate, workers)
+        return place
     dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
-    device = args.device
-    if device == "cuda":
-        device = f"cuda:{os.environ['LOCAL_RANK']}"
-        torch.cuda.set_device(device)
-    return Place(folder, device, dist.get_rank(), args.accumulate, workers)
+    place.rank = dist.get_rank()
+    if args.device == "cuda":
+        place.device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(place.device)
+    return place
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -285,7 +285,7 @@ def test_a_llava_file_is_trained_on_and_what_is_broken_is_named(tmp_path, world)
     assert done.returncode == 0, done.stderr
     for name in (*broken, len(content) - 2, len(content) - 1):
         assert f"skipped: record {name}: " in done.stdout
-    assert "7 conversations, 3 steps of 3" in done.stdout and "2.png" in done.stdout
+    assert "8 conversations, 3 steps of 3" in done.stdout and "2.png" in done.stdout
     model = LlavaForConditionalGeneration.from_pretrained(tmp_path / "out", torch.float32)
     before = LlavaForConditionalGeneration.from_pretrained(BUNDLED, torch.float32)
     changed = {name.partition(".")[0] for name, tensor in model.state_dict().items()
@@ -311,7 +311,15 @@ def test_a_file_without_records_is_refused_in_a_sentence(tmp_path, content):
     command = [sys.executable, ROOT / "train.py", "--data", tmp_path / "my.json", "--out", tmp_path / "out"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=100)
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "my.json" in done.stderr
-    assert not list((tmp_path / "out").glob("*.safetensors"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_with_other_settings_is_not_gone_on_with(world, tmp_path):
+    stage = replace(DECODER, steps=1, batch=2)
+    train.run_stage(stage, fresh_model(world), train.Draw(world, stage.data), train.Place(tmp_path))
+    for other, place in ((replace(stage, lr=1.0), train.Place(tmp_path)), (stage, train.Place(tmp_path, source="b"))):
+        with pytest.raises(ValueError, match="--out"):
+            train.run_stage(other, fresh_model(world), train.Draw(world, stage.data), place)
 
 
 # --- The result ------------------------------------------------------------------------------------------------------
