@@ -10,6 +10,7 @@ import json
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -18,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 
 import emoji_world
 from clip import open_image
+from emoji_world import wording
 from llava import LlavaProcessor
 
 TURNS = 6  # questions and answers in a conversation about a scene
@@ -114,14 +116,14 @@ class World:
     def captions(self, seeds: range) -> dict[str, Tensor]:
         """Pictures with one caption each."""
         pixel_values, truths = self.pictures(seeds)
-        texts = [emoji_world.caption(truth, random.Random(seed)) for truth, seed in zip(truths, seeds, strict=True)]
+        texts = [emoji_world.caption(truth, wording(seed)) for truth, seed in zip(truths, seeds, strict=True)]
         rows = [tokenize_caption(text, self.processor) for text in texts]
         return {"pixel_values": pixel_values, **collate(rows, self.processor.tokenizer.pad_token_id)}
 
     def conversations(self, seeds: range) -> dict[str, Tensor]:
         """Pictures with several questions and answers each."""
         pixel_values, truths = self.pictures(seeds)
-        said = [emoji_world.conversation(t, random.Random(seed), TURNS) for t, seed in zip(truths, seeds, strict=True)]
+        said = [emoji_world.conversation(t, wording(seed), TURNS) for t, seed in zip(truths, seeds, strict=True)]
         rows = [tokenize_conversation(turns, self.processor) for turns in said]
         return {"pixel_values": pixel_values, **collate(rows, self.processor.tokenizer.pad_token_id)}
 
@@ -133,7 +135,7 @@ class World:
         blind = LlavaProcessor(None, self.processor.tokenizer, image_seq_length=0, template="v1")
         rows = []
         for seed in seeds:
-            truth, rng = emoji_world.make_truth(seed), random.Random(seed)
+            truth, rng = emoji_world.make_truth(seed), wording(seed)
             shown, told = emoji_world.caption(truth, rng), emoji_world.caption(truth, rng)
             if seed % 4 == 0:
                 ids, _ = tokenize_caption(f"{shown}\n{told}", blind)
@@ -146,6 +148,11 @@ class World:
 
 
 # --- Anybody's conversations -----------------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=2)
+def shuffled(count: int, epoch: int) -> list[int]:
+    return random.Random(epoch).sample(range(count), count)
 
 
 @dataclass
@@ -165,14 +172,14 @@ class Records:
 
     def __post_init__(self) -> None:
         try:
-            records = json.loads(Path(self.file).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+            records = json.loads(Path(self.file).read_text(encoding="utf-8-sig"))
+        except (OSError, ValueError, RecursionError) as error:
             raise ValueError(f"{self.file} cannot be read as JSON: {error}") from None
         if not isinstance(records, list):
             raise ValueError(f"{self.file} is not a list of records, as LLaVA's training files are")
         self.records = []
         for i, record in enumerate(records):
-            name = f"record {record.get('id', i) if isinstance(record, dict) else i}"
+            name = f"record {i}" + (f" ({record['id']!r})" if isinstance(record, dict) and record.get("id") else "")
             if trouble := self.trouble(record):
                 self.skipped.append(f"{name}: {trouble}")
             else:
@@ -190,26 +197,39 @@ class Records:
             wanted = ("human", "gpt")[i % 2]
             if not isinstance(turn, dict) or turn.get("from") != wanted or not isinstance(turn.get("value"), str):
                 return f'turn {i} is not {{"from": "{wanted}", "value": "..."}}'
-        spoken_of = sum(turn["value"].count("<image>") for turn in turns[::2])
-        if any("<image>" in turn["value"] for turn in turns[1::2]) or spoken_of != int("image" in record):
-            return f"<image> stands {spoken_of} times in its questions, for {int('image' in record)} pictures"
-        if spoken_of and not (isinstance(record["image"], str) and (self.images / record["image"]).is_file()):
-            return f"there is no picture {self.images / str(record['image'])}"
-        return None
+            if control := self.control_token(turn["value"], answer=wanted == "gpt"):
+                return f"turn {i} holds {control}"
+        image = record.get("image")
+        spoken_of = sum(turn["value"].count("<image>") for turn in turns)
+        if spoken_of != (image is not None):
+            return f"<image> stands {spoken_of} times in its questions, for {int(image is not None)} pictures"
+        try:
+            found = image is None or (isinstance(image, str) and (self.images / image).is_file())
+        except (OSError, ValueError):  # a name that no file can have
+            found = False
+        return None if found else f"there is no picture {str(image)[:80]!r} in {self.images}"
+
+    def control_token(self, text: str, answer: bool) -> str | None:
+        """What in a text the tokenizer would not take as text."""
+        for name in self.processor.tokenizer.special_names.values():
+            if name in text and (answer or name != "<image>"):
+                return f"{name}, which is a control token"
+        return "half of a surrogate pair" if any("\ud800" <= letter <= "\udfff" for letter in text) else None
 
     def read(self, record: dict) -> tuple[list[Tensor], tuple[list[int], list[int]]]:
         row = tokenize_conversation(record["conversations"], self.processor)
         if len(row[0]) > self.longest:
             raise ValueError(f"{len(row[0])} tokens are more than the model holds, {self.longest}")
-        pictures = [open_image(self.images / record["image"])] if "image" in record else []
+        pictures = [open_image(self.images / record["image"])] if record.get("image") is not None else []
         return [self.processor.image_processor([picture])[0] for picture in pictures], row
 
     def conversations(self, numbers: range) -> dict[str, Tensor]:
-        """Pictures and conversations; past the file's end it begins again."""
+        """Pictures and conversations in a shuffled order; past the file's end it begins again, in another one."""
         pictures, rows = [], []
         for start in numbers:
             for number in range(start, start + len(self.records)):  # where one is of no use, the next takes its place
-                name, record = self.records[number % len(self.records)]
+                epoch, i = divmod(number, len(self.records))
+                name, record = self.records[shuffled(len(self.records), epoch)[i]]
                 try:
                     picture, row = self.read(record)
                 except (OSError, ValueError) as error:
@@ -239,6 +259,11 @@ class Steps(Dataset):
     rank: int = 0
     world_size: int = 1
     pieces: int = 1
+
+    def __post_init__(self) -> None:
+        if self.batch % (self.world_size * self.pieces):
+            pieces = f", in {self.pieces} pieces each" if self.pieces > 1 else ""
+            raise ValueError(f"{self.batch} samples cannot be shared by {self.world_size} processes{pieces}")
 
     def __len__(self) -> int:
         return self.end - self.first

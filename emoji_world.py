@@ -13,9 +13,11 @@ To look at some: python emoji_world.py --out FOLDER --count 12
 """
 
 import argparse
+import itertools
 import json
 import random
 import re
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -81,8 +83,10 @@ QUESTIONS = {
     "is beside": ("Is the {name} {side} the {other}?",),
     **dict.fromkeys(SIDES, ("What is {side}?", "What is {side} of the picture?", "Which object is {side}?")),
 }
+OPPOSITE = {"left": "right", "right": "left", "top": "bottom", "bottom": "top"}
 IRREGULAR = {"mouse": "mice", "sheep": "sheep", "deer": "deer", "fish": "fish", "knife": "knives", "die": "dice",
-             "scarf": "scarves", "food": "foods", "piece of clothing": "pieces of clothing"}
+             "scarf": "scarves", "snowman": "snowmen",
+             "tooth": "teeth", "food": "foods", "piece of clothing": "pieces of clothing"}
 
 
 # --- Pictures --------------------------------------------------------------------------------------------------------
@@ -103,10 +107,12 @@ def load_sprites(folder: str | Path = Path(__file__).parent / "sprites") -> dict
     return sprites
 
 
+ORDER = {name: i for i, name in enumerate(OBJECTS)}
+
+
 def kept_apart(one: str, other: str) -> bool:
     """Whether training never shows these two together: one pair in 17, so that judging can show something new."""
-    order = list(OBJECTS)
-    return one != other and (order.index(one) + order.index(other)) % 17 == 0
+    return one != other and (ORDER[one] + ORDER[other]) % 17 == 0
 
 
 APART = {one: [other for other in OBJECTS if kept_apart(one, other)] for one in OBJECTS}
@@ -130,7 +136,7 @@ def plan_things(rng: random.Random, apart: bool = False, at_least: int = 0) -> l
     count, things = rng.choices(range(len(HOW_MANY)), HOW_MANY)[0], []
     count = max(count, at_least, 2 * apart)
     for name in plan_names(rng, count, apart):
-        for attempt in range(200):  # a thing that finds no place in 30 tries is made smaller
+        for attempt in itertools.count():  # a thing that finds no place in 30 tries is made smaller
             size = round(rng.uniform(*SIZES[count]) * 0.9 ** (attempt // 30), 3)
             x, y = (round(rng.uniform(size / 2, 1 - size / 2), 3) for _ in "xy")
             if all(max(abs(x - t["x"]), abs(y - t["y"])) > 0.45 * (size + t["size"]) for t in things):
@@ -243,6 +249,10 @@ def things(names: list[str]) -> str:
     return listing([number(count, name) for name, count in Counter(names).items()]) or "nothing"
 
 
+def there(names: list[str]) -> str:
+    return f"There {'are' if names and names.count(names[0]) > 1 else 'is'} {things(names)}"
+
+
 # --- What is true ----------------------------------------------------------------------------------------------------
 
 
@@ -257,13 +267,13 @@ def of_kind(truth: dict, kind: str) -> list[str]:
 def on_side(truth: dict, side: str) -> str | None:
     """The one thing there; None where there is none and where people could disagree."""
     def distance(thing: dict) -> float:
-        if side == "middle":
-            return max(abs(thing["x"] - 0.5), abs(thing["y"] - 0.5)) + 0.27
+        if side == "middle":  # begins where the sides end
+            return max(abs(thing["x"] - 0.5), abs(thing["y"] - 0.5)) + 0.22
         at = thing["x" if side in ("left", "right") else "y"]
         return at if side in ("left", "top") else 1 - at
 
     near = sorted((distance(thing), thing["name"]) for thing in truth["things"])
-    clear = near and near[0][0] < 0.42 and all(far > max(0.5, near[0][0] + 0.2) for far, _ in near[1:])
+    clear = near and near[0][0] < 0.36 and all(far > max(0.5, near[0][0] + 0.2) for far, _ in near[1:])
     return near[0][1] if clear else None
 
 
@@ -283,63 +293,84 @@ def relations(truth: dict) -> list[tuple[str, str, str]]:
 
 # --- Questions and answers -------------------------------------------------------------------------------------------
 
+# A fact is (kind, what its question is filled with, the answer in a sentence, in a word or phrase if there is one).
+# A kind is the key in QUESTIONS and, after colons, what it is about: exists:NAME, how many:NAME, which:KIND,
+# beside:SIDE:OTHER (what is to the left of the cat?), is beside:SIDE:ONE:OTHER (is the dog to the left of the cat?).
+Fact = tuple[str, dict, str, str | None]
 
-def facts(truth: dict, rng: random.Random) -> list[tuple[str, str, str | None]]:
-    """Everything worth asking, as (kind, answer in a sentence, answer in a word or phrase, if there is one)."""
+
+def facts(truth: dict, rng: random.Random) -> list[Fact]:
+    """Everything worth asking about a picture."""
     names, ground = left_to_right(truth), truth["ground"]
-    n, unique = len(names), list(dict.fromkeys(names))
-    found = [("describe", f"The picture shows {things(names)} on {a(ground)} background.", None),
-             ("what", f"There is {things(names)} in the picture.", things(names)),
-             ("count", f"There {'is one object' if n == 1 else f'are {NUMBERS[n]} objects'} in the picture.", str(n)),
-             ("ground", f"The background is {ground}.", ground)]
-    found += [(s, f"There is {a(name)} {at}.", name) for s, at in SIDES.items() if (name := on_side(truth, s))]
-    if n:  # a yes and a no for every picture, so that neither is the better guess
-        here, away = rng.choice(names), rng.choice([name for name in OBJECTS if name not in names])
-        found += [(f"exists:{here}", f"Yes, there is {a(here)} in the picture.", "yes"),
-                  (f"exists:{away}", f"No, there is no {away} in the picture.", "no")]
-        repeated = [name for name in unique if names.count(name) > 1]
-        for name in [*(repeated or [here]), *([away] if rng.random() < 0.3 else [])]:
-            count = names.count(name)
-            said = f"is one {name}" if count == 1 else f"are {NUMBERS[count]} {plural(name)}"
-            found.append((f"how many:{name}", f"There {said} in the picture.", str(count)))
-    kinds = [kind for kind in KINDS if kind != "thing"]
+    n = len(names)
+    found = [("describe", {}, f"The picture shows {things(names)} on {a(ground)} background.", None),
+             ("what", {}, f"{there(names)} in the picture.", things(names)),
+             ("count", {}, f"There {'is one object' if n == 1 else f'are {NUMBERS[n]} objects'} in the picture.",
+              str(n)),
+             ("ground", {}, f"The background is {ground}.", ground)]
+    for side, at in SIDES.items():
+        if name := on_side(truth, side):
+            found.append((side, {"side": at}, f"There is {a(name)} {at}.", name))
+    if names:
+        found += facts_of_one(names, rng)
+    return found + facts_of_kinds(truth, rng) + facts_beside(truth, rng)
+
+
+def facts_of_one(names: list[str], rng: random.Random) -> list[Fact]:
+    """Whether a thing is there: a yes and a no for every picture, so that neither is the better guess. How many."""
+    here, away = rng.choice(names), rng.choice([name for name in OBJECTS if name not in names])
+    found = [(f"exists:{here}", {"a": a(here)}, f"Yes, there is {a(here)} in the picture.", "yes"),
+             (f"exists:{away}", {"a": a(away)}, f"No, there is no {away} in the picture.", "no")]
+    repeated = [name for name in dict.fromkeys(names) if names.count(name) > 1]
+    for name in [*(repeated or [here]), *([away] if rng.random() < 0.3 else [])]:
+        count = names.count(name)
+        said = f"is one {name}" if count == 1 else f"are {NUMBERS[count]} {plural(name)}"
+        found.append((f"how many:{name}", {"names": plural(name)}, f"There {said} in the picture.", str(count)))
+    return found
+
+
+def facts_of_kinds(truth: dict, rng: random.Random) -> list[Fact]:
+    """Which animals, vehicles and so on are there; for one kind, often, that there are none."""
+    found, kinds = [], [kind for kind in KINDS if kind != "thing"]
     for kind in dict.fromkeys([rng.choice(kinds), *(kind for kind in kinds if of_kind(truth, kind))]):
         members = of_kind(truth, kind)
-        said = f"is {things(members)}" if members else f"are no {plural(kind)}"
-        found.append((f"which:{kind}", f"There {said} in the picture.", things(members) if members else "none"))
-    return found + facts_beside(truth, rng)
+        said = there(members) if members else f"There are no {plural(kind)}"
+        word = things(members) if members else "none"
+        found.append((f"which:{kind}", {"names": plural(kind)}, f"{said} in the picture.", word))
+    return found
 
 
-def facts_beside(truth: dict, rng: random.Random) -> list[tuple[str, str, str]]:
-    known = relations(truth)
-    found = []
+def facts_beside(truth: dict, rng: random.Random) -> list[Fact]:
+    """Up to three facts about where things are of each other."""
+    known, found = relations(truth), []
     for side, other in sorted({(side, other) for _, side, other in known}):
-        there = [name for name, *place in known if place == [side, other]]
-        if len(there) == 1:
-            sentence = f"There is {a(there[0])} {BESIDE[side]} the {other}."
-            found.append((f"beside:{side}:{other}", sentence, there[0]))
+        names = [one for one, *place in known if place == [side, other]]
+        if len(names) == 1:
+            said = f"There is {a(names[0])} {BESIDE[side]} the {other}."
+            found.append((f"beside:{side}:{other}", {"side": BESIDE[side], "name": other}, said, names[0]))
     if known:
         one, side, other = rng.choice(known)
-        across = {"left": "right", "right": "left", "top": "bottom", "bottom": "top"}[side]
-        where = f"the {one} is {BESIDE[side]} the {other}."
-        found += [(f"is beside:{side}:{one}:{other}", f"Yes, {where}", "yes"),
-                  (f"is beside:{across}:{one}:{other}", f"No, {where}", "no")]
-        rng.shuffle(found)
+        said = f"the {one} is {BESIDE[side]} the {other}."
+        for asked, verdict in ((side, "Yes"), (OPPOSITE[side], "No")):
+            filling = {"name": one, "side": BESIDE[asked], "other": other}
+            found.append((f"is beside:{asked}:{one}:{other}", filling, f"{verdict}, {said}", verdict))
+    rng.shuffle(found)
     return found[:3]
 
 
 def questions(truth: dict, rng: random.Random, short: bool | None = None) -> list[tuple[str, str, str]]:
     """Everything worth asking, as (kind, question, answer); short: words, sentences, or None for either."""
     asked = []
-    for kind, sentence, word in facts(truth, rng):
-        family, *about = kind.split(":")
-        side = {"beside": BESIDE, "is beside": BESIDE}.get(family, SIDES).get(about[0] if about else family)
-        name = about[-1] if family == "beside" else about[min(1, len(about) - 1)] if about else ""
-        question = rng.choice(QUESTIONS[family]).format(
-            a=a(name or "thing"), names=plural(name), name=name, other=about[-1] if about else "", side=side)
+    for kind, filling, sentence, word in facts(truth, rng):
+        question = rng.choice(QUESTIONS[kind.partition(":")[0]]).format(**filling)
         brief = word is not None and (rng.random() < 0.5 if short is None else short)
         asked.append((kind, question + SHORT, word[0].upper() + word[1:]) if brief else (kind, question, sentence))
     return asked
+
+
+def wording(seed: int) -> random.Random:
+    """The chance behind the words about picture `seed`. Were it the picture's own, the words would give it away."""
+    return random.Random(f"words {seed}")
 
 
 def conversation(truth: dict, rng: random.Random, turns: int = 3) -> list[dict[str, str]]:
@@ -389,7 +420,8 @@ def named_things(text: str) -> Counter:
 
 def score(kind: str, answer: str, truth: dict) -> bool:
     """Whether an answer is right: lenient about wording, strict about facts. `kind` is what questions() calls it."""
-    text = answer.lower().replace("grey", "gray").rstrip(". ")
+    text = answer.lower().replace("grey", "gray").replace("\u2019", "'").replace("cannot", "can not").rstrip(". ")
+    text = re.sub(r"\b(left|right)[- ]hand\b", r"\1", text.replace("i saw", "i see"))
     text = re.sub(r"\b(none|zero|nothing|empty)\b", "no", text)
     family, *about = kind.split(":")
     names, named = left_to_right(truth), named_things(text)
@@ -398,18 +430,40 @@ def score(kind: str, answer: str, truth: dict) -> bool:
     if family == "ground":
         return colours == {truth["ground"]} and not re.search(r"\bnot\b|n't\b", text)
     if family in ("count", "how many"):
-        return numbers == {names.count(about[0]) if about else len(names)}
+        right = names.count(about[0]) if about else len(names)
+        return numbers == {right} and (not about or set(named) <= {about[0]})
     if family in ("exists", "is beside"):
-        right = about[0] in names if family == "exists" else (about[1], about[0], about[2]) in relations(truth)
-        yes = bool(re.search(r"\byes\b", text)) or (bool(named) and not no)
-        return set(named) <= {*about[-2:]} and (yes, no) == (right, not right)
+        return verdict(family, about, text, truth) and not (family == "exists" and set(named) - set(about))
     if family in SIDES:
-        return set(named) == {on_side(truth, family)} and (family in text or not mentioned(SIDES, text))
+        return not no and named == Counter([on_side(truth, family)]) and (family in text or not mentioned(SIDES, text))
     if family == "beside":
-        there = {one for one, *place in relations(truth) if place == about}
-        return set(named) - {about[1]} == there and len(there) == 1
+        side, other = about
+        there = Counter(one for one, *place in relations(truth) if place == [side, other])
+        return not no and named - Counter([other]) == there and directions(text) <= {side}
     wanted = Counter(of_kind(truth, about[0]) if family == "which" else names)
     return named == wanted and colours <= {truth["ground"]} and no == (not wanted)
+
+
+def directions(text: str) -> set[str]:
+    words = {"above": "top", "over": "top", "below": "bottom", "under": "bottom", "left": "left", "right": "right"}
+    return {words[word] for word in mentioned(words, text)}
+
+
+def verdict(family: str, about: list[str], text: str, truth: dict) -> bool:
+    """Whether a yes or a no is right, and what is said besides is true."""
+    if family == "exists":
+        right = about[0] in left_to_right(truth)
+    else:
+        side, one, other = about
+        right = (one, side, other) in relations(truth)
+        order = [SINGULAR[form] for _, form in A_THING.findall(text)]
+        if len(order) == 2 and len(directions(text)) == 1:
+            (said,) = directions(text)
+            if ((order[0], said, order[1]) in relations(truth)) == bool(re.search(r"\bnot\b|n't\b", text)):
+                return False
+    no = bool(re.search(r"\b(no|not)\b|n't\b", text))
+    yes = bool(re.search(r"\byes\b", text)) or (bool(A_THING.search(text)) and not no)
+    return (yes, no) == (right, not right)
 
 
 def main() -> None:
@@ -417,16 +471,20 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--count", type=int, default=12)
     args = parser.parse_args()
+    if args.count < 1:
+        raise ValueError("--count must be 1 at least")
     args.out.mkdir(parents=True, exist_ok=True)
     sprites, records, sheet = load_sprites(), [], Image.new("RGB", (6 * 112, -(-args.count // 6) * 112))
     for i in range(args.count):
         picture, truth = make_scene(sprites, seed=i)
         picture.save(args.out / f"{i:04}.png")
         sheet.paste(picture, (i % 6 * 112, i // 6 * 112))
-        records.append({"id": str(i), "image": f"{i:04}.png", "conversations": conversation(truth, random.Random(i))})
+        records.append({"id": str(i), "image": f"{i:04}.png", "conversations": conversation(truth, wording(i))})
     sheet.save(args.out / "sheet.png")
     (args.out / "conversations.json").write_text(json.dumps(records, indent=1))
 
 
 if __name__ == "__main__":
-    main()
+    from command import run
+
+    sys.exit(run(main))

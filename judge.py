@@ -4,7 +4,6 @@
 files with the tensors that were other then, stages/before-alignment.safetensors and stages/after-alignment.safetensors.
 """
 
-import random
 import sys
 from collections import defaultdict
 from pathlib import Path
@@ -47,7 +46,7 @@ def evaluate(
     side = processor.image_processor.crop_size["height"]
     for seed in range(UNSEEN, UNSEEN + n_scenes):
         picture, truth = emoji_world.make_scene(sprites, seed, side, apart)
-        todo += [(picture, truth, *turn) for turn in emoji_world.questions(truth, random.Random(seed))]
+        todo += [(picture, truth, *turn) for turn in emoji_world.questions(truth, emoji_world.wording(seed))]
     todo.sort(key=lambda turn: len(turn[3]))  # questions of one length waste no padding
     for start in range(0, len(todo), 64):
         part = todo[start : start + 64]

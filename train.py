@@ -20,6 +20,7 @@ and a run that resumes at a step sees what it would have seen. Seeds from judge.
 
 import argparse
 import csv
+import hashlib
 import io
 import math
 import os
@@ -33,6 +34,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import sentencepiece
+
+# A batch has ever new shapes. oneDNN keeps 1,024 products made ready for a shape, which came to 12 GB; it reads this once.
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -42,7 +47,7 @@ from torch.nn.parallel import DistributedDataParallel
 import emoji_world
 from batches import Records, Steps, World, messages
 from clip import CLIPVisionConfig, ImageProcessor
-from command import BUNDLED, fast_dtype, run
+from command import BUNDLED, check_device, fast_dtype, run
 from judge import evaluate_stages, save_stage, snapshot
 from llama import Llama, LlamaConfig
 from llava import LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
@@ -96,7 +101,8 @@ def new_model(tokenizer: Tokenizer) -> LlavaForConditionalGeneration:
     size = max(tokenizer.special_names) + 1
     text = replace(TEXT, vocab_size=-(-size // 64) * 64)  # rounded up, as the hub's checkpoints do
     model = LlavaForConditionalGeneration(
-        # LLaVA reads CLIP's layer -2, because the last one served CLIP's class token. Ours served its patches.
+        # LLaVA reads CLIP's layer -2: the last one has learnt to serve the class token, which CLIP's contrast looks
+        # at. Our contrast looks at patches, so the last layer is the best.
         LlavaConfig(VISION, text, image_token_index=tokenizer.image_token_id, vision_feature_layer=-1)
     )
     init_weights(model)
@@ -114,7 +120,10 @@ class NextTokenLoss(nn.Module):
         self.model = model
 
     def forward(self, batch: dict[str, Tensor]) -> Tensor:
-        return self.model(**batch).loss * self.count(batch)
+        loss = self.model(**batch).loss * self.count(batch)
+        if "pixel_values" not in batch:  # the projector has no part in it, and no gradient would be waited for for ever
+            loss = loss + 0 * sum(part.sum() for part in self.model.multi_modal_projector.parameters())
+        return loss
 
     @staticmethod
     def count(batch: dict[str, Tensor]) -> Tensor:
@@ -197,15 +206,15 @@ class Stage:
 
 
 STAGES = [
-    Stage("tower", ("vision_tower",), World.parts, ContrastiveLoss, steps=3600, batch=256, lr=1.5e-3),
-    Stage("decoder", ("language_model", "lm_head"), World.text, NextTokenLoss, steps=500, batch=32, lr=2e-3),
-    Stage("align", ("multi_modal_projector",), World.captions, NextTokenLoss, steps=300, batch=64, lr=2e-3),
+    Stage("tower", ("vision_tower",), World.parts, ContrastiveLoss, steps=2600, batch=256, lr=1.5e-3),
+    Stage("decoder", ("language_model", "lm_head"), World.text, NextTokenLoss, steps=400, batch=32, lr=2e-3),
+    Stage("align", ("multi_modal_projector",), World.captions, NextTokenLoss, steps=200, batch=64, lr=2e-3),
     Stage(
         "tune",
         ("multi_modal_projector", "language_model", "lm_head"),
         World.conversations,
         NextTokenLoss,
-        steps=3000,
+        steps=2600,
         batch=32,
         lr=1e-3,
     ),
@@ -247,9 +256,9 @@ def run_stage(
 ) -> None:
     """Train one stage, or what is left of it: NAME.pt every 100 steps, a row of log.csv every 20."""
     objective = stage.loss(model).to(place.device).train()
-    for name, parameter in objective.named_parameters():  # what is not the model's, like CLIP's text side, learns
-        mine = name.removeprefix("model.").startswith(stage.trainable)
-        parameter.requires_grad_(mine or not name.startswith("model."))
+    for name, parameter in objective.named_parameters():
+        helper = not name.startswith("model.")  # like CLIP's text side, which only the loss has
+        parameter.requires_grad_(helper or name.removeprefix("model.").startswith(stage.trainable))
     learning = [parameter for parameter in objective.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(learning, lr=stage.lr, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
     place.folder.mkdir(parents=True, exist_ok=True)
@@ -262,11 +271,12 @@ def run_stage(
         objective.load_state_dict(state["objective"])
         optimizer.load_state_dict(state["optimizer"])
         first = state["step"]
+        if place.rank == 0:
+            print(f"{stage.name}: goes on behind step {first} of {stage.steps}, from {kept}")
     log = Log(stage, place, first)
-    parallel = objective
-    if dist.is_initialized():  # the tower's layers behind the one that LLaVA reads have no part in its own losses
-        unused = stage.loss is NextTokenLoss and "vision_tower" in stage.trainable
-        parallel = DistributedDataParallel(objective, find_unused_parameters=unused)
+    if first == stage.steps:
+        return
+    parallel = DistributedDataParallel(objective) if dist.is_initialized() else objective
     steps = Steps(data, stage.batch, first, stage.steps, place.rank, world_size(), place.pieces(stage))
     for step, batches in enumerate(steps.loader(place.workers), first):
         for group in optimizer.param_groups:
@@ -293,7 +303,8 @@ def backward(objective: nn.Module, count: Callable[[dict], Tensor], batches: lis
     for batch in batches:
         with place.autocast():
             loss = objective(batch) / total
-        # The engine takes the mean of the processes' gradients, where the sum is wanted.
+        # DistributedDataParallel takes the mean of the processes' gradients, where the sum is wanted. It does so after
+        # every batch; what was a mean before stays what it is, so a step in pieces comes out the same.
         (loss * world_size()).backward()
         whole += loss.detach()
     if dist.is_initialized():
@@ -312,9 +323,12 @@ class Log:
     def __post_init__(self) -> None:
         self.file, self.losses, self.started = self.place.folder / "log.csv", [], time.monotonic()
         if self.place.rank == 0 and self.file.is_file():
-            rows = list(csv.reader(self.file.open(newline="")))
+            with open(self.file, newline="") as file:
+                rows = [row for row in csv.reader(file) if len(row) == 4]  # a kill may have cut the last one
             rows = [row for row in rows if row[0] != self.stage.name or int(row[1]) <= self.first]
-            csv.writer(self.file.open("w", newline="")).writerows(rows)
+            with open(self.file.with_suffix(".new"), "w", newline="") as file:
+                csv.writer(file).writerows(rows)
+            self.file.with_suffix(".new").replace(self.file)
 
     def add(self, step: int, loss: float) -> None:
         self.losses.append(loss)
@@ -372,10 +386,10 @@ def train_from_nothing(args: argparse.Namespace, place: Place) -> None:
         run_stage(stage, model, Draw(world, stage.data), place)
         known[stage.name] = snapshot(model)
     if place.rank == 0:
-        plot(place.folder / "log.csv", place.folder / "log.png")
         save(model.to(torch.bfloat16), processor, place.folder)
         save_stage(known["decoder"], known["tune"], place.folder / "stages" / "before-alignment.safetensors")
         save_stage(known["align"], known["decoder"], place.folder / "stages" / "after-alignment.safetensors")
+        plot(place.folder / "log.csv", place.folder / "log.png")
         print(f"saved to {place.folder}: python llava.py --model {place.folder} --image images/cat-and-apple.jpg")
         if args.quick:
             print("(it has learnt next to nothing: an empty or senseless answer is what to expect)")
@@ -399,7 +413,8 @@ def train_on_records(args: argparse.Namespace, place: Place) -> None:
     longest = model.config.text_config.max_position_embeddings
     records = Records(args.data, args.images or args.data.parent, processor, longest)
     records.conversations(range(1))  # fails here, in a sentence, if nothing can be opened
-    place.source = f"{args.data} ({len(records.records)} conversations), on {args.model}"
+    digest = hashlib.sha256(args.data.read_bytes()).hexdigest()[:12]
+    place.source = f"{args.data} (sha256 {digest}), on {args.model}"
     steps = args.steps or -(-len(records.records) // args.batch)
     stage = replace(STAGES[-1], steps=steps, batch=args.batch, lr=args.lr)
     if place.rank == 0:
@@ -420,38 +435,46 @@ def find_place(args: argparse.Namespace) -> Place:
     """One process's place; those that torchrun started find each other first."""
     name = "quick" if args.quick else "my-llava" if args.data else "tiny-llava"
     place = Place(args.out or Path("runs") / name, args.device, accumulate=args.accumulate)
-    place.workers = 0 if args.quick else args.workers
+    place.source = f"the emoji world, seed {args.seed}"
+    together = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    place.workers = 0 if args.quick else max(1, min(12, (os.cpu_count() or 2) // together - 1))
     if "WORLD_SIZE" not in os.environ:
         return place
-    dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
+    dist.init_process_group("nccl" if torch.device(args.device).type == "cuda" else "gloo")
     place.rank = dist.get_rank()
-    if args.device == "cuda":
+    if torch.device(args.device).type == "cuda":
         place.device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(place.device)
     return place
 
 
+def positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a number of 1 or more")
+    return int(text)
+
+
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Train the tiny LLaVA, tune one on your data, or judge it.")
+    parser = argparse.ArgumentParser(description="Train the tiny LLaVA, tune one, or judge it.")
     parser.add_argument("--out", type=Path, help="where the model is written (default: a folder under runs/)")
     parser.add_argument("--quick", action="store_true", help="a few steps of every stage")
     parser.add_argument("--evaluate", type=Path, nargs="?", const=BUNDLED, metavar="FOLDER", help="judge a model")
-    parser.add_argument("--scenes", type=int, default=300, help="how many unseen scenes to judge by")
+    parser.add_argument("--scenes", type=positive, default=300, help="how many unseen scenes to judge by")
     parser.add_argument("--data", type=Path, help="a LLaVA-format JSON file to tune on")
     parser.add_argument("--images", type=Path, help="the folder of its pictures (default: the file's own)")
     parser.add_argument("--model", type=Path, default=BUNDLED, help="the checkpoint that --data starts from")
-    parser.add_argument("--steps", type=int, help="with --data (default: once through the file)")
-    parser.add_argument("--batch", type=int, default=16, help="with --data: conversations a step")
+    parser.add_argument("--steps", type=positive, help="with --data (default: once through the file)")
+    parser.add_argument("--batch", type=positive, default=16, help="with --data: conversations a step")
     parser.add_argument("--lr", type=float, default=2e-5, help="with --data: the highest learning rate")
-    parser.add_argument("--accumulate", type=int, default=1, help="learn each step in so many pieces, to save memory")
+    parser.add_argument("--accumulate", type=positive, default=1, help="pieces of a step, to save memory")
     parser.add_argument("--seed", type=int, default=0, help="of the first weights")
-    parser.add_argument("--workers", type=int, default=max(1, min(12, (os.cpu_count() or 2) - 1)))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     return parser.parse_args()
 
 
 def main() -> None:
     args = parse_arguments()
+    check_device(args.device)
     if args.evaluate:
         evaluate_stages(args.evaluate, args.scenes, args.device)
         return

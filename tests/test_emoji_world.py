@@ -2,6 +2,7 @@ import os
 import random
 import subprocess
 import sys
+from collections import Counter, defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +30,9 @@ from emoji_world import (
     questions,
     relations,
     score,
+    there,
     things,
+    wording,
 )
 
 SPRITES = load_sprites()
@@ -148,6 +151,27 @@ def test_articles_and_plurals():
         "cats", "strawberries", "keys", "foxes", "peaches", "dresses", "tomatoes", "pianos", "sheep", "knives",
         "hot dogs"]
     assert things([]) == "nothing" and things(["cat", "owl", "cat"]) == "two cats and an owl"
+    assert there(["cat", "owl", "cat"]) == "There are two cats and an owl"
+    assert there(["owl", "cat", "cat"]) == "There is an owl and two cats"
+
+
+def test_the_words_do_not_tell_what_the_picture_shows():
+    """Whoever sees only the number of things and the name in the question must not beat a coin."""
+    counts = defaultdict(Counter)
+    asked = [[(len(truth["things"]), kind, answer) for kind, _, answer in questions(truth, wording(seed), True)
+              if kind.startswith("exists")] for seed in range(6000) for truth in [make_truth(seed)]]
+    for n, kind, answer in (fact for facts in asked[:4000] for fact in facts):
+        counts[n, kind][answer] += 1
+    judged = [fact for facts in asked[4000:] for fact in facts if counts[fact[:2]]]
+    right = sum(counts[n, kind].most_common(1)[0][0] == answer for n, kind, answer in judged)
+    assert len(judged) > 2500 and right / len(judged) < 0.55
+
+
+def test_a_thing_in_the_middle_is_on_no_side():
+    for truth in TRUTHS:
+        if middle := on_side(truth, "middle"):
+            assert all(on_side(truth, side) != middle or left_to_right(truth).count(middle) > 1 for side in SIDES
+                       if side != "middle")
 
 
 def test_sentences_and_words():
@@ -176,25 +200,28 @@ def test_own_answers_are_right_and_those_of_another_picture_are_not(short):
 @pytest.mark.parametrize("kind, right, wrong", [
     ("describe", ["An apple next to a cat.", "a cat, an apple on blue"],
      ["The picture shows a cat.", "A cat, an apple and a dog.", "A cat and an apple on a red background."]),
-    ("what", ["Cat and apple", "I see an apple and a CAT!"],
+    ("what", ["Cat and apple", "I see an apple and a CAT!", "I saw a cat and an apple."],
      ["Apple", "Caterpillar and apple", "Nothing", "A cat and no apple, but a key"]),
     ("count", ["2", "Two.", "I see two things"], ["3", "one", "12", "some", "two or three"]),
-    ("left", ["cat", "It is the cat.", "A cat at the top left."],
-     ["apple", "a cat and an apple", "There is a cat on the right."]),
+    ("left", ["cat", "It is the cat.", "A cat at the top left.", "The cat is on the left-hand side."],
+     ["apple", "a cat and an apple", "There is a cat on the right.", "There is no cat on the left.", "Two cats."]),
     ("right", ["Apple"], ["Cat"]),
     ("exists:cat", ["yes", "Yes, there is a cat.", "There is a cat."],
-     ["no", "No, there is no cat.", "Yes and no", "There is an apple."]),
-    ("exists:dog", ["No", "There is no dog.", "There isn't a dog."],
+     ["I cannot see a cat.", "no", "No, there is no cat.", "Yes and no", "There is an apple."]),
+    ("exists:dog", ["No", "There is no dog.", "There isn't a dog.", "There isn\u2019t a dog.", "I cannot see a dog."],
      ["Yes", "Yes, there is a dog in the picture.", "There is a dog."]),
     ("ground", ["blue", "It is Blue."], ["red", "blue or red", "bluebell", "Not blue."]),
     ("top", [], ["cat", "apple"]),
-    ("how many:cat", ["1", "There is one cat."], ["0", "There are two cats.", "yes"]),
+    ("how many:cat", ["1", "There is one cat."], ["0", "There are two cats.", "yes", "There is one dog."]),
     ("how many:dog", ["0", "There are no dogs in the picture."], ["1", "a dog"]),
     ("which:animal", ["A cat", "There is a cat in the picture."], ["none", "A dog", "A cat and an apple"]),
     ("which:tool", ["None", "There are no tools in the picture."], ["A hammer", "An apple"]),
-    ("beside:left:apple", ["Cat", "There is a cat to the left of the apple."], ["dog", "The apple"]),
-    ("is beside:left:cat:apple", ["yes", "Yes, the cat is to the left of the apple."], ["no", "Yes and no"]),
-    ("is beside:right:cat:apple", ["No", "No, the cat is to the left of the apple."], ["yes"]),
+    ("beside:left:apple", ["Cat", "There is a cat to the left of the apple."],
+     ["dog", "The apple", "There is a cat to the right of the apple."]),
+    ("is beside:left:cat:apple", ["yes", "Yes, the cat is to the left of the apple."],
+     ["no", "Yes and no", "Yes, the cat is to the right of the apple.", "Yes, the apple is to the left of the cat."]),
+    ("is beside:right:cat:apple", ["No", "No, the cat is to the left of the apple.", "No, it is not."],
+     ["yes", "No, the cat is to the right of the apple."]),
 ])
 def test_judging(kind, right, wrong):
     assert [answer for answer in right if not score(kind, answer, CAT_APPLE)] == []

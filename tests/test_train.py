@@ -265,8 +265,8 @@ def records(folder: Path, n: int = 6) -> list[dict]:
 
 def test_a_llava_file_is_trained_on_and_what_is_broken_is_named(tmp_path, world):
     good = records(tmp_path)
-    text_only = {"id": "words", "conversations": [turn | {"value": turn["value"].removeprefix("<image>\n")}
-                                                  for turn in TURNS]}  # fmt: skip
+    words = [turn | {"value": turn["value"].removeprefix("<image>\n")} for turn in TURNS]
+    text_only = {"id": "words", "image": None, "conversations": words}
     (tmp_path / "2.png").write_bytes((tmp_path / "2.png").read_bytes()[:300])  # breaks off: seen when it is its turn
     broken = {
         "no picture": good[0] | {"image": "gone.png"},
@@ -277,14 +277,19 @@ def test_a_llava_file_is_trained_on_and_what_is_broken_is_named(tmp_path, world)
         "numbers": good[0] | {"conversations": [{"from": "human", "value": 3}, TURNS[1]]},
         "long": good[0] | {"conversations": [TURNS[0], {"from": "gpt", "value": "word " * 3000}]},
         "list": good[0] | {"image": ["0.png"]},
+        "far too long a name": good[0] | {"image": "a" * 5000},
+        "no text": good[0] | {"conversations": [TURNS[0], {"from": "gpt", "value": "\ud800"}]},
+        "control": good[0] | {"conversations": [TURNS[0], {"from": "gpt", "value": "a</s>b"}]},
+        3: good[0] | {"conversations": [TURNS[0], {"from": "gpt", "value": "<image>"}]},
     }
     content = [*good, text_only, *({**record, "id": name} for name, record in broken.items()), "no record", None]
     (tmp_path / "my.json").write_text(json.dumps(content))
     command = [sys.executable, ROOT / "train.py", "--data", tmp_path / "my.json", "--out", tmp_path / "out"]
     done = subprocess.run([*command, "--batch", "3"], capture_output=True, text=True, timeout=170)
     assert done.returncode == 0, done.stderr
-    for name in (*broken, len(content) - 2, len(content) - 1):
-        assert f"skipped: record {name}: " in done.stdout
+    for i, record in enumerate(content[7:], 7):
+        name = f" ({record['id']!r})" if isinstance(record, dict) else ""
+        assert f"skipped: record {i}{name}: " in done.stdout, (record, done.stdout)
     assert "8 conversations, 3 steps of 3" in done.stdout and "2.png" in done.stdout
     model = LlavaForConditionalGeneration.from_pretrained(tmp_path / "out", torch.float32)
     before = LlavaForConditionalGeneration.from_pretrained(BUNDLED, torch.float32)
@@ -299,10 +304,31 @@ def test_records_are_what_the_world_says(tmp_path, world):
     batch = found.conversations(range(3))
     said = [emoji_world.conversation(emoji_world.make_truth(i), random.Random(i), 2) for i in range(3)]
     rows = collate([tokenize_conversation(turns, world.processor) for turns in said], 0)
-    assert not found.skipped and torch.equal(batch["labels"], rows["labels"])
+    assert not found.skipped and sorted(batch["labels"].tolist()) == sorted(rows["labels"].tolist())
     assert batch["pixel_values"].shape == (3, 3, 112, 112)
-    again = found.conversations(range(3, 6))  # from the start
-    assert all(torch.equal(batch[name], again[name]) for name in batch)
+    assert all(torch.equal(tensor, found.conversations(range(3))[name]) for name, tensor in batch.items())
+    later = [found.conversations(range(n, n + 3))["labels"].tolist() for n in range(3, 15, 3)]  # from the start
+    assert all(sorted(labels) == sorted(batch["labels"].tolist()) for labels in later)
+    assert any(labels != batch["labels"].tolist() for labels in later)
+
+
+def test_two_processes_take_what_has_no_picture(tmp_path):
+    """One of them has no picture in its share, and so no gradient for the projector."""
+    made = records(tmp_path, 2)
+    words = [{"conversations": [{"from": "human", "value": "Hello."}, TURNS[1]]}] * 6
+    (tmp_path / "my.json").write_text(json.dumps(made[:1] + words))
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", ROOT / "train.py"]
+    command = [*launch, "--data", tmp_path / "my.json", "--out", tmp_path / "out", "--batch", "2", "--steps", "4"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=170)
+    assert done.returncode == 0 and "4/4" in done.stdout, done.stderr[-3000:]
+
+
+@pytest.mark.parametrize("wrong", [["--batch", "0"], ["--accumulate", "3", "--batch", "4"], ["--device", "moon"]])
+def test_wrong_arguments_are_refused_in_a_sentence(tmp_path, wrong):
+    (tmp_path / "my.json").write_text(json.dumps(records(tmp_path, 3)))
+    command = [sys.executable, ROOT / "train.py", "--data", tmp_path / "my.json", "--out", tmp_path / "out", *wrong]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 2 and "Traceback" not in done.stderr and "error: " in done.stderr
 
 
 @pytest.mark.parametrize("content", ["{", "{}", "[]", '["a"]', "[1]", "\xff"])
