@@ -8,6 +8,7 @@ on after a stop, and one that is split over several processes, sees exactly what
 
 import json
 import random
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -127,23 +128,34 @@ class World:
         rows = [tokenize_conversation(turns, self.processor) for turns in said]
         return {"pixel_values": pixel_values, **collate(rows, self.processor.tokenizer.pad_token_id)}
 
-    def text(self, seeds: range) -> dict[str, Tensor]:
-        """Captions and conversations with a caption where the picture will be, every word to be learnt.
+    def spelt_out(self, truth: dict) -> list[int]:  # -> P ids
+        """A picture in words: for each patch a token of the name of what is there, thing or ground, in turn."""
+        columns = round(self.processor.image_seq_length**0.5)
+        ids, said = [], Counter()
+        for patch in range(columns * columns):
+            y, x = ((place + 0.5) / columns for place in divmod(patch, columns))
+            here = [t for t in truth["things"] if max(abs(x - t["x"]), abs(y - t["y"])) < t["size"] / 2]
+            word = here[-1]["name"] if here else truth["ground"]
+            tokens = self.processor.tokenizer.encode(word, add_special_tokens=False)
+            ids.append(tokens[said[word] % len(tokens)])
+            said[word] += 1
+        return ids
 
-        So the decoder learns to speak of what stands there, and alignment has only to make patches look like words.
+    def text(self, seeds: range) -> dict[str, Tensor]:
+        """Captions and conversations about pictures spelt out in words, all but those words to be learnt.
+
+        So the decoder learns to read a picture, and alignment has only to make each patch look like its word.
         """
-        blind = LlavaProcessor(None, self.processor.tokenizer, image_seq_length=0, template="v1")
-        rows = []
+        image, rows = self.processor.tokenizer.image_token_id, []
         for seed in seeds:
             truth, rng = emoji_world.make_truth(seed), wording(seed)
-            shown, told = emoji_world.caption(truth, rng), emoji_world.caption(truth, rng)
             if seed % 4 == 0:
-                ids, _ = tokenize_caption(f"{shown}\n{told}", blind)
+                ids, _ = tokenize_caption(emoji_world.caption(truth, rng), self.processor)
             else:
-                turns = emoji_world.conversation(truth, rng, TURNS)
-                turns[0]["value"] = turns[0]["value"].replace("<image>", shown)
-                ids, _ = tokenize_conversation(turns, blind)
-            rows.append((ids, ids))
+                ids, _ = tokenize_conversation(emoji_world.conversation(truth, rng, TURNS), self.processor)
+            spelt = iter(self.spelt_out(truth))
+            labels = [-100 if i == image else i for i in ids]
+            rows.append(([next(spelt) if i == image else i for i in ids], labels))
         return collate(rows, self.processor.tokenizer.pad_token_id)
 
 

@@ -2,7 +2,7 @@
 
     stage     what learns             from                            in LLaVA-1.5
     tower     the vision tower        parts of pictures, with words   CLIP, trained by others
-    decoder   decoder and head        the world's text, no pictures   Vicuna, trained by others
+    decoder   decoder and head        text, pictures spelt in words   Vicuna, trained by others
     align     only the projector      pictures with captions          558,000 captions, lr 1e-3
     tune      projector and decoder   conversations about pictures    665,000 conversations, lr 2e-5
 
@@ -35,7 +35,7 @@ from pathlib import Path
 
 import sentencepiece
 
-# A batch has ever new shapes. oneDNN keeps 1,024 products made ready for a shape, which came to 12 GB; it reads this once.
+# Every batch has new shapes, and oneDNN keeps what it has made ready for 1,024 of them: that came to 12 GB.
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
 
 import torch
@@ -107,6 +107,22 @@ def new_model(tokenizer: Tokenizer) -> LlavaForConditionalGeneration:
     )
     init_weights(model)
     return model
+
+
+@torch.no_grad()
+def start_projector(model: LlavaForConditionalGeneration, pixel_values: Tensor) -> None:
+    """Give every feature of the tower the same say, and the projected patches the size of words.
+
+    A tower lets a few features grow a hundred times larger than the others, the same for all patches. Behind a plain
+    random projector they would drown what tells a cat from a dog.
+    """
+    first, second = model.multi_modal_projector.linear_1, model.multi_modal_projector.linear_2
+    features = model.vision_tower(pixel_values)[-1][:, 1:].flatten(0, 1)  # (patches, D)
+    nn.init.normal_(first.weight, std=features.shape[1] ** -0.5)
+    first.weight /= features.std(0)
+    first.bias.copy_(-first.weight @ features.mean(0))
+    words, patches = model.language_model.embed_tokens.weight, model.multi_modal_projector(features)
+    second.weight *= words.std() / patches.std()
 
 
 # --- Losses ----------------------------------------------------------------------------------------------------------
@@ -207,14 +223,14 @@ class Stage:
 
 STAGES = [
     Stage("tower", ("vision_tower",), World.parts, ContrastiveLoss, steps=2600, batch=256, lr=1.5e-3),
-    Stage("decoder", ("language_model", "lm_head"), World.text, NextTokenLoss, steps=400, batch=32, lr=2e-3),
+    Stage("decoder", ("language_model", "lm_head"), World.text, NextTokenLoss, steps=700, batch=32, lr=2e-3),
     Stage("align", ("multi_modal_projector",), World.captions, NextTokenLoss, steps=200, batch=64, lr=2e-3),
     Stage(
         "tune",
         ("multi_modal_projector", "language_model", "lm_head"),
         World.conversations,
         NextTokenLoss,
-        steps=2600,
+        steps=700,
         batch=32,
         lr=1e-3,
     ),
@@ -383,6 +399,8 @@ def train_from_nothing(args: argparse.Namespace, place: Place) -> None:
             for later in stages[i:]:
                 (place.folder / f"{later.name}.pt").unlink(missing_ok=True)
         wait_for_all()
+        if stage.name == "align":
+            start_projector(model, world.pictures(range(64))[0].to(place.device))
         run_stage(stage, model, Draw(world, stage.data), place)
         known[stage.name] = snapshot(model)
     if place.rank == 0:

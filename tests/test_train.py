@@ -107,6 +107,22 @@ def test_parts_are_where_things_are(world):
         assert (batch["where"][i].sum(-1) > 0.99).tolist() == [bool(text) for text in said]
 
 
+def test_a_picture_spelt_out_has_its_words_where_its_things_are(world):
+    tokenizer = world.processor.tokenizer
+    for seed in range(20):
+        truth = emoji_world.make_truth(seed)
+        grid = torch.tensor(world.spelt_out(truth)).view(8, 8)
+        for thing in truth["things"]:
+            (column, row), name = (int(thing[axis] * 8) for axis in "xy"), tokenizer.encode(thing["name"])[1:]
+            assert grid[row, column] in name or len(truth["things"]) > 1  # another may lie on it
+        assert set(grid.flatten().tolist()) <= {
+            i for word in (truth["ground"], *emoji_world.left_to_right(truth)) for i in tokenizer.encode(word)[1:]
+        }
+    batch = world.text(range(1, 3))
+    assert ((batch["labels"] == -100) & (batch["input_ids"] != tokenizer.pad_token_id)).sum(1).tolist() == [64, 64]
+    assert not (batch["input_ids"] == tokenizer.image_token_id).any()
+
+
 def test_steps_are_shared_without_gap_or_overlap():
     def seen(**how) -> list[list[int]]:
         return [[n for piece in item for n in piece] for item in Steps(list, batch=12, first=2, end=4, **how)]
