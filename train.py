@@ -223,14 +223,14 @@ class Stage:
 
 STAGES = [
     Stage("tower", ("vision_tower",), World.parts, ContrastiveLoss, steps=2600, batch=256, lr=1.5e-3),
-    Stage("decoder", ("language_model", "lm_head"), World.text, NextTokenLoss, steps=700, batch=32, lr=2e-3),
-    Stage("align", ("multi_modal_projector",), World.captions, NextTokenLoss, steps=200, batch=64, lr=2e-3),
+    Stage("decoder", ("language_model", "lm_head"), World.text, NextTokenLoss, steps=1000, batch=32, lr=2e-3),
+    Stage("align", ("multi_modal_projector",), World.captions, NextTokenLoss, steps=1000, batch=64, lr=2e-3),
     Stage(
         "tune",
         ("multi_modal_projector", "language_model", "lm_head"),
         World.conversations,
         NextTokenLoss,
-        steps=700,
+        steps=3000,
         batch=32,
         lr=1e-3,
     ),

@@ -22,6 +22,9 @@ OURS = {
     "load_weights",
     "command",
     "save_checkpoint",
+    "emoji_world",
+    "batches",
+    "judge",
     "train",
 }
 # a module -> which of ours it may import; what is not named here may use everything
