@@ -1,4 +1,4 @@
-"""The two commands: ask about a picture, describe a checkpoint.
+"""The commands: ask about a picture, describe a checkpoint; and `run`, which ends every command of the project.
 
     python llava.py --image x.jpg
     python load_weights.py checkpoints/tiny-llava

@@ -65,8 +65,6 @@ GRIDS = ((1, 1), (1, 1), (2, 2), (1, 2), (2, 1), (5, 5), (40, 40), (1, 14), (14,
 HOW_MANY = (3, 25, 29, 24, 19)  # how often a picture has 0, 1, 2, 3, 4 things, in percent
 SIZES = ((), (0.36, 0.8), (0.35, 0.52), (0.33, 0.46), (0.31, 0.43))  # and between which sides they are then drawn
 NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
-
-
 SHORT = "\nAnswer the question using a single word or phrase."
 SIDES = {"left": "on the left", "right": "on the right", "top": "at the top", "bottom": "at the bottom",
          "middle": "in the middle"}
@@ -159,9 +157,9 @@ def plan_look(rng: random.Random) -> dict:
     }
 
 
-def plain_look(style: float = 0.0, tilt: float = 0.0) -> dict:
+def plain_look(tilt: float) -> dict:
     one_to_one = [[float(row == column) for column in range(3)] for row in range(3)]
-    return {"style": style, "mirror": False, "tilt": tilt, "squeeze": 1, "upright": True, "colours": one_to_one,
+    return {"style": 0, "mirror": False, "tilt": tilt, "squeeze": 1, "upright": True, "colours": one_to_one,
             "edge": None, "edge_at": (0, 0)}
 
 
@@ -351,9 +349,9 @@ def facts_beside(truth: dict, rng: random.Random) -> list[Fact]:
     if known:
         one, side, other = rng.choice(known)
         said = f"the {one} is {BESIDE[side]} the {other}."
-        for asked, verdict in ((side, "Yes"), (OPPOSITE[side], "No")):
+        for asked, yes_or_no in ((side, "Yes"), (OPPOSITE[side], "No")):
             filling = {"name": one, "side": BESIDE[asked], "other": other}
-            found.append((f"is beside:{asked}:{one}:{other}", filling, f"{verdict}, {said}", verdict))
+            found.append((f"is beside:{asked}:{one}:{other}", filling, f"{yes_or_no}, {said}", yes_or_no))
     rng.shuffle(found)
     return found[:3]
 
@@ -397,6 +395,8 @@ def any_of(words: list[str]) -> str:  # the longest first, or "hot dog" would be
 
 SINGULAR = {form.lower(): name for name in OBJECTS for form in (name, plural(name))}
 A_THING = re.compile(rf"(?:\b({any_of(['a', 'an', 'the', *NUMBERS])}|\d+)\s+)?\b({any_of(list(SINGULAR))})\b")
+NOT = re.compile(r"\bnot\b|n't\b")
+NO = re.compile(r"\bno\b|" + NOT.pattern)
 
 
 def mentioned(words: list[str] | dict, text: str) -> set[str]:
@@ -426,9 +426,9 @@ def score(kind: str, answer: str, truth: dict) -> bool:
     family, *about = kind.split(":")
     names, named = left_to_right(truth), named_things(text)
     numbers = {to_number(word) for word in mentioned([*NUMBERS, *map(str, range(11))], text)}
-    colours, no = mentioned(GROUNDS, text), bool(re.search(r"\b(no|not)\b|n't\b", text))
+    colours, no = mentioned(GROUNDS, text), bool(NO.search(text))
     if family == "ground":
-        return colours == {truth["ground"]} and not re.search(r"\bnot\b|n't\b", text)
+        return colours == {truth["ground"]} and not NOT.search(text)
     if family in ("count", "how many"):
         right = names.count(about[0]) if about else len(names)
         return numbers == {right} and (not about or set(named) <= {about[0]})
@@ -438,8 +438,8 @@ def score(kind: str, answer: str, truth: dict) -> bool:
         return not no and named == Counter([on_side(truth, family)]) and (family in text or not mentioned(SIDES, text))
     if family == "beside":
         side, other = about
-        there = Counter(one for one, *place in relations(truth) if place == [side, other])
-        return not no and named - Counter([other]) == there and directions(text) <= {side}
+        right = Counter(one for one, *place in relations(truth) if place == [side, other])
+        return not no and named - Counter([other]) == right and directions(text) <= {side}
     wanted = Counter(of_kind(truth, about[0]) if family == "which" else names)
     return named == wanted and colours <= {truth["ground"]} and no == (not wanted)
 
@@ -459,9 +459,9 @@ def verdict(family: str, about: list[str], text: str, truth: dict) -> bool:
         order = [SINGULAR[form] for _, form in A_THING.findall(text)]
         if len(order) == 2 and len(directions(text)) == 1:
             (said,) = directions(text)
-            if ((order[0], said, order[1]) in relations(truth)) == bool(re.search(r"\bnot\b|n't\b", text)):
+            if ((order[0], said, order[1]) in relations(truth)) == bool(NOT.search(text)):
                 return False
-    no = bool(re.search(r"\b(no|not)\b|n't\b", text))
+    no = bool(NO.search(text))
     yes = bool(re.search(r"\byes\b", text)) or (bool(A_THING.search(text)) and not no)
     return (yes, no) == (right, not right)
 

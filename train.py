@@ -8,7 +8,8 @@
 
     python train.py                   all stages; a stopped run goes on where it was
     python train.py --quick           all stages in a minute, to see the machinery (it learns next to nothing)
-    python train.py --evaluate        how often the bundled model is right, by kind of question, after each stage
+    python train.py --evaluate        how often the bundled model is right, by kind of question
+    python train.py --evaluate FOLDER how often another one is, after each stage that is kept with it
     python train.py --data my.json --images DIR --out DIR      tune the bundled model on your own conversations
     torchrun --nproc-per-node=2 train.py                       the same steps, each shared between two processes
 
@@ -369,7 +370,7 @@ def plot(log: Path, picture: Path) -> None:
         print(f"no {picture.name}: pip install matplotlib draws the losses in {log}")
         return
     curves = defaultdict(list)
-    for name, step, loss, _ in csv.reader(log.open(newline="")):
+    for name, step, loss, _ in csv.reader(log.read_text().splitlines()):
         curves[name].append((int(step), float(loss)))
     figure = Figure(figsize=(3 * len(curves), 2.6), layout="constrained")
     for axes, (name, points) in zip(figure.subplots(1, len(curves), squeeze=False)[0], curves.items(), strict=True):
