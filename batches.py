@@ -8,8 +8,7 @@ on after a stop, and one that is split over several processes, sees exactly what
 
 import json
 import random
-from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
@@ -24,6 +23,7 @@ from emoji_world import wording
 from llava import LlavaProcessor
 
 TURNS = 6  # questions and answers in a conversation about a scene
+NAME_TOKENS = 4  # in a thing's name, at most; a shorter one is said again
 PARTS, PART_BYTES = 5, 24  # of a scene: four things and the ground, and the longest name of one
 ROLES = {"human": "user", "gpt": "assistant"}
 
@@ -62,8 +62,9 @@ def tokenize_caption(caption: str, processor: LlavaProcessor) -> tuple[list[int]
     return tokenize_conversation(turns, LlavaProcessor(None, processor.tokenizer, processor.image_seq_length, "plain"))
 
 
-def collate(rows: list[tuple[list[int], list[int]]], pad: int) -> dict[str, Tensor]:
+def collate(rows: Iterable[tuple[list[int], list[int]]], pad: int) -> dict[str, Tensor]:
     """Ids and labels of B rows, filled up on the right. No mask: a token never sees what comes after it."""
+    rows = list(rows)
     longest = max(len(ids) for ids, _ in rows)
     input_ids = torch.tensor([ids + [pad] * (longest - len(ids)) for ids, _ in rows])
     labels = torch.tensor([labels + [-100] * (longest - len(labels)) for _, labels in rows])
@@ -83,6 +84,10 @@ class World:
     @property
     def side(self) -> int:
         return self.processor.image_processor.crop_size["height"]
+
+    @property
+    def pad(self) -> int:
+        return self.processor.tokenizer.pad_token_id
 
     def pictures(self, seeds: range, at_least: int = 0) -> tuple[Tensor, list[dict]]:  # -> (B, 3, side, side), truths
         drawn = [emoji_world.make_scene(self.sprites, n, self.side, at_least=at_least * (n % 4 > 0)) for n in seeds]
@@ -114,49 +119,38 @@ class World:
         where /= where.sum(-1, keepdim=True).clamp(min=1e-6)
         return {"pixel_values": pixel_values, "where": where, "words": words}
 
+    def caption(self, truth: dict, seed: int) -> tuple[list[int], list[int]]:
+        return tokenize_caption(emoji_world.caption(truth, wording(seed)), self.processor)
+
+    def talk(self, truth: dict, seed: int) -> tuple[list[int], list[int]]:
+        return tokenize_conversation(emoji_world.conversation(truth, wording(seed), TURNS), self.processor)
+
     def captions(self, seeds: range) -> dict[str, Tensor]:
         """Pictures with one caption each."""
         pixel_values, truths = self.pictures(seeds)
-        texts = [emoji_world.caption(truth, wording(seed)) for truth, seed in zip(truths, seeds, strict=True)]
-        rows = [tokenize_caption(text, self.processor) for text in texts]
-        return {"pixel_values": pixel_values, **collate(rows, self.processor.tokenizer.pad_token_id)}
+        return {"pixel_values": pixel_values, **collate(map(self.caption, truths, seeds), self.pad)}
 
     def conversations(self, seeds: range) -> dict[str, Tensor]:
         """Pictures with several questions and answers each."""
         pixel_values, truths = self.pictures(seeds)
-        said = [emoji_world.conversation(t, wording(seed), TURNS) for t, seed in zip(truths, seeds, strict=True)]
-        rows = [tokenize_conversation(turns, self.processor) for turns in said]
-        return {"pixel_values": pixel_values, **collate(rows, self.processor.tokenizer.pad_token_id)}
+        return {"pixel_values": pixel_values, **collate(map(self.talk, truths, seeds), self.pad)}
 
-    def spelt_out(self, truth: dict) -> list[int]:  # -> P ids
-        """A picture in words: for each patch a token of the name of what is there, thing or ground, in turn."""
-        columns = round(self.processor.image_seq_length**0.5)
-        ids, said = [], Counter()
+    def spelt_out(self, truth: dict) -> list[list[int]]:  # -> P of NAME_TOKENS ids
+        """A picture in words: for each patch the name of the thing that is there, or the colour of the ground."""
+        tokenizer, columns = self.processor.tokenizer, round(self.processor.image_seq_length**0.5)
+        said = []
         for patch in range(columns * columns):
             y, x = ((place + 0.5) / columns for place in divmod(patch, columns))
             here = [t for t in truth["things"] if max(abs(x - t["x"]), abs(y - t["y"])) < t["size"] / 2]
-            word = here[-1]["name"] if here else truth["ground"]
-            tokens = self.processor.tokenizer.encode(word, add_special_tokens=False)
-            ids.append(tokens[said[word] % len(tokens)])
-            said[word] += 1
-        return ids
+            ids = tokenizer.encode(here[-1]["name"] if here else truth["ground"], add_special_tokens=False)
+            said.append((ids * NAME_TOKENS)[:NAME_TOKENS])
+        return said
 
     def text(self, seeds: range) -> dict[str, Tensor]:
-        """Captions and conversations about pictures spelt out in words, all but those words to be learnt.
-
-        So the decoder learns to read a picture, and alignment has only to make each patch look like its word.
-        """
-        image, rows = self.processor.tokenizer.image_token_id, []
-        for seed in seeds:
-            truth, rng = emoji_world.make_truth(seed), wording(seed)
-            if seed % 4 == 0:
-                ids, _ = tokenize_caption(emoji_world.caption(truth, rng), self.processor)
-            else:
-                ids, _ = tokenize_conversation(emoji_world.conversation(truth, rng, TURNS), self.processor)
-            spelt = iter(self.spelt_out(truth))
-            labels = [-100 if i == image else i for i in ids]
-            rows.append(([next(spelt) if i == image else i for i in ids], labels))
-        return collate(rows, self.processor.tokenizer.pad_token_id)
+        """Captions (one in four) and conversations, their pictures spelt out in words: `spelt` (B, P, NAME_TOKENS)."""
+        truths = [emoji_world.make_truth(seed) for seed in seeds]
+        rows = [(self.talk if seed % 4 else self.caption)(t, seed) for t, seed in zip(truths, seeds, strict=True)]
+        return {"spelt": torch.tensor([self.spelt_out(truth) for truth in truths]), **collate(rows, self.pad)}
 
 
 # --- Anybody's conversations -----------------------------------------------------------------------------------------

@@ -41,7 +41,6 @@ os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -50,15 +49,19 @@ from batches import Records, Steps, World, messages
 from clip import CLIPVisionConfig, ImageProcessor
 from command import BUNDLED, check_device, fast_dtype, run
 from judge import evaluate_stages, save_stage, snapshot
-from llama import Llama, LlamaConfig
+from llama import LlamaConfig
 from llava import LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
+from losses import ContrastiveLoss, NextTokenLoss, SpeltOutLoss, init_weights, world_size
 from save_checkpoint import save
 from tokenizer import TEMPLATES, Tokenizer
 
 SIDE = 112  # pixels
 KEEP_EVERY, REPORT_EVERY = 100, 20  # steps
 VISION = CLIPVisionConfig(192, 768, 192, 6, 3, image_size=SIDE, patch_size=14, hidden_act="gelu")
-TEXT = LlamaConfig(hidden_size=256, intermediate_size=704, num_hidden_layers=4, num_attention_heads=4)
+# With one table for reading and saying words, a decoder that has learnt to repeat one word can repeat them all.
+TEXT = LlamaConfig(
+    hidden_size=256, intermediate_size=704, num_hidden_layers=4, num_attention_heads=4, tie_word_embeddings=True
+)
 
 
 # --- What is trained -------------------------------------------------------------------------------------------------
@@ -78,7 +81,7 @@ def train_tokenizer(scenes: int = 20000) -> Tokenizer:
         sentence_iterator=iter(text),
         model_writer=model,
         model_type="bpe",
-        vocab_size=1200,
+        vocab_size=1300,  # enough for every thing's name to be a token
         byte_fallback=True,  # what is not in the vocabulary is spelt in bytes
         normalization_rule_name="identity",
         remove_extra_whitespaces=False,
@@ -87,15 +90,6 @@ def train_tokenizer(scenes: int = 20000) -> Tokenizer:
         minloglevel=2,
     )
     return Tokenizer(model.getvalue())
-
-
-def init_weights(model: nn.Module) -> None:
-    """Small random matrices; norms start as they are, biases at zero."""
-    for name, parameter in model.named_parameters():
-        if parameter.ndim > 1 or name.endswith("class_embedding"):
-            nn.init.normal_(parameter, std=0.02)
-        elif name.endswith("bias"):
-            nn.init.zeros_(parameter)
 
 
 def new_model(tokenizer: Tokenizer) -> LlavaForConditionalGeneration:
@@ -126,88 +120,6 @@ def start_projector(model: LlavaForConditionalGeneration, pixel_values: Tensor) 
     second.weight *= words.std() / patches.std()
 
 
-# --- Losses ----------------------------------------------------------------------------------------------------------
-
-
-class NextTokenLoss(nn.Module):
-    """The loss of LLaVA's own stages: the next word, where the labels want one. Summed over a batch's words."""
-
-    def __init__(self, model: LlavaForConditionalGeneration):
-        super().__init__()
-        self.model = model
-
-    def forward(self, batch: dict[str, Tensor]) -> Tensor:
-        loss = self.model(**batch).loss * self.count(batch)
-        if "pixel_values" not in batch:  # the projector has no part in it, and no gradient would be waited for for ever
-            loss = loss + 0 * sum(part.sum() for part in self.model.multi_modal_projector.parameters())
-        return loss
-
-    @staticmethod
-    def count(batch: dict[str, Tensor]) -> Tensor:
-        return (batch["labels"][:, 1:] >= 0).sum()  # nothing comes before the first word to foretell it
-
-
-class ContrastiveLoss(nn.Module):
-    """CLIP's loss (Radford et al. 2021, figure 3), part by part: find each part's own words in the batch, and back.
-
-    CLIP matches whole pictures with whole captions, 400 million of them, and where things are comes out by itself.
-    Here the parts are told: the patches under a thing against its name, those of the ground against its colour.
-    The text side is a little Llama over bytes that is thrown away afterwards, as LLaVA throws CLIP's away.
-    """
-
-    def __init__(self, model: LlavaForConditionalGeneration, width: int = 128):
-        super().__init__()
-        self.model = model
-        self.text = Llama(LlamaConfig(256, width, 2 * width, num_hidden_layers=2, num_attention_heads=2))
-        self.from_text = nn.Linear(width, width, bias=False)
-        self.from_picture = nn.Linear(model.config.vision_config.hidden_size, width, bias=False)
-        self.log_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
-        init_weights(self.text)
-
-    def forward(self, batch: dict[str, Tensor]) -> Tensor:
-        tower = self.model.vision_tower
-        patches = tower.post_layernorm(tower(batch["pixel_values"])[-1][:, 1:])  # (B, P, D), without the class token
-        seen = self.from_picture(batch["where"].to(patches.dtype) @ patches)  # (B, parts, width), each part's mean
-        seen, words = everywhere(seen).flatten(0, 1), everywhere(batch["words"]).flatten(0, 1)
-        used = words[:, 0] > 0
-        seen, words = seen[used], words[used]  # (N, width), (N, bytes)
-        words, own = torch.unique(words, dim=0, return_inverse=True)  # a name is shared by all the things it names
-        last = (words > 0).sum(-1) - 1  # the last byte has read all others
-        read = self.from_text(self.text(self.text.embed_tokens(words))[torch.arange(len(words)), last])
-        seen, read = F.normalize(seen.float(), dim=-1), F.normalize(read.float(), dim=-1)
-        scores = self.log_scale.exp().clamp(max=100) * seen @ read.T  # (N, words)
-        theirs = F.one_hot(own, len(words)).float()
-        return (F.cross_entropy(scores, own) + F.cross_entropy(scores.T, (theirs / theirs.sum(0)).T)) / 2
-
-    @staticmethod
-    def count(batch: dict[str, Tensor]) -> Tensor:
-        return torch.ones((), device=batch["words"].device)  # a mean already, the same on every process
-
-
-def world_size() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-class Everywhere(torch.autograd.Function):
-    """The rows of all processes, in order. Gradients go back to where the rows came from."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
-        rows = [torch.empty_like(x) for _ in range(world_size())]
-        dist.all_gather(rows, x.contiguous())
-        return torch.cat(rows)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> Tensor:
-        grad = grad.contiguous()
-        dist.all_reduce(grad)  # every process has a loss, and all of them want something of these rows
-        return grad.chunk(world_size())[dist.get_rank()]
-
-
-def everywhere(x: Tensor) -> Tensor:
-    return Everywhere.apply(x) if dist.is_initialized() else x
-
-
 # --- The stages ------------------------------------------------------------------------------------------------------
 
 
@@ -224,16 +136,16 @@ class Stage:
 
 STAGES = [
     Stage("tower", ("vision_tower",), World.parts, ContrastiveLoss, steps=2600, batch=256, lr=1.5e-3),
-    Stage("decoder", ("language_model", "lm_head"), World.text, NextTokenLoss, steps=1000, batch=32, lr=2e-3),
-    Stage("align", ("multi_modal_projector",), World.captions, NextTokenLoss, steps=1000, batch=64, lr=2e-3),
+    Stage("decoder", ("language_model", "lm_head"), World.text, SpeltOutLoss, steps=8000, batch=16, lr=7e-4),
+    Stage("align", ("multi_modal_projector",), World.captions, NextTokenLoss, steps=4000, batch=16, lr=1e-3),
     Stage(
         "tune",
         ("multi_modal_projector", "language_model", "lm_head"),
         World.conversations,
         NextTokenLoss,
-        steps=3000,
-        batch=32,
-        lr=1e-3,
+        steps=10000,
+        batch=16,
+        lr=5e-4,
     ),
 ]
 
@@ -259,6 +171,7 @@ class Place:
     source: str = "the emoji world"  # of what is learnt
     accumulate: int = 1  # batches that one step is learnt from, one after the other, to save memory
     workers: int = 0  # processes that draw
+    compile: bool = False  # let PyTorch write faster code, which takes it a minute a stage
 
     def autocast(self):
         kind = torch.device(self.device).type
@@ -293,6 +206,8 @@ def run_stage(
     log = Log(stage, place, first)
     if first == stage.steps:
         return
+    if place.compile:
+        objective.compile(dynamic=True)
     parallel = DistributedDataParallel(objective) if dist.is_initialized() else objective
     steps = Steps(data, stage.batch, first, stage.steps, place.rank, world_size(), place.pieces(stage))
     for step, batches in enumerate(steps.loader(place.workers), first):
@@ -455,6 +370,7 @@ def find_place(args: argparse.Namespace) -> Place:
     name = "quick" if args.quick else "my-llava" if args.data else "tiny-llava"
     place = Place(args.out or Path("runs") / name, args.device, accumulate=args.accumulate)
     place.source = f"the emoji world, seed {args.seed}"
+    place.compile = args.compile
     together = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     place.workers = 0 if args.quick else max(1, min(12, (os.cpu_count() or 2) // together - 1))
     if "WORLD_SIZE" not in os.environ:
@@ -486,6 +402,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--batch", type=positive, default=16, help="with --data: conversations a step")
     parser.add_argument("--lr", type=float, default=2e-5, help="with --data: the highest learning rate")
     parser.add_argument("--accumulate", type=positive, default=1, help="pieces of a step, to save memory")
+    parser.add_argument("--compile", action="store_true", help="faster by half, after a minute's work")
     parser.add_argument("--seed", type=int, default=0, help="of the first weights")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     return parser.parse_args()

@@ -1,0 +1,122 @@
+"""What the stages of train.py want: a loss for each, as a module that holds the model and what it needs besides.
+
+All of them give the same loss, and so the same gradients, however a step's samples are shared between processes.
+
+    B batch    T tokens    P patches    D width
+"""
+
+import math
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from llama import Llama, LlamaConfig
+from llava import LlavaForConditionalGeneration
+
+
+def init_weights(model: nn.Module) -> None:
+    """Small random matrices; norms start as they are, biases at zero."""
+    for name, parameter in model.named_parameters():
+        if parameter.ndim > 1 or name.endswith("class_embedding"):
+            nn.init.normal_(parameter, std=0.02)
+        elif name.endswith("bias"):
+            nn.init.zeros_(parameter)
+
+
+class NextTokenLoss(nn.Module):
+    """The loss of LLaVA's own stages: the next word, where the labels want one. Summed over a batch's words."""
+
+    def __init__(self, model: LlavaForConditionalGeneration):
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: dict[str, Tensor]) -> Tensor:
+        loss = self.model(**batch).loss * self.count(batch)
+        if "pixel_values" not in batch:  # the projector has no part in it, and no gradient would be waited for for ever
+            loss = loss + 0 * sum(part.sum() for part in self.model.multi_modal_projector.parameters())
+        return loss
+
+    @staticmethod
+    def count(batch: dict[str, Tensor]) -> Tensor:
+        return (batch["labels"][:, 1:] >= 0).sum()  # nothing comes before the first word to foretell it
+
+
+class SpeltOutLoss(NextTokenLoss):
+    """The same with pictures spelt out: each patch is the word for what is there, and a vector for its place.
+
+    So the decoder learns to read pictures before it sees one, and alignment has only to make patches look like words.
+    The places are thrown away afterwards: a patch that the tower has seen knows where it is.
+    """
+
+    def __init__(self, model: LlavaForConditionalGeneration):
+        super().__init__(model)
+        config = model.config
+        self.places = nn.Parameter(torch.zeros(config.image_seq_length, config.text_config.hidden_size))
+
+    def forward(self, batch: dict[str, Tensor]) -> Tensor:
+        words = self.model.language_model.embed_tokens(batch["spelt"]).mean(2)  # (B, P, D)
+        x = self.model.merge(batch["input_ids"], None, (words + self.places).flatten(0, 1))
+        return self.model(inputs_embeds=x, labels=batch["labels"]).loss * self.count(batch)
+
+
+class ContrastiveLoss(nn.Module):
+    """CLIP's loss (Radford et al. 2021, figure 3), part by part: find each part's own words in the batch, and back.
+
+    CLIP matches whole pictures with whole captions, 400 million of them, and where things are comes out by itself.
+    Here the parts are told: the patches under a thing against its name, those of the ground against its colour.
+    The text side is a little Llama over bytes that is thrown away afterwards, as LLaVA throws CLIP's away.
+    """
+
+    def __init__(self, model: LlavaForConditionalGeneration, width: int = 128):
+        super().__init__()
+        self.model = model
+        self.text = Llama(LlamaConfig(256, width, 2 * width, num_hidden_layers=2, num_attention_heads=2))
+        self.from_text = nn.Linear(width, width, bias=False)
+        self.from_picture = nn.Linear(model.config.vision_config.hidden_size, width, bias=False)
+        self.log_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+        init_weights(self.text)
+
+    def forward(self, batch: dict[str, Tensor]) -> Tensor:
+        tower = self.model.vision_tower
+        patches = tower.post_layernorm(tower(batch["pixel_values"])[-1][:, 1:])  # (B, P, D), without the class token
+        seen = self.from_picture(batch["where"].to(patches.dtype) @ patches)  # (B, parts, width), each part's mean
+        seen, words = everywhere(seen).flatten(0, 1), everywhere(batch["words"]).flatten(0, 1)
+        used = words[:, 0] > 0
+        seen, words = seen[used], words[used]  # (N, width), (N, bytes)
+        words, own = torch.unique(words, dim=0, return_inverse=True)  # a name is shared by all the things it names
+        last = (words > 0).sum(-1) - 1  # the last byte has read all others
+        read = self.from_text(self.text(self.text.embed_tokens(words))[torch.arange(len(words)), last])
+        seen, read = F.normalize(seen.float(), dim=-1), F.normalize(read.float(), dim=-1)
+        scores = self.log_scale.exp().clamp(max=100) * seen @ read.T  # (N, words)
+        theirs = F.one_hot(own, len(words)).float()
+        return (F.cross_entropy(scores, own) + F.cross_entropy(scores.T, (theirs / theirs.sum(0)).T)) / 2
+
+    @staticmethod
+    def count(batch: dict[str, Tensor]) -> Tensor:
+        return torch.ones((), device=batch["words"].device)  # a mean already, the same on every process
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+class Everywhere(torch.autograd.Function):
+    """The rows of all processes, in order. Gradients go back to where the rows came from."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        rows = [torch.empty_like(x) for _ in range(world_size())]
+        dist.all_gather(rows, x.contiguous())
+        return torch.cat(rows)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        grad = grad.contiguous()
+        dist.all_reduce(grad)  # every process has a loss, and all of them want something of these rows
+        return grad.chunk(world_size())[dist.get_rank()]
+
+
+def everywhere(x: Tensor) -> Tensor:
+    return Everywhere.apply(x) if dist.is_initialized() else x
