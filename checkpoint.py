@@ -10,6 +10,7 @@ import re
 from pathlib import Path
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from tokenizer import TEMPLATES, read_settings
 
@@ -98,3 +99,13 @@ def read_processor_settings(folder: Path) -> tuple[dict, str]:
     if (folder / "chat_template.jinja").is_file():
         template = (folder / "chat_template.jinja").read_text("utf-8")
     return settings, "v1" if TEMPLATES["v1"].system in template else "hub"
+
+
+class NoInit(TorchFunctionMode):
+    """Build modules without drawing their first weights, for which the meta device would import half of PyTorch."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", "") == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)

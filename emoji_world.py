@@ -362,7 +362,7 @@ def questions(truth: dict, rng: random.Random, short: bool | None = None) -> lis
     for kind, filling, sentence, word in facts(truth, rng):
         question = rng.choice(QUESTIONS[kind.partition(":")[0]]).format(**filling)
         brief = word is not None and (rng.random() < 0.5 if short is None else short)
-        asked.append((kind, question + SHORT, word[0].upper() + word[1:]) if brief else (kind, question, sentence))
+        asked.append((kind, question + SHORT, word) if brief else (kind, question, sentence))
     return asked
 
 

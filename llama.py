@@ -181,20 +181,36 @@ class KVCache:
         return self.k[layer][:, :, :end], self.v[layer][:, :, :end]
 
 
+class Linear(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:  # (..., in) -> (..., out)
+        if x.numel() == self.in_features and x.device.type == "cpu" and self.bias is None and not x.requires_grad:
+            return torch.mv(self.weight, x.flatten()).view(*x.shape[:-1], -1)   # for one row
+        return F.linear(x, self.weight, self.bias)
+
+
+class FusedLinear(Linear):
+    """Matrices that read the same x as one: `parts` are their names in a checkpoint and how many rows each has."""
+
+    def __init__(self, in_features: int, bias: bool, **parts: int):
+        super().__init__(in_features, sum(parts.values()), bias)
+        self.parts = parts
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:  # (..., in) -> for each part (..., its rows)
+        return super().forward(x).split(tuple(self.parts.values()), dim=-1)
+
+
 class LlamaAttention(nn.Module):
     def __init__(self, config: LlamaConfig, layer: int):
         super().__init__()
         D, H, K, d = config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.head_dim
         self.layer, self.head_dim = layer, d
-        self.q_proj = nn.Linear(D, H * d, bias=config.attention_bias)
-        self.k_proj = nn.Linear(D, K * d, bias=config.attention_bias)
-        self.v_proj = nn.Linear(D, K * d, bias=config.attention_bias)
-        self.o_proj = nn.Linear(H * d, D, bias=config.attention_bias)
+        self.qkv_proj = FusedLinear(D, config.attention_bias, q_proj=H * d, k_proj=K * d, v_proj=K * d)
+        self.o_proj = Linear(H * d, D, bias=config.attention_bias)
 
     def forward(self, x, rope, mask=None, cache=None, attentions=None) -> Tensor:  # (B, T, D) -> (B, T, D)
         q, k, v = (
-            proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, T, H * d) -> (B, H, T, d)
-            for proj in (self.q_proj, self.k_proj, self.v_proj)
+            part.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, T, H * d) -> (B, H, T, d)
+            for part in self.qkv_proj(x)
         )
         q, k = apply_rope(q, *rope), apply_rope(k, *rope)
         if cache is not None:
@@ -213,12 +229,12 @@ class LlamaMLP(nn.Module):
     def __init__(self, config: LlamaConfig):
         super().__init__()
         D, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
-        self.gate_proj = nn.Linear(D, inner, bias=bias)
-        self.up_proj = nn.Linear(D, inner, bias=bias)
-        self.down_proj = nn.Linear(inner, D, bias=bias)
+        self.gate_up_proj = FusedLinear(D, bias, gate_proj=inner, up_proj=inner)
+        self.down_proj = Linear(inner, D, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = self.gate_up_proj(x)
+        return self.down_proj(F.silu(gate) * up)
 
 
 class LlamaLayer(nn.Module):

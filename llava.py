@@ -27,10 +27,10 @@ from PIL import Image
 from torch import Tensor, nn
 
 import generate
-from checkpoint import find_checkpoint, read_config, read_processor_settings
+from checkpoint import NoInit, find_checkpoint, read_config, read_processor_settings
 from clip import ACTIVATIONS, CLIPVisionConfig, CLIPVisionModel, ImageProcessor, known_fields
-from llama import KVCache, Llama, LlamaConfig, decoder_config
-from load_weights import NoInit, load
+from llama import KVCache, Linear, Llama, LlamaConfig, decoder_config
+from load_weights import load
 from tokenizer import TEMPLATES, Tokenizer, read_settings
 
 ROOM = 512  # tokens that a cache made by `forward` can take beyond those it was made with
@@ -117,7 +117,7 @@ class LlavaForConditionalGeneration(nn.Module):
         self.vision_tower = CLIPVisionModel(config.vision_config)
         self.multi_modal_projector = LlavaMultiModalProjector(config)
         self.language_model = Llama(config.text_config)
-        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.lm_head = Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         self.tie_weights()
 
     def tie_weights(self) -> None:
@@ -126,16 +126,17 @@ class LlavaForConditionalGeneration(nn.Module):
 
     @classmethod
     def from_pretrained(
-        cls, path: str | Path, dtype: torch.dtype | None = None, device: str = "cpu"
+        cls, path: str | Path, dtype: torch.dtype | None = None, device: str = "cpu", quantize: str | None = None
     ) -> "LlavaForConditionalGeneration":
         """Load a checkpoint: a folder or a hub id. `dtype` is the one config.json names unless given.
 
+        `quantize="int8"` keeps the decoder's matrices in a byte a weight (see quantize.py).
         Raises FileNotFoundError or ValueError, naming the file or tensor, for a checkpoint that is not whole.
         """
         folder = find_checkpoint(path)
         settings = read_config(folder)
         model = cls.without_weights(settings)
-        load(model, folder, dtype or settings["dtype"], device)
+        load(model, folder, dtype or settings["dtype"], device, quantize)
         model.tie_weights()
         model.generation_config = read_settings(folder / "generation_config.json")
         return model.eval()
@@ -152,11 +153,11 @@ class LlavaForConditionalGeneration(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.lm_head.weight.dtype
+        return self.language_model.embed_tokens.weight.dtype
 
     @property
     def device(self) -> torch.device:
-        return self.lm_head.weight.device
+        return self.language_model.embed_tokens.weight.device
 
     def get_image_features(
         self,

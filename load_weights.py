@@ -24,9 +24,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from checkpoint import DTYPES, tower_folder
+from quantize import put_int8, read_int8
 from tokenizer import read_settings
 
 # A prefix in a file, and what it becomes. All are tried in this order, so that a name can be changed twice.
@@ -78,7 +78,7 @@ class StoredTensor(NamedTuple):
     name: str  # as the file spells it
     dtype: str
     shape: tuple[int, ...]
-    read: Callable[[], Tensor]
+    read: Callable[[Tensor], object]  # into memory of the same shape
 
 
 def tensors_in(file: Path) -> Iterator[StoredTensor]:
@@ -94,7 +94,8 @@ def tensors_in(file: Path) -> Iterator[StoredTensor]:
         raise ValueError(f"{file} does not hold tensors by name")
     names = {dtype: name for name, dtype in DTYPES.items()}
     for name, tensor in tensors.items():
-        yield StoredTensor(file, name, names.get(tensor.dtype, str(tensor.dtype)), tuple(tensor.shape), tensor.clone)
+        dtype, shape = names.get(tensor.dtype, str(tensor.dtype)), tuple(tensor.shape)
+        yield StoredTensor(file, name, dtype, shape, lambda into, tensor=tensor: into.copy_(tensor))
 
 
 def tensors_in_safetensors(file: Path) -> Iterator[StoredTensor]:
@@ -123,29 +124,34 @@ def tensors_in_safetensors(file: Path) -> Iterator[StoredTensor]:
         raise ValueError(f"{file} is truncated or too long: {size} bytes, but its header says {8 + length + place}")
 
 
-def read_tensor(file: Path, offset: int, dtype: str, shape: tuple[int, ...]) -> Tensor:
-    tensor = torch.empty(shape, dtype=DTYPES[dtype])
-    with open(file, "rb") as f:  # into the tensor's own memory: a map of the file would be held beside it
+def read_tensor(file: Path, offset: int, dtype: str, shape: tuple[int, ...], into: Tensor) -> None:
+    """Straight into the tensor's own memory, where that wants the file's dtype: a map would be held beside it."""
+    direct = into.dtype == DTYPES[dtype] and into.device.type == "cpu"
+    tensor = into if direct else torch.empty(shape, dtype=DTYPES[dtype])
+    with open(file, "rb") as f:
         f.seek(offset)
         if f.readinto(tensor.view(-1).view(torch.uint8).numpy()) != tensor.nbytes:
             raise ValueError(f"{file} is truncated")
-    return tensor
+    if not direct:
+        into.copy_(tensor)
 
 
-class NoInit(TorchFunctionMode):
-    """Build modules without drawing their first weights, for which the meta device would import half of PyTorch."""
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if getattr(func, "__module__", "") == "torch.nn.init":
-            return args[0] if args else kwargs["tensor"]
-        return func(*args, **kwargs)
+def named_parts(model: nn.Module, keep_tied: bool = False) -> Iterator[tuple[str, Tensor]]:
+    """The model's parameters under the names of a checkpoint, which knows nothing of fused matrices: their rows."""
+    for name, parameter in model.named_parameters(remove_duplicate=not keep_tied):
+        module, _, leaf = name.rpartition(".")
+        if parts := getattr(model.get_submodule(module), "parts", None):
+            stem = module.rpartition(".")[0]
+            for part, rows in zip(parts, parameter.split(tuple(parts.values())), strict=True):
+                yield f"{stem}.{part}.{leaf}", rows
+        else:
+            yield name, parameter
 
 
 def survey(model: nn.Module, folder: Path) -> tuple[dict[str, StoredTensor], list[str]]:
     """Match a checkpoint's tensors with a model's: our name -> stored tensor, and a sentence for each misfit."""
-    wanted = dict(model.named_parameters())
-    tied = set(model.state_dict()) - set(wanted)  # a second name of a tensor that is already there
+    wanted = dict(named_parts(model))
+    tied = set(dict(named_parts(model, keep_tied=True))) - set(wanted)  # a second name of a tensor already there
     config = read_settings(folder / "config.json")
     stored = [tensor for file in weight_files(folder) for tensor in tensors_in(file)]
     if "mm_vision_tower" in config and not any(".vision_tower." in tensor.name for tensor in stored):
@@ -168,22 +174,30 @@ def survey(model: nn.Module, folder: Path) -> tuple[dict[str, StoredTensor], lis
     return found, misfits + [f"tensor {name} is missing in {folder}" for name in wanted if name not in found]
 
 
-def load(model: nn.Module, folder: Path, dtype: torch.dtype | None = None, device: str = "cpu") -> None:
+@torch.no_grad()
+def load(
+    model: nn.Module, folder: Path, dtype: torch.dtype | None = None, device: str = "cpu", quantize: str | None = None
+) -> None:
     """Fill a model that was built on the meta device, tensor by tensor; `dtype` is the first tensor's unless given.
 
-    Memory peaks at the model and its largest tensor. Tied tensors are the caller's to tie again. Raises ValueError,
-    naming the tensor, where anything does not fit.
+    With `quantize`, "int8", the decoder's matrices are rounded as they come. Memory peaks at model and largest tensor.
+    Tied tensors are the caller's to tie again. Raises ValueError, naming the tensor, where anything does not fit.
     """
     found, misfits = survey(model, folder)
     if misfits:
         raise ValueError(misfits[0] + (f" ({len(misfits)} tensors do not fit)" if len(misfits) > 1 else ""))
-    total, done, start = sum(parameter.numel() for parameter in model.parameters()), 0, time.monotonic()
+    total, done, start = sum(prod(tensor.shape) for tensor in found.values()), 0, time.monotonic()
     dtype = dtype or DTYPES[next(iter(found.values())).dtype]
+    if quantize:
+        put_int8(model, quantize)
+    model.to(dtype).to_empty(device=device)  # memory that is not yet filled, and so not yet taken
+    places = dict(named_parts(model))
     for name, tensor in found.items():
-        value = tensor.read().to(device, dtype)
-        module, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(module), leaf, nn.Parameter(value))
-        done += value.numel()
+        if name in places:
+            tensor.read(places[name])
+        else:
+            read_int8(tensor, *(places[name.removesuffix("weight") + leaf] for leaf in ("q", "scale")))
+        done += prod(tensor.shape)
         if sys.stderr.isatty() and time.monotonic() - start > 1:
             end = "\n" if done == total else ""
             print(f"\rLoading {total / 1e9:.1f} billion weights: {done / total:4.0%}", end=end, file=sys.stderr)

@@ -44,20 +44,21 @@ class NextTokenLoss(nn.Module):
 
 
 class SpeltOutLoss(NextTokenLoss):
-    """The same with pictures spelt out: each patch is the word for what is there, and a vector for its place.
+    """The same with pictures spelt out: a patch is the word for what is there, and a vector each for row and column.
 
     So the decoder learns to read pictures before it sees one, and alignment has only to make patches look like words.
-    The places are thrown away afterwards: a patch that the tower has seen knows where it is.
+    Rows and columns are thrown away afterwards: a patch that the tower has seen knows where it is.
     """
 
     def __init__(self, model: LlavaForConditionalGeneration):
         super().__init__(model)
-        config = model.config
-        self.places = nn.Parameter(torch.zeros(config.image_seq_length, config.text_config.hidden_size))
+        side, table = round(model.config.image_seq_length**0.5), model.language_model.embed_tokens.weight
+        self.rows, self.columns = (nn.Parameter(torch.randn(side, table.shape[1]) * table.std()) for _ in range(2))
 
     def forward(self, batch: dict[str, Tensor]) -> Tensor:
         words = self.model.language_model.embed_tokens(batch["spelt"]).mean(2)  # (B, P, D)
-        x = self.model.merge(batch["input_ids"], None, (words + self.places).flatten(0, 1))
+        places = (self.rows[:, None] + self.columns).flatten(0, 1)  # (P, D)
+        x = self.model.merge(batch["input_ids"], None, (words + places).flatten(0, 1))
         return self.model(inputs_embeds=x, labels=batch["labels"]).loss * self.count(batch)
 
 

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from llava import LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
+from load_weights import named_parts
 from tokenizer import SPACE, Template, Tokenizer
 
 # A prefix of our names, and what the hub's files have instead.
@@ -68,7 +69,7 @@ def hub_name(name: str) -> str:
 
 def write_weights(model: nn.Module, folder: Path, shard_bytes: float) -> None:
     shards, size = [{}], 0
-    for name, tensor in model.named_parameters():
+    for name, tensor in named_parts(model):
         if shards[-1] and size + tensor.nbytes > shard_bytes:
             shards.append({})
             size = 0

@@ -101,6 +101,11 @@ def new_model(tokenizer: Tokenizer) -> LlavaForConditionalGeneration:
         LlavaConfig(VISION, text, image_token_index=tokenizer.image_token_id, vision_feature_layer=-1)
     )
     init_weights(model)
+    # A word must outlast what the layers add to it, or repeating words is learnt late. The second line is GPT-2's.
+    nn.init.normal_(model.language_model.embed_tokens.weight, std=0.05)
+    for layer in model.language_model.layers:
+        for matrix in (layer.self_attn.o_proj.weight, layer.mlp.down_proj.weight):
+            matrix.data /= (2 * text.num_hidden_layers) ** 0.5
     return model
 
 
@@ -136,7 +141,7 @@ class Stage:
 
 STAGES = [
     Stage("tower", ("vision_tower",), World.parts, ContrastiveLoss, steps=2600, batch=256, lr=1.5e-3),
-    Stage("decoder", ("language_model", "lm_head"), World.text, SpeltOutLoss, steps=8000, batch=16, lr=7e-4),
+    Stage("decoder", ("language_model", "lm_head"), World.text, SpeltOutLoss, steps=6000, batch=16, lr=5e-4),
     Stage("align", ("multi_modal_projector",), World.captions, NextTokenLoss, steps=4000, batch=16, lr=1e-3),
     Stage(
         "tune",
@@ -199,13 +204,14 @@ def run_stage(
         if state["settings"] != settings:
             raise ValueError(f"{kept} is of another run ({state['settings']}): delete it, or choose another --out")
         objective.load_state_dict(state["objective"])
-        optimizer.load_state_dict(state["optimizer"])
         first = state["step"]
         if place.rank == 0:
             print(f"{stage.name}: goes on behind step {first} of {stage.steps}, from {kept}")
     log = Log(stage, place, first)
     if first == stage.steps:
         return
+    if first:
+        optimizer.load_state_dict(state["optimizer"])
     if place.compile:
         objective.compile(dynamic=True)
     parallel = DistributedDataParallel(objective) if dist.is_initialized() else objective

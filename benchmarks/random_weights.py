@@ -1,50 +1,56 @@
-"""A checkpoint of the real size without the real weights: random ones beside a checkpoint's own small files.
+"""A checkpoint of a real size without real weights: random ones, with the tiny model's tokenizer and prompt.
 
-    python benchmarks/random_weights.py SOURCE OUT
+    python benchmarks/random_weights.py 161M OUT
+    python benchmarks/random_weights.py 7B OUT
 
-SOURCE holds config.json, tokenizer and settings, as `hf download llava-hf/llava-1.5-7b-hf --exclude "*.safetensors"`
-gets them. OUT becomes a folder that loads like the real one, and as fast, and talks nonsense.
+OUT becomes a folder that loads like the real one, and runs as fast, and talks nonsense. 7B has the shapes of LLaVA-1.5
+7B and takes 14 GB of memory and of disk.
 """
 
 import argparse
-import shutil
 import sys
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from checkpoint import read_config
-from llava import LlavaForConditionalGeneration
-from save_checkpoint import hub_name, write_json
+from checkpoint import NoInit
+from clip import CLIPVisionConfig, ImageProcessor
+from command import BUNDLED, run
+from llama import LlamaConfig
+from llava import LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
+from save_checkpoint import save
 
-SHARD_BYTES = 2e9
+SIZES = {
+    "161M": (
+        CLIPVisionConfig(512, 2048, 512, 8, 8, image_size=336, patch_size=14),
+        LlamaConfig(32064, 768, 2048, num_hidden_layers=12, num_attention_heads=12),
+    ),
+    "7B": (LlavaConfig().vision_config, LlamaConfig(32064)),
+}
+
+
+def make(size: str, folder: Path) -> None:
+    tokenizer = LlavaProcessor.from_pretrained(BUNDLED).tokenizer
+    config = LlavaConfig(*SIZES[size], image_token_index=tokenizer.image_token_id)
+    with torch.device("meta"), NoInit():
+        model = LlavaForConditionalGeneration(config)
+    model.to(torch.bfloat16).to_empty(device="cpu")
+    for name, parameter in model.named_parameters():
+        torch.nn.init.normal_(parameter, mean=float("norm" in name and name.endswith("weight")), std=0.02)
+    side = config.vision_config.image_size
+    image_processor = ImageProcessor({"shortest_edge": side}, {"height": side, "width": side})
+    save(model, LlavaProcessor(image_processor, tokenizer, config.image_seq_length, "v1"), folder, shard_bytes=2e9)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Make a checkpoint with random weights in bfloat16.")
-    parser.add_argument("source", type=Path)
+    parser.add_argument("size", choices=SIZES)
     parser.add_argument("out", type=Path)
     args = parser.parse_args()
-    model = LlavaForConditionalGeneration.without_weights(read_config(args.source))
-    ignore = shutil.ignore_patterns("*.safetensors*", "*.bin*")
-    shutil.copytree(args.source, args.out, ignore=ignore, copy_function=shutil.copyfile)
-    args.out.chmod(0o755)
-    places, shard = {}, {}
-    parameters = list(model.named_parameters())
-    for i, (name, parameter) in enumerate(parameters):
-        value = torch.empty(parameter.shape, dtype=torch.bfloat16).normal_(std=0.02)
-        shard[hub_name(name)] = value.add_(1) if "norm" in name and name.endswith("weight") else value
-        if sum(tensor.nbytes for tensor in shard.values()) > SHARD_BYTES or i == len(parameters) - 1:
-            file = f"model-{len(set(places.values())) + 1:05}.safetensors"
-            save_file(shard, args.out / file, metadata={"format": "pt"})
-            places |= dict.fromkeys(shard, file)
-            shard = {}
-            print(f"{file} written, {i + 1} of {len(parameters)} tensors done", flush=True)
-    write_json(args.out / "model.safetensors.index.json", {"metadata": {}, "weight_map": places})
+    make(args.size, args.out)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run(main))

@@ -1,6 +1,6 @@
 """How long a checkpoint takes and how much memory, in a process of its own: a row of the README's table.
 
-    python benchmarks/sizes.py CHECKPOINT [IMAGE]
+python benchmarks/sizes.py CHECKPOINT [IMAGE]
 """
 
 import argparse

@@ -53,6 +53,11 @@ def test_it_answers_a_question_in_one_word():
     assert done.stdout == "Cat\n"
 
 
+def test_it_answers_in_int8_too():
+    done = llava("--image", ROOT / "images" / "cat-and-apple.jpg", "--quantize", "int8")
+    assert done.stdout == llava("--image", ROOT / "images" / "cat-and-apple.jpg").stdout
+
+
 def test_the_answer_is_shown_as_it_is_made():
     command = [sys.executable, ROOT / "llava.py", "--image", ROOT / "images" / "owl-and-key.jpg"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:

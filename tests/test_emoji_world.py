@@ -256,7 +256,7 @@ def test_yes_and_no_are_balanced_and_sides_are_clear():
     rng = random.Random(0)
     asked = [(kind, answer, truth) for truth in TRUTHS for kind, _, answer in questions(truth, rng, short=True)]
     verdicts = [answer for kind, answer, _ in asked if kind.startswith("exists")]
-    assert verdicts.count("Yes") == verdicts.count("No") > 0
+    assert verdicts.count("yes") == verdicts.count("no") > 0
     for kind, answer, truth in asked:
         if kind in SIDES:
             axis, sign = ("x" if kind in ("left", "right") else "y"), (1 if kind in ("left", "top") else -1)

@@ -7,7 +7,7 @@ from reference import prompts, reference_and_ours, reference_model
 from torch.testing import assert_close
 
 from llava import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
-from load_weights import our_name
+from load_weights import named_parts, our_name
 
 # name -> (vision_config, text_config, everything else)
 VARIANTS = {
@@ -171,13 +171,14 @@ def test_gradients_are_the_references(small):
     inputs = batch(model, (6,), (1,))
     reference(**inputs, labels=inputs["input_ids"]).loss.backward()
     model(**inputs, labels=inputs["input_ids"], use_cache=False).loss.backward()
-    theirs = dict(reference.named_parameters())
-    for ours, name in (
-        ("multi_modal_projector.linear_1.weight", "model.multi_modal_projector.linear_1.weight"),
-        ("language_model.layers.0.self_attn.k_proj.weight", "model.language_model.layers.0.self_attn.k_proj.weight"),
-        ("vision_tower.embeddings.patch_embedding.weight", "model.vision_tower.embeddings.patch_embedding.weight"),
-    ):
-        close(model.get_parameter(ours).grad, theirs[name].grad)
+    attention = "language_model.layers.0.self_attn"
+    for ours, theirs in {
+        "multi_modal_projector.linear_1.weight": ["multi_modal_projector.linear_1.weight"],
+        f"{attention}.qkv_proj.weight": [f"{attention}.{name}_proj.weight" for name in "qkv"],
+        "vision_tower.embeddings.patch_embedding.weight": ["vision_tower.embeddings.patch_embedding.weight"],
+    }.items():
+        wanted = torch.cat([reference.get_parameter(f"model.{name}").grad for name in theirs])
+        close(model.get_parameter(ours).grad, wanted)
 
 
 @torch.no_grad()
@@ -246,7 +247,7 @@ def test_the_configuration_example_of_the_page():
             )
         )
     assert configuration.vision_config is vision_config
-    ours = {name: parameter.shape for name, parameter in model.named_parameters()}
+    ours = {name: parameter.shape for name, parameter in named_parts(model)}
     assert ours == {our_name(name): parameter.shape for name, parameter in theirs.named_parameters()}
 
 
