@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+import explain
 from checkpoint import find_checkpoint, read_config
 from clip import open_image
 from llava import LlavaForConditionalGeneration, LlavaProcessor
@@ -42,6 +43,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     )
     add("--seed", type=int, help="when sampling: the same seed gives the same answer")
     add("--dtype", choices=["float32", "float16", "bfloat16"], help="precision (default: the fastest that is safe)")
+    add("--explain", metavar="FILE", help="also write a page, FILE.html, that shows where each word of the answer looked")
     add("--quantize", choices=["int8"], help="keep the decoder's weights in a byte each: half the memory of bfloat16")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda (default: %(default)s)")
     return parser.parse_args(argv)
@@ -59,6 +61,8 @@ def answer(args: argparse.Namespace) -> None:
     if "<image>" in args.prompt:
         raise ValueError("the prompt must not hold <image>: the picture of --image gets its place by itself")
     image = None if args.image is None else open_image(args.image)
+    if args.explain is not None:
+        explain.check_place(args.explain, image)
     if image is None:
         print("No picture given: the prompt is answered by itself.", file=sys.stderr)
     if args.model == BUNDLED:
@@ -70,6 +74,7 @@ def answer(args: argparse.Namespace) -> None:
     dtype = getattr(torch, args.dtype) if args.dtype else fast_dtype(args.device)
     processor = LlavaProcessor.from_pretrained(args.model)
     model = LlavaForConditionalGeneration.from_pretrained(args.model, dtype, args.device, args.quantize)
+    model = explain.Recorder(model) if args.explain is not None else model
     content = [{"type": "image"}] * (image is not None) + [{"type": "text", "text": args.prompt}]
     prompt = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
     model.generate(
@@ -83,6 +88,8 @@ def answer(args: argparse.Namespace) -> None:
         streamer=lambda text: print(text, end="", flush=True),
     )
     print()
+    if args.explain is not None:
+        explain.write(args.explain, model, processor, image, (Path(args.image).name, Path(args.model).name))
 
 
 def run(work: Callable[[], None]) -> int:
