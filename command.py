@@ -43,7 +43,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     )
     add("--seed", type=int, help="when sampling: the same seed gives the same answer")
     add("--dtype", choices=["float32", "float16", "bfloat16"], help="precision (default: the fastest that is safe)")
-    add("--explain", metavar="FILE", help="also write a page, FILE.html, that shows where each word of the answer looked")
+    add("--explain", metavar="FILE", help="also write an HTML page that shows where each word of the answer looked")
     add("--quantize", choices=["int8"], help="keep the decoder's weights in a byte each: half the memory of bfloat16")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda (default: %(default)s)")
     return parser.parse_args(argv)

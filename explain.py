@@ -54,10 +54,12 @@ class Recorder:
         return result
 
     def __call__(self, input_ids: Tensor, pixel_values: Tensor | None = None, *rest, **options):
-        """The model's forward; the one with the picture goes in two steps, to time them apart."""
+        """The model's forward; where there is a picture, it first goes through tower and projector by themselves."""
         if pixel_values is None:
             return self.timed(self.model, input_ids, None, *rest, **options)
-        self.features = self.timed(self.model.get_image_features, pixel_values)
+        self.features = self.timed(self.model.get_image_features, pixel_values)  # (1, P, D)
+        projector = self.model.multi_modal_projector  # it ran behind the tower; once more, by itself, to time it
+        self.timed(projector, self.features.new_zeros(*self.features.shape[:2], projector.linear_1.in_features))
         x = self.model.merge(input_ids, None, self.features.flatten(0, 1))
         return self.timed(self.model, None, None, *rest, inputs_embeds=x, **options)
 
@@ -170,18 +172,15 @@ def piece(tokenizer: Tokenizer, i: int) -> str:
 
 def stages(run: Recorder) -> list[tuple[str, list[int], float | None]]:
     """(name, shape behind it, seconds) in the order of the data."""
-    model, vision, (see, prefill, *_) = run.model, run.model.config.vision_config, run.seconds
-    _, P, D = run.features.shape
-    run.timed(model.multi_modal_projector, torch.zeros_like(run.features[..., :1]).expand(
-        1, P, model.multi_modal_projector.linear_1.in_features))
-    project = min(run.seconds.pop(), see)  # it ran as one step with the tower: this is the same work by itself
+    vision, text = run.model.config.vision_config, run.model.config.text_config
+    (_, P, D), (see, project, prefill, *_) = run.features.shape, run.seconds
     return [
         ("picture", list(run.pixels.shape[1:]), None),
-        ("tower", [vision.num_patches + 1, vision.hidden_size], see - project),
+        ("tower", [vision.num_patches + 1, vision.hidden_size], max(0.0, see - project)),
         ("projector", [P, D], project),
         ("prompt with picture", [run.prompt_length, D], None),
         ("decoder, prefill", [run.prompt_length, D], prefill),
-        ("head", [model.config.text_config.vocab_size], None),
+        ("head", [text.vocab_size], None),
     ]
 
 
@@ -212,7 +211,7 @@ def page_data(run: Recorder, processor, image: Image.Image, names: tuple[str, st
         "lens": lens,
         "near": near,
         "stages": stages(run),
-        "seconds": run.seconds[1:],  # the first is of the picture
+        "seconds": run.seconds[2:],  # the first two are of the picture
     }
 
 
@@ -225,7 +224,7 @@ def check_place(path: str, image: Image.Image | None) -> None:
         raise ValueError(f"--explain writes a page for a browser: {path} must end in .html")
     if not place.parent.is_dir():
         raise ValueError(f"{path} cannot be written: there is no folder {place.parent}")
-    if place.exists() and not place.is_file() or not os.access(place.parent, os.W_OK):
+    if (place.exists() and not place.is_file()) or not os.access(place.parent, os.W_OK):
         raise ValueError(f"{path} cannot be written: give --explain the name of a file in a folder of yours")
 
 

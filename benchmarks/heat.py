@@ -1,0 +1,100 @@
+"""Does the page of --explain show the right place? How often a name's heat lies on the thing that it names.
+
+    python benchmarks/heat.py [CHECKPOINT] [--scenes 200]
+
+Scenes of the emoji world with two different things, from the seeds kept for judging; the model is asked what is in
+them. For each name in the answer that is true, the heat is the attention over the patches when its tokens were chosen.
+Two questions: is there more of it per patch on the named thing than on the other one? A blind guess is right half the
+time. Is the hottest patch on the named thing? A blind guess is right as often as the thing is large.
+"""
+
+import argparse
+import itertools
+import re
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import emoji_world
+from command import BUNDLED, run
+from explain import Recorder, study
+from judge import UNSEEN
+from llava import LlavaForConditionalGeneration, LlavaProcessor
+
+QUESTION = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is in the picture?"}]}]
+
+
+def scenes(n: int, side: int):
+    """n times (picture, truth), with two things of different names."""
+    sprites = emoji_world.load_sprites()
+    seeds = (seed for seed in itertools.count(UNSEEN) if has_two(emoji_world.make_truth(seed)))
+    return (emoji_world.make_scene(sprites, seed, side) for seed in itertools.islice(seeds, n))
+
+
+def has_two(truth: dict) -> bool:
+    return len(truth["things"]) == len({thing["name"] for thing in truth["things"]}) == 2
+
+
+def tokens_of(name: str, ids: list[int], tokenizer) -> list[int]:
+    """Which tokens of an answer spell the first place where it says `name`; none if it does not."""
+    ends = [len(tokenizer.decode(ids[: i + 1], skip_special_tokens=True)) for i in range(len(ids))]
+    found = re.search(rf"\b{re.escape(name)}\b", tokenizer.decode(ids, skip_special_tokens=True).lower())
+    starts = [0, *ends]
+    return [i for i, end in enumerate(ends) if found and starts[i] < found.end() and end > found.start()]
+
+
+def covered(thing: dict, side: int) -> Tensor:  # -> (P,) booleans
+    """The patches whose middle lies in the square that a thing is drawn in."""
+    middles = (torch.arange(side) + 0.5) / side
+    across, down = ((middles - thing[axis]).abs() <= thing["size"] / 2 for axis in "xy")
+    return (down[:, None] & across).flatten()
+
+
+@torch.no_grad()
+def measure(model, processor, n: int) -> tuple[list[Tensor], list[float]]:
+    """For each true name (2, 1 + L) booleans, more heat and hottest patch, of all layers and of each; and its area."""
+    vision, prompt = model.config.vision_config, processor.apply_chat_template(QUESTION, add_generation_prompt=True)
+    hits, areas = [], []
+    for picture, truth in scenes(n, vision.image_size):
+        watch = Recorder(model)
+        inputs = processor(text=prompt, images=picture)
+        answer = watch.generate(**inputs, max_new_tokens=60)[0, inputs.input_ids.shape[1] :].tolist()
+        found = study(watch)
+        heat = found.attentions[..., found.patches].float().mean(1)  # (L, N, P)
+        heat = torch.cat([heat.mean(0, keepdim=True), heat])
+        side = vision.image_size // vision.patch_size
+        for thing, other in (truth["things"], truth["things"][::-1]):
+            if tokens := tokens_of(thing["name"], answer, processor.tokenizer):
+                on, off = covered(thing, side), covered(other, side)
+                of_name = heat[:, tokens].mean(1)  # (1 + L, P)
+                more = of_name[:, on].mean(-1) > of_name[:, off].mean(-1)
+                hits.append(torch.stack([more, on[of_name.argmax(-1)]]))
+                areas.append(on.float().mean().item())
+    return hits, areas
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("checkpoint", nargs="?", default=BUNDLED, help="a folder (default: the bundled tiny model)")
+    parser.add_argument("--scenes", type=int, default=200, help="how many (default: %(default)s)")
+    args = parser.parse_args()
+    if args.scenes < 1:
+        raise ValueError("--scenes must be 1 at least")
+    model = LlavaForConditionalGeneration.from_pretrained(args.checkpoint, torch.float32)
+    hits, areas = measure(model, LlavaProcessor.from_pretrained(args.checkpoint), args.scenes)
+    if not hits:
+        raise ValueError(f"in {args.scenes} scenes the model named nothing that was there: there is no heat to judge")
+    print(f"{args.scenes} scenes with two things, {len(hits)} names that are true\n")
+    print("| heat | more on the named thing than on the other | hottest patch on the named thing |\n|---|---|---|")
+    more, hottest = torch.stack(hits).float().mean(0)
+    for layer, (x, y) in enumerate(zip(more, hottest, strict=True)):
+        print(f"| {f'layer {layer}' if layer else 'mean of all layers'} | {x:.1%} | {y:.1%} |")
+    print(f"| chance | 50.0% | {sum(areas) / len(areas):.1%} |")
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))
