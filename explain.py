@@ -83,15 +83,14 @@ class Study:
 @torch.no_grad()
 def study(run: Recorder) -> Study:
     model, ids = run.model, run.ids
-    rows = slice(run.prompt_length - 1, ids.shape[1] - 1)
-    x = model.merge(ids, None, run.features.flatten(0, 1))
-    out = model(
-        inputs_embeds=x, use_cache=False, output_attentions=True, output_hidden_states=True, logits_to_keep=1
-    )
-    is_image = ids[0] == model.config.image_token_index
-    patches = is_image.nonzero().flatten()[-model.config.vision_config.num_patches :]  # a class token comes before them
-    others = torch.ones_like(is_image)
+    prompt, answer = ids[:, : run.prompt_length], ids[:, run.prompt_length :]
+    x = [model.merge(prompt, None, run.features.flatten(0, 1)), model.merge(answer, None, None)]
+    out = model(inputs_embeds=torch.cat(x, 1), use_cache=False, output_attentions=True, output_hidden_states=True)
+    places = (prompt[0] == model.config.image_token_index).nonzero().flatten()
+    patches = places[-model.config.vision_config.num_patches :]  # a class token would come before them
+    others = torch.ones_like(ids[0], dtype=torch.bool)
     others[patches] = False
+    rows = slice(run.prompt_length - 1, ids.shape[1] - 1)
     *inputs, last = (hidden[0, rows] for hidden in out.hidden_states)  # the last one has been through the norm
     return Study(
         attentions=torch.stack([layer[0, :, rows] for layer in out.attentions]),

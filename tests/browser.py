@@ -158,9 +158,9 @@ def check(tab: Browser, page: Path, shots: Path) -> Iterator[tuple[str, bool]]:
     yield "a click keeps it", tab.value(CHECKS)["pinned"]["word"] == other
     tab.point(f"patches[{far}]")
     yield "pointing at a patch tells who looked there", "row" in tab.value(CHECKS)["tint"]
-    tab.picture(shots / "patch.png")
     tab.point(f"patches[{far}]", click=True)
     yield "a click keeps the patch", tab.value(CHECKS)["pinned"]["patch"] == far
+    tab.picture(shots / "patch.png")
 
     yield from check_keyboard(tab, side, n, answer_at)
     if tab.value("data.maps.length") > 1:

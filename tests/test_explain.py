@@ -1,0 +1,197 @@
+"""The page of --explain: what its data say, that they are true, and that no text in them becomes HTML."""
+
+import base64
+import json
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from reference import reference_and_ours
+
+import explain
+from clip import ImageProcessor
+from command import BUNDLED, main
+from explain import MEAN, Recorder, Study, attention_maps
+from llava import LlavaForConditionalGeneration, LlavaProcessor
+from tokenizer import Tokenizer
+
+ROOT = Path(__file__).parent.parent
+PICTURE = ROOT / "images" / "cat-and-apple.jpg"
+HOSTILE = "</script><script>alert(1)</script><!--<img src=x onerror=alert(2)>${alert`3`}\u2028\\u003c"
+TOKENIZER = Tokenizer.from_pretrained(BUNDLED)
+FAMILIES = {  # how the tower's and the decoder's settings differ from tests/reference.py's
+    "grouped heads": ({}, {"num_key_value_heads": 2}, {}),
+    "a sliding window": ({}, {"model_type": "mistral", "num_key_value_heads": 3, "sliding_window": 9}, {}),
+    "the class token kept": ({}, {}, {"vision_feature_select_strategy": "full"}),
+    "pixels beyond the last patch": ({"image_size": 30}, {}, {}),
+}
+
+
+def data_of(page: Path) -> dict:
+    (text,) = re.findall(r'<script type="application/json" id="data">(.*?)</script>', page.read_text("utf-8"), re.S)
+    return json.loads(text)
+
+
+def weights_of(data: dict) -> tuple[np.ndarray, np.ndarray]:
+    """Attention (M, N, P + W) as the page's script reads it, and the numbers (M, N, 4) beside it."""
+    M, N, P = len(data["maps"]), len(data["likeliest"]), data["side"] ** 2
+    scales = np.frombuffer(base64.b64decode(data["scales"]), "<f4").reshape(M, N, 4)
+    steps = np.frombuffer(base64.b64decode(data["attention"]), np.uint8).reshape(M, N, P + len(data["words"]))
+    tops = np.repeat(scales[..., :2], [P, len(data["words"])], -1)
+    return steps / 255 * tops, scales
+
+
+def check_sums(data: dict, off: float) -> None:
+    """Each row sums to 1 in the numbers beside it, and in its bytes as nearly as steps of 1 / 255 allow."""
+    weights, scales = weights_of(data)
+    P, W = data["side"] ** 2, len(data["words"])
+    assert np.abs(scales[..., 2:].sum(-1) - 1).max() < off
+    assert np.abs(weights[..., :P].sum(-1) - scales[..., 2]).max() <= (scales[..., 0] * P / 510).max()
+    assert np.abs(weights[..., P:].sum(-1) - scales[..., 3]).max() <= (scales[..., 1] * W / 510).max()
+    for n in range(weights.shape[1]):  # the token itself and those behind it were not there yet
+        assert not weights[:, n, P + data["answer_at"] + n :].any()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_page_tells_of_the_answer_that_was_printed(dtype, tmp_path, capsys):
+    arguments = ["--image", str(PICTURE), "--dtype", dtype]
+    assert main(arguments) == 0
+    plain = capsys.readouterr().out
+    assert main([*arguments, "--explain", str(tmp_path / "answer.html")]) == 0
+    assert capsys.readouterr().out == plain
+    assert [file.name for file in tmp_path.iterdir()] == ["answer.html"]
+    assert (tmp_path / "answer.html").stat().st_size < 3_000_000
+    data = data_of(tmp_path / "answer.html")
+    answer = data["words"][data["answer_at"] :]
+    assert TOKENIZER.decode(answer, skip_special_tokens=True) == data["answer"] == plain.rstrip("\n")
+    assert len(answer) == len(data["likeliest"]) == len(data["seconds"])
+    assert data["names"] == ["cat-and-apple.jpg", BUNDLED.name]
+    check_sums(data, off=2e-5 if dtype == "float32" else 0.02)
+
+
+def test_the_answer_is_that_of_generate_with_chance_too():
+    model, processor = LlavaForConditionalGeneration.from_pretrained(BUNDLED), LlavaProcessor.from_pretrained(BUNDLED)
+    inputs = processor(text="USER: <image>\nWhat is it? ASSISTANT:", images=Image.open(PICTURE))
+    options = {"do_sample": True, "temperature": 2.0, "seed": 7, "max_new_tokens": 30}
+    watch = Recorder(model)
+    assert torch.equal(watch.generate(**inputs, **options), model.generate(**inputs, **options))
+    assert len(watch.seconds) == 2 + watch.ids.shape[1] - inputs.input_ids.shape[1]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_numbers_are_the_references(family, tmp_path):
+    """On random checkpoints: attention of each head, probabilities, the lens' last layer, the nearest words."""
+    vision, text, top = FAMILIES[family]
+    text = text | {"vocab_size": max(TOKENIZER.special_names) + 1}
+    theirs, ours = reference_and_ours(tmp_path, vision, text, image_token_index=TOKENIZER.image_token_id, **top)
+    side = ours.config.vision_config.image_size
+    processor = LlavaProcessor(ImageProcessor(side, side), TOKENIZER, ours.config.image_seq_length)
+    inputs = processor(text="USER: <image>\nWhat is it? ASSISTANT:", images=Image.open(PICTURE))
+    watch, T = Recorder(ours), inputs.input_ids.shape[1]
+    ids = watch.generate(**inputs, max_new_tokens=9, eos_token_id=[])
+    explain.write(str(tmp_path / "page.html"), watch, processor, Image.open(PICTURE), ("picture", "model"))
+    data = data_of(tmp_path / "page.html")
+    with torch.no_grad():
+        out = theirs(input_ids=ids, pixel_values=inputs.pixel_values, output_attentions=True)
+
+    assert data["words"][data["answer_at"] :] == ids[0, T:].tolist()
+    L, H = ours.config.text_config.num_hidden_layers, ours.config.text_config.num_attention_heads
+    assert len(data["maps"]) == 1 + L + L * H
+    check_sums(data, off=2e-5)
+    weights, scales = weights_of(data)
+    is_patch = ids[0] == TOKENIZER.image_token_id
+    is_patch[: is_patch.nonzero()[-(data["side"] ** 2)]] = False
+    order = torch.cat([is_patch.nonzero(), (~is_patch).nonzero()]).flatten()
+    right = torch.stack(out.attentions)[:, 0, :, T - 1 : -1, order].numpy()  # (L, H, N, P + W)
+    for (layer, head), row, scale in zip(data["maps"], weights, scales, strict=True):
+        part = right if layer == MEAN else right[layer : layer + 1]
+        part = part if head == MEAN else part[:, head : head + 1]
+        assert np.abs(part.mean((0, 1)) - row).max() <= scale[..., :2].max() / 510 + 1e-5
+
+    probabilities = out.logits[0, T - 1 : -1].softmax(-1)
+    for n, row in enumerate(data["likeliest"]):
+        assert np.allclose([p for _, p in row], probabilities[n].topk(5).values, atol=1e-3)
+        assert data["lens"][-1][n][:2] == row[0]
+        assert row[0][0] == ids[0, T + n]  # greedy
+    assert [len(data["lens"]), len(data["lens"][0])] == [L + 1, 9]
+    near, word = data["near"][3][0]
+    patch, words = watch.features[0, -(data["side"] ** 2) :][3], ours.language_model.embed_tokens.weight
+    cosines = torch.cosine_similarity(patch[None], words[: TOKENIZER.sp.vocab_size()])
+    assert int(cosines.argmax()) == near and abs(cosines.max().item() - word) < 1e-4
+
+
+def test_a_large_model_keeps_its_means_and_the_heads_that_look_at_the_picture():
+    L, H, N, T = 32, 32, 60, 650
+    weights = torch.full((L, H, 1, 1), 0.1)
+    weights[7, 3] = 0.2
+    found = Study(weights.expand(L, H, N, T), [], torch.arange(5, 581), torch.arange(5))
+    maps = attention_maps(found)
+    assert len(maps) == 1 + L + explain.TOP_HEADS and (7, 3) in maps
+    assert list(maps) == sorted(maps)
+    assert len(maps) * N * T <= explain.MOST_BYTES
+    long = Study(weights[:, :, :, 0].expand(L, H, 600)[..., None].expand(L, H, 600, 1200), [], *[torch.arange(5)] * 2)
+    assert (MEAN, MEAN) in attention_maps(long) and len(attention_maps(long)) * 600 * 1200 <= explain.MOST_BYTES
+
+
+def test_no_text_becomes_html(tmp_path, capsys):
+    picture = tmp_path / HOSTILE.replace("/", "")
+    shutil.copy(PICTURE, picture)
+    arguments = ["--image", str(picture), "--prompt", HOSTILE, "--max-new-tokens", "3"]
+    assert main([*arguments, "--explain", str(tmp_path / "page.html")]) == 0
+    page, data = (tmp_path / "page.html").read_text("utf-8"), data_of(tmp_path / "page.html")
+    before, after = explain.TEMPLATE.read_text("utf-8").split("DATA")
+    assert page.startswith(before) and page.endswith(after)
+    assert not set(page[len(before) : -len(after)]) & {"<", "\u2028"}
+    assert data["names"][0] == picture.name
+    assert TOKENIZER.decode(data["words"]).count("<script>alert(1)") == 1
+
+
+def test_the_page_needs_nothing_but_itself():
+    template = explain.TEMPLATE.read_text("utf-8")
+    assert template.count("DATA") == 1
+    assert not re.search(r"https?:|innerHTML|outerHTML|insertAdjacent|document\.write|\beval\b|\bfetch\b", template)
+    assert "default-src 'none'" in template
+
+
+@pytest.mark.parametrize(
+    ("page", "picture", "words"),
+    [
+        ("page.html", None, "--image"),
+        ("nowhere/page.html", PICTURE, "there is no folder"),
+        ("folder.html", PICTURE, "cannot be written"),
+        ("picture.jpg", PICTURE, "must end in .html"),
+        ("", PICTURE, "must end in .html"),
+    ],
+)
+def test_a_users_mistake_is_one_sentence_before_any_work(page, picture, words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder.html").mkdir()
+    assert main([*(["--image", str(picture)] if picture else []), "--explain", page]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("error: ") and err.count("\n") == 1 and words in err
+
+
+def test_a_page_that_cannot_be_finished_leaves_the_old_one(tmp_path, monkeypatch, capsys):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    page = tmp_path / "page.html"
+    page.write_text("old")
+    monkeypatch.setattr(Path, "replace", full)
+    assert main(["--image", str(PICTURE), "--max-new-tokens", "1", "--explain", str(page)]) == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith("error: ")
+    assert [file.name for file in tmp_path.iterdir()] == ["page.html"] and page.read_text() == "old"
+
+
+def test_numbers_that_are_not_finite_are_told(tmp_path):
+    model, processor = LlavaForConditionalGeneration.from_pretrained(BUNDLED), LlavaProcessor.from_pretrained(BUNDLED)
+    model.lm_head.weight.data.fill_(torch.nan)
+    watch = Recorder(model)
+    watch.generate(**processor(text="<image>", images=Image.open(PICTURE)), max_new_tokens=2)
+    with pytest.raises(ValueError, match="not finite"):
+        explain.write(str(tmp_path / "page.html"), watch, processor, Image.open(PICTURE), ("picture", "model"))
+    assert not list(tmp_path.iterdir())
