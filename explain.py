@@ -2,15 +2,15 @@
 
     Recorder drives the answer -> study runs prompt and answer once more -> write fills explain.html
 
-For each token of the answer the page shows where the model looked when it chose this token: the attention of the
-position before it, whose output became the token. Beside it stand the likeliest tokens of that moment, and the same
-guess read off after every layer: the final norm and the head put on the stream of vectors as it then was (the logit
-lens, nostalgebraist 2020, https://www.lesswrong.com/posts/AcKRB8wDpdaN6v6ru/interpreting-gpt-the-logit-lens).
+For each token of the answer the page shows the attention of the position before it, whose output became the token:
+there the model looked when it chose it. Beside it stand the likeliest tokens of that moment, and the same guess read
+off after every layer, the final norm and the head put on the stream as it then was (the logit lens, nostalgebraist
+2020, https://www.lesswrong.com/posts/AcKRB8wDpdaN6v6ru/interpreting-gpt-the-logit-lens).
 
     T tokens of prompt and answer    N tokens of the answer    P patches    W = T - P words: all that are not patches
     L layers    H heads    V vocabulary    M maps: means over heads or layers, and single heads
 
-Attention tells where numbers were read from, not why: a place without heat may have been told of by another token.
+Attention tells where numbers were read from, not why: of a place without heat another token may have told.
 Left out: more than one picture, batches, the tower's own attention.
 """
 
@@ -30,8 +30,9 @@ from torch import Tensor
 from generate import generate
 from tokenizer import Tokenizer
 
-MOST_BYTES = 6_000_000  # of attention in a page; base64 adds a third
-TOP_HEADS = 16  # so many single heads are kept where there is no room for all
+EVERY_HEAD = 2_000_000  # bytes of attention in a page; up to here all heads are kept
+MOST_BYTES = 12_000_000  # and never more than this; base64 adds a third
+TOP_HEADS = 16  # so many heads are kept, of all layers, where not all are
 MEAN = -1  # in the place of a layer or a head
 TEMPLATE = Path(__file__).with_suffix(".html")
 
@@ -74,8 +75,7 @@ class Study:
     """What one forward over prompt and answer tells."""
 
     attentions: Tensor  # (L, H, N, T), row n of the position before answer token n; each sums to 1
-    streams: list[Tensor]  # L + 1 of (N, D) at the same positions: what the final norm made of each layer's input, and
-    # of the last one's output
+    streams: list[Tensor]  # L + 1 of (N, D), there too: each layer's input and the last one's output, normed
     patches: Tensor  # (P,), where among the T tokens the patches stand
     words: Tensor  # (W,), where the others do
 
@@ -85,7 +85,8 @@ def study(run: Recorder) -> Study:
     model, ids = run.model, run.ids
     prompt, answer = ids[:, : run.prompt_length], ids[:, run.prompt_length :]
     x = [model.merge(prompt, None, run.features.flatten(0, 1)), model.merge(answer, None, None)]
-    out = model(inputs_embeds=torch.cat(x, 1), use_cache=False, output_attentions=True, output_hidden_states=True)
+    wanted = {"output_attentions": True, "output_hidden_states": True, "logits_to_keep": 1}
+    out = model(inputs_embeds=torch.cat(x, 1), use_cache=False, **wanted)
     places = (prompt[0] == model.config.image_token_index).nonzero().flatten()
     patches = places[-model.config.vision_config.num_patches :]  # a class token would come before them
     others = torch.ones_like(ids[0], dtype=torch.bool)
@@ -100,30 +101,33 @@ def study(run: Recorder) -> Study:
     )
 
 
-def attention_maps(found: Study) -> dict[tuple[int, int], Tensor]:
-    """(layer, head) -> (N, T) float32, the means first, as many as fit into MOST_BYTES."""
-    L, H, N, T = found.attentions.shape
-    on_picture = found.attentions[..., found.patches].sum(-1).float().mean(-1)  # (L, H)
+def maps_to_keep(on_picture: Tensor, size: int) -> list[tuple[int, int]]:
+    """(layer, head) of each map of `size` bytes that a page has room for, MEAN standing for all layers or heads.
+
+    Means go before single heads, and among these come first those that give most to the picture, (L, H).
+    """
+    L, H = on_picture.shape
     heads = [divmod(i, H) for i in on_picture.flatten().argsort(descending=True).tolist()]
-    names = [(MEAN, MEAN), *((layer, MEAN) for layer in range(L))]
-    room = max(1, MOST_BYTES // (N * T))
-    names = (names + heads if len(names) + len(heads) <= room else names + heads[:TOP_HEADS])[:room]
-    maps = {}
-    for layer, head in sorted(names):
-        weights = found.attentions if layer == MEAN else found.attentions[layer : layer + 1]
-        weights = weights if head == MEAN else weights[:, head : head + 1]
-        maps[layer, head] = weights.mean((0, 1), dtype=torch.float32)
-    return maps
+    maps = [(MEAN, MEAN), *((layer, MEAN) for layer in range(L))]
+    all_fit = (len(maps) + len(heads)) * size <= EVERY_HEAD
+    maps += heads if all_fit else heads[:TOP_HEADS]
+    return sorted(maps[: max(1, MOST_BYTES // size)])
 
 
-def pack(maps: list[Tensor], groups: list[Tensor]) -> dict[str, str]:
+def attention_map(attentions: Tensor, layer: int, head: int) -> Tensor:  # (L, H, N, T) -> (N, T), float32
+    attentions = attentions if layer == MEAN else attentions[layer : layer + 1]
+    attentions = attentions if head == MEAN else attentions[:, head : head + 1]
+    return attentions.mean((0, 1), dtype=torch.float32)
+
+
+def pack(found: Study, maps: list[tuple[int, int]]) -> dict[str, str]:
     """(M, N, P + W) as bytes, patches and words each scaled by their own largest value in a row, and (M, N, 4) numbers.
 
     The numbers are the two largest values and the two sums. A word that takes nearly all of a row (often the first
     one) would leave nothing of the patches in 255 steps, therefore two scales.
     """
-    weights = torch.stack(maps).cpu()
-    parts = [weights[..., group.cpu()] for group in groups]
+    weights = torch.stack([attention_map(found.attentions, *each) for each in maps])
+    parts = [weights[..., places].cpu() for places in (found.patches, found.words)]
     tops = [part.amax(-1, keepdim=True) for part in parts]
     steps = [(part / top.clamp(min=1e-12) * 255).round() for part, top in zip(parts, tops, strict=True)]
     numbers = torch.cat([*tops, *(part.sum(-1, keepdim=True) for part in parts)], -1)
@@ -138,9 +142,8 @@ def in_base64(data: bytes) -> str:
 
 
 def guesses(model, found: Study, chosen: Tensor) -> tuple[list, list]:
-    """The five likeliest tokens for each token of the answer, N x 5 (id, probability); and the lens, L + 1 x N
-    (the likeliest id, its probability, that of the `chosen` (N,) token), the last of them without any layer left.
-    """
+    """For each token of the answer the likeliest, N x 5 (id, probability), and the lens: after each layer, L + 1 x N
+    (the likeliest id, its probability, that of the `chosen` (N,) token). Raises ValueError for infinite scores."""
     lens = []
     for stream in found.streams:
         probabilities = model.lm_head(stream).float().softmax(-1)  # (N, V)
@@ -186,7 +189,8 @@ def stages(run: Recorder) -> list[tuple[str, list[int], float | None]]:
 def page_data(run: Recorder, processor, image: Image.Image, names: tuple[str, str]) -> dict:
     """Everything the page shows. `names` are those of the picture and of the model."""
     found, tokenizer, ids = study(run), processor.tokenizer, run.ids[0]
-    maps = attention_maps(found)
+    on_picture = found.attentions[..., found.patches].sum(-1, dtype=torch.float32).mean(-1)
+    maps = maps_to_keep(on_picture, found.attentions[0, 0].numel())
     likeliest, lens = guesses(run.model, found, ids[run.prompt_length :])
     near = nearest_words(run.model, run.features[0, -len(found.patches) :], tokenizer.sp.vocab_size())
     words = ids[found.words].tolist()
@@ -204,8 +208,8 @@ def page_data(run: Recorder, processor, image: Image.Image, names: tuple[str, st
         "picture_at": int((found.words < found.patches[0]).sum()),
         "answer_at": int((found.words < run.prompt_length).sum()),
         "answer": tokenizer.decode(ids[run.prompt_length :], skip_special_tokens=True),
-        "maps": list(maps),
-        **pack(list(maps.values()), [found.patches, found.words]),
+        "maps": maps,
+        **pack(found, maps),
         "likeliest": likeliest,
         "lens": lens,
         "near": near,

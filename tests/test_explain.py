@@ -15,7 +15,7 @@ from reference import reference_and_ours
 import explain
 from clip import ImageProcessor
 from command import BUNDLED, main
-from explain import MEAN, Recorder, Study, attention_maps
+from explain import MEAN, Recorder, maps_to_keep
 from llava import LlavaForConditionalGeneration, LlavaProcessor
 from tokenizer import Tokenizer
 
@@ -125,16 +125,15 @@ def test_the_numbers_are_the_references(family, tmp_path):
 
 
 def test_a_large_model_keeps_its_means_and_the_heads_that_look_at_the_picture():
-    L, H, N, T = 32, 32, 60, 650
-    weights = torch.full((L, H, 1, 1), 0.1)
-    weights[7, 3] = 0.2
-    found = Study(weights.expand(L, H, N, T), [], torch.arange(5, 581), torch.arange(5))
-    maps = attention_maps(found)
-    assert len(maps) == 1 + L + explain.TOP_HEADS and (7, 3) in maps
-    assert list(maps) == sorted(maps)
-    assert len(maps) * N * T <= explain.MOST_BYTES
-    long = Study(weights[:, :, :, 0].expand(L, H, 600)[..., None].expand(L, H, 600, 1200), [], *[torch.arange(5)] * 2)
-    assert (MEAN, MEAN) in attention_maps(long) and len(attention_maps(long)) * 600 * 1200 <= explain.MOST_BYTES
+    on_picture = torch.rand(32, 32)
+    on_picture[7, 3] = 2
+    size = 256 * 875  # the 7B, and the longest answer that the command gives by itself
+    kept = maps_to_keep(on_picture, size)
+    assert len(kept) == 1 + 32 + explain.TOP_HEADS and (7, 3) in kept
+    assert kept == sorted(kept) and len(kept) * size <= explain.MOST_BYTES
+    longer = maps_to_keep(on_picture, 1000 * 1600)
+    assert (MEAN, MEAN) in longer and len(longer) * 1000 * 1600 <= explain.MOST_BYTES
+    assert len(maps_to_keep(torch.rand(4, 4), 256 * 360)) == 1 + 4 + 16
 
 
 def test_no_text_becomes_html(tmp_path, capsys):

@@ -15,6 +15,7 @@ CORE = ["clip.py", "tokenizer.py", "llama.py", "llava.py", "generate.py", "load_
 OURS = {
     "clip",
     "checkpoint",
+    "explain",
     "tokenizer",
     "llama",
     "llava",
@@ -35,6 +36,7 @@ MAY_IMPORT = {
     "llama": {"clip"},
     "generate": {"llama", "tokenizer"},
     "load_weights": {"checkpoint", "tokenizer"},
+    "explain": {"generate", "tokenizer"},
     "llava": {"clip", "checkpoint", "tokenizer", "llama", "generate", "load_weights"},
 }
 FILES = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("*.py"))
