@@ -30,9 +30,9 @@ from torch import Tensor
 from generate import generate
 from tokenizer import Tokenizer
 
-EVERY_HEAD = 2_000_000  # bytes of attention in a page; up to here all heads are kept
-MOST_BYTES = 12_000_000  # and never more than this; base64 adds a third
-TOP_HEADS = 16  # so many heads are kept, of all layers, where not all are
+USUAL_BYTES = 1_500_000  # of attention in a page, to which base64 adds a third: as many heads are kept as fit
+FEWEST_HEADS = 8  # but so many at least
+MOST_BYTES = 12_000_000  # and never more than this: a 7B's answer of 256 tokens still has all its layers
 MEAN = -1  # in the place of a layer or a head
 TEMPLATE = Path(__file__).with_suffix(".html")
 
@@ -109,8 +109,7 @@ def maps_to_keep(on_picture: Tensor, size: int) -> list[tuple[int, int]]:
     L, H = on_picture.shape
     heads = [divmod(i, H) for i in on_picture.flatten().argsort(descending=True).tolist()]
     maps = [(MEAN, MEAN), *((layer, MEAN) for layer in range(L))]
-    all_fit = (len(maps) + len(heads)) * size <= EVERY_HEAD
-    maps += heads if all_fit else heads[:TOP_HEADS]
+    maps += heads[: max(FEWEST_HEADS, USUAL_BYTES // size - len(maps))]
     return sorted(maps[: max(1, MOST_BYTES // size)])
 
 

@@ -84,7 +84,7 @@ def test_the_answer_is_that_of_generate_with_chance_too():
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_numbers_are_the_references(family, tmp_path):
-    """On random checkpoints: attention of each head, probabilities, the lens' last layer, the nearest words."""
+    """On random checkpoints: attention of each head, probabilities, the guess after each layer, the nearest words."""
     vision, text, top = FAMILIES[family]
     text = text | {"vocab_size": max(TOKENIZER.special_names) + 1}
     theirs, ours = reference_and_ours(tmp_path, vision, text, image_token_index=TOKENIZER.image_token_id, **top)
@@ -96,7 +96,7 @@ def test_the_numbers_are_the_references(family, tmp_path):
     explain.write(str(tmp_path / "page.html"), watch, processor, Image.open(PICTURE), ("picture", "model"))
     data = data_of(tmp_path / "page.html")
     with torch.no_grad():
-        out = theirs(input_ids=ids, pixel_values=inputs.pixel_values, output_attentions=True)
+        out = theirs(input_ids=ids, pixel_values=inputs.pixel_values, output_attentions=True, output_hidden_states=True)
 
     assert data["words"][data["answer_at"] :] == ids[0, T:].tolist()
     L, H = ours.config.text_config.num_hidden_layers, ours.config.text_config.num_attention_heads
@@ -115,9 +115,14 @@ def test_the_numbers_are_the_references(family, tmp_path):
     probabilities = out.logits[0, T - 1 : -1].softmax(-1)
     for n, row in enumerate(data["likeliest"]):
         assert np.allclose([p for _, p in row], probabilities[n].topk(5).values, atol=1e-3)
-        assert data["lens"][-1][n][:2] == row[0]
         assert row[0][0] == ids[0, T + n]  # greedy
-    assert [len(data["lens"]), len(data["lens"][0])] == [L + 1, 9]
+    *streams, last = (hidden[0, T - 1 : -1] for hidden in out.hidden_states)
+    streams = [theirs.model.language_model.norm(stream) for stream in streams] + [last]
+    for stream, layer in zip(streams, data["lens"], strict=True):
+        guess = theirs.lm_head(stream).softmax(-1)
+        numbers = torch.stack([guess.amax(-1), guess[range(9), ids[0, T:]]], -1)
+        assert np.allclose([row[1:] for row in layer], numbers.detach(), atol=1e-3)
+        assert [i for i, *_ in layer] == guess.argmax(-1).tolist()
     near, word = data["near"][3][0]
     patch, words = watch.features[0, -(data["side"] ** 2) :][3], ours.language_model.embed_tokens.weight
     cosines = torch.cosine_similarity(patch[None], words[: TOKENIZER.sp.vocab_size()])
@@ -129,11 +134,11 @@ def test_a_large_model_keeps_its_means_and_the_heads_that_look_at_the_picture():
     on_picture[7, 3] = 2
     size = 256 * 875  # the 7B, and the longest answer that the command gives by itself
     kept = maps_to_keep(on_picture, size)
-    assert len(kept) == 1 + 32 + explain.TOP_HEADS and (7, 3) in kept
+    assert len(kept) == 1 + 32 + explain.FEWEST_HEADS and (7, 3) in kept
     assert kept == sorted(kept) and len(kept) * size <= explain.MOST_BYTES
     longer = maps_to_keep(on_picture, 1000 * 1600)
     assert (MEAN, MEAN) in longer and len(longer) * 1000 * 1600 <= explain.MOST_BYTES
-    assert len(maps_to_keep(torch.rand(4, 4), 256 * 360)) == 1 + 4 + 16
+    assert len(maps_to_keep(torch.rand(4, 4), 100 * 220)) == 1 + 4 + 16
 
 
 def test_no_text_becomes_html(tmp_path, capsys):
