@@ -227,7 +227,7 @@ def check_place(path: str, image: Image.Image | None) -> None:
     if not place.parent.is_dir():
         raise ValueError(f"{path} cannot be written: there is no folder {place.parent}")
     if (place.exists() and not place.is_file()) or not os.access(place.parent, os.W_OK):
-        raise ValueError(f"{path} cannot be written: give --explain the name of a file in a folder of yours")
+        raise ValueError(f"{path} cannot be written: give --explain a file in a folder that you may write to")
 
 
 def write(path: str, run: Recorder, processor, image: Image.Image, names: tuple[str, str]) -> None:
