@@ -141,8 +141,11 @@ def in_base64(data: bytes) -> str:
 
 
 def guesses(model, found: Study, chosen: Tensor) -> tuple[list, list]:
-    """For each token of the answer the likeliest, N x 5 (id, probability), and the lens: after each layer, L + 1 x N
-    (the likeliest id, its probability, that of the `chosen` (N,) token). Raises ValueError for infinite scores."""
+    """For each token of the answer the likeliest, N x 5 (id, probability); and the lens, from the embeddings to the
+    last layer, L + 1 x N (the likeliest id, its probability, that of the `chosen` (N,) token).
+
+    Raises ValueError where a score is not a finite number.
+    """
     lens = []
     for stream in found.streams:
         probabilities = model.lm_head(stream).float().softmax(-1)  # (N, V)
@@ -185,6 +188,7 @@ def stages(run: Recorder) -> list[tuple[str, list[int], float | None]]:
     ]
 
 
+@torch.no_grad()
 def page_data(run: Recorder, processor, image: Image.Image, names: tuple[str, str]) -> dict:
     """Everything the page shows. `names` are those of the picture and of the model."""
     found, tokenizer, ids = study(run), processor.tokenizer, run.ids[0]

@@ -13,6 +13,7 @@ from PIL import Image
 from reference import reference_and_ours
 
 import explain
+from benchmarks import heat
 from clip import ImageProcessor
 from command import BUNDLED, main
 from explain import MEAN, Recorder, maps_to_keep
@@ -139,6 +140,16 @@ def test_a_large_model_keeps_its_means_and_the_heads_that_look_at_the_picture():
     longer = maps_to_keep(on_picture, 1000 * 1600)
     assert (MEAN, MEAN) in longer and len(longer) * 1000 * 1600 <= explain.MOST_BYTES
     assert len(maps_to_keep(torch.rand(4, 4), 100 * 220)) == 1 + 4 + 16
+
+
+def test_the_heat_of_a_name_is_looked_for_at_its_tokens_and_on_its_thing():
+    ids = TOKENIZER.encode("The picture shows a cat and an apple.", add_special_tokens=False)
+    found = heat.tokens_of("apple", ids, TOKENIZER)
+    assert TOKENIZER.decode([ids[i] for i in found]).strip() == "apple"
+    assert not heat.tokens_of("dog", ids, TOKENIZER) and not heat.tokens_of("app", ids, TOKENIZER)
+    thing = {"x": 0.75, "y": 0.25, "size": 0.5}
+    assert heat.covered(thing, 4).reshape(4, 4).nonzero().tolist() == [[0, 2], [0, 3], [1, 2], [1, 3]]
+    assert all(heat.has_two(truth) for _, truth in heat.scenes(3, 28))
 
 
 def test_no_text_becomes_html(tmp_path, capsys):
