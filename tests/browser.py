@@ -25,9 +25,8 @@ from command import run
 CHECKS = """({
   heat: new Set(patches.map(cell => cell.style.background)).size,
   word: $("word-title").textContent, patch: $("patch-title").textContent, tint: $("tint").textContent,
-  pinned: {...pinned}, map, heads: $("head").length,
+  pinned: {...pinned}, map, wide: document.documentElement.scrollWidth,
   sums: range(data.maps.length * N).every(i => Math.abs(1 - scales[4 * i + 2] - scales[4 * i + 3]) < 0.02),
-  wide: document.documentElement.scrollWidth,
   ground: getComputedStyle(document.body).backgroundColor,
 })"""
 
@@ -142,12 +141,34 @@ def check(tab: Browser, page: Path, shots: Path) -> Iterator[tuple[str, bool]]:
     tab.window(1200, 900)
     tab.open(page)
     start = tab.value(CHECKS)
-    side, n, answer_at = (tab.value(name) for name in ("data.side", "N", "data.answer_at"))
-    other, far = (start["pinned"]["word"] + 1) % n, (start["pinned"]["patch"] + side + 1) % side**2
     yield "it loads, with a heat map", start["heat"] > 1
     yield "each row of attention sums to 1", start["sums"]
+    yield "text stays text", tab.value("document.querySelectorAll('script').length") == 2
     tab.picture(shots / "wide.png")
+    side, n, answer_at = (tab.value(name) for name in ("data.side", "N", "data.answer_at"))
+    yield from check_pointing(tab, side, n, answer_at)
+    tab.picture(shots / "patch.png")
+    yield from check_keyboard(tab, side, n, answer_at)
+    yield from check_choosers(tab)
+    tab.window(1200, 900, dark=True)
+    yield "dark mode has a dark ground", tab.value(CHECKS)["ground"] != start["ground"]
+    tab.picture(shots / "dark.png")
+    for width in (320, 390):
+        tab.window(width, 800, touch=True)
+        yield f"nothing sticks out of a window {width} wide", tab.value(CHECKS)["wide"] <= width
+        tab.tap(f"words[{answer_at}]")
+        yield "a tap chooses a word", tab.value(CHECKS)["pinned"]["word"] == 0
+        tab.tap("patches[0]")
+        yield "a tap chooses a patch", tab.value(CHECKS)["pinned"]["patch"] == 0
+        tab.tap(f"words[{answer_at + n - 1}]")
+        yield "a tap goes back to words", tab.value(CHECKS)["pinned"]["word"] == n - 1
+        tab.picture(shots / f"narrow-{width}.png")
+    yield f"the console is empty {tab.complaints or ''}", not tab.complaints
 
+
+def check_pointing(tab: Browser, side: int, n: int, answer_at: int) -> Iterator[tuple[str, bool]]:
+    start = tab.value(CHECKS)
+    other, far = (start["pinned"]["word"] + 1) % n, (start["pinned"]["patch"] + side + 1) % side**2
     tab.point(f"words[{answer_at + other}]")
     pointed = tab.value(CHECKS)
     looks = pointed["word"].startswith("“" + tab.value(f"word({other})") + "”")
@@ -160,35 +181,15 @@ def check(tab: Browser, page: Path, shots: Path) -> Iterator[tuple[str, bool]]:
     yield "pointing at a patch tells who looked there", "row" in tab.value(CHECKS)["tint"]
     tab.point(f"patches[{far}]", click=True)
     yield "a click keeps the patch", tab.value(CHECKS)["pinned"]["patch"] == far
-    tab.picture(shots / "patch.png")
 
-    yield from check_keyboard(tab, side, n, answer_at)
-    if tab.value("data.maps.length") > 1:
-        tab.value("$('layer').selectedIndex = $('layer').length - 1; $('layer').dispatchEvent(new Event('change'))")
-        layer = tab.value(CHECKS)
-        tab.value("$('head').selectedIndex = $('head').length - 1; $('head').dispatchEvent(new Event('change'))")
-        head = tab.value(CHECKS)
-        yield "a layer and a head can be chosen", head["map"] >= layer["map"] > 0
-        tab.value("$('layer').selectedIndex = 0; $('layer').dispatchEvent(new Event('change'))")
-        yield "and the mean again", tab.value(CHECKS)["map"] == 0
 
-    tab.window(1200, 900, dark=True)
-    dark = tab.value(CHECKS)
-    yield "dark mode has a dark ground", dark["ground"] != start["ground"]
-    tab.picture(shots / "dark.png")
-    for width in (320, 390):
-        tab.window(width, 800, touch=True)
-        narrow = tab.value(CHECKS)
-        yield f"nothing sticks out of a window {width} wide", narrow["wide"] <= width
-        tab.tap(f"words[{answer_at}]")
-        yield "a tap chooses a word", tab.value(CHECKS)["pinned"]["word"] == 0
-        tab.tap("patches[0]")
-        yield "a tap chooses a patch", tab.value(CHECKS)["pinned"]["patch"] == 0
-        tab.tap(f"words[{answer_at + n - 1}]")
-        yield "a tap goes back to words", tab.value(CHECKS)["pinned"]["word"] == n - 1
-        tab.picture(shots / f"narrow-{width}.png")
-    yield "text stays text", tab.value("document.querySelectorAll('script').length") == 2
-    yield f"the console is empty {tab.complaints or ''}", not tab.complaints
+def check_choosers(tab: Browser) -> Iterator[tuple[str, bool]]:
+    for chooser in ("layer", "head"):
+        last = f"$('{chooser}').selectedIndex = $('{chooser}').length - 1"
+        tab.value(f"{last}; $('{chooser}').dispatchEvent(new Event('change'))")
+        yield f"a {chooser} can be chosen", tab.value(CHECKS)["map"] > 0
+    tab.value("$('layer').selectedIndex = 0; $('layer').dispatchEvent(new Event('change'))")
+    yield "and the mean again", tab.value(CHECKS)["map"] == 0
 
 
 def check_keyboard(tab: Browser, side: int, n: int, answer_at: int) -> Iterator[tuple[str, bool]]:
