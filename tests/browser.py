@@ -75,7 +75,7 @@ class Browser:
             pass
 
     def value(self, script: str):
-        result = self.send("Runtime.evaluate", expression=script, returnByValue=True)
+        result = self.send("Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True)
         if "exceptionDetails" in result:
             raise ValueError(f"{script}: {result['exceptionDetails']['exception']['description']}")
         return result["result"].get("value")
@@ -87,8 +87,9 @@ class Browser:
         self.send("Emulation.setTouchEmulationEnabled", enabled=touch)
 
     def middle(self, node: str) -> tuple[float, float]:
-        box = f"(node => (node.scrollIntoView({{block: 'center'}}), node.getBoundingClientRect()))({node})"
-        return tuple(self.value(f"(b => [b.x + b.width / 2, b.y + b.height / 2])({box})"))
+        self.value(f"{node}.scrollIntoView({{block: 'center'}})")
+        self.value("new Promise(done => requestAnimationFrame(() => requestAnimationFrame(() => done(0))))")  # drawn
+        return tuple(self.value(f"(b => [b.x + b.width / 2, b.y + b.height / 2])({node}.getBoundingClientRect())"))
 
     def point(self, node: str, click: bool = False) -> None:
         x, y = self.middle(node)
@@ -220,6 +221,8 @@ def main() -> None:
     parser.add_argument("--chromium", default="chromium", help="the program (default: %(default)s)")
     parser.add_argument("--screenshots", type=Path, help="a folder for them; without one they are not kept")
     args = parser.parse_args()
+    if not args.page.is_file():
+        raise ValueError(f"{args.page} is not a file: python llava.py --explain makes one")
     failed = []
     with tempfile.TemporaryDirectory() as scratch:
         shots = args.screenshots or Path(scratch)
@@ -229,7 +232,7 @@ def main() -> None:
                 print("well " if well else "WRONG", what)
                 failed += [] if well else [what]
     if failed:
-        raise ValueError(f"{len(failed)} things are not as they should be")
+        raise ValueError(f"not as it should be: {', '.join(failed)}")
 
 
 if __name__ == "__main__":
