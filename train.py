@@ -142,15 +142,15 @@ class Stage:
 STAGES = [
     Stage("tower", ("vision_tower",), World.parts, ContrastiveLoss, steps=2600, batch=256, lr=1.5e-3),
     Stage("decoder", ("language_model", "lm_head"), World.text, SpeltOutLoss, steps=6000, batch=16, lr=5e-4),
-    Stage("align", ("multi_modal_projector",), World.captions, NextTokenLoss, steps=4000, batch=16, lr=1e-3),
+    Stage("align", ("multi_modal_projector",), World.captions, NextTokenLoss, steps=2000, batch=16, lr=1e-3),
     Stage(
         "tune",
         ("multi_modal_projector", "language_model", "lm_head"),
         World.conversations,
         NextTokenLoss,
-        steps=10000,
+        steps=3000,
         batch=16,
-        lr=5e-4,
+        lr=3e-4,
     ),
 ]
 

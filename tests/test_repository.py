@@ -21,10 +21,12 @@ OURS = {
     "llava",
     "generate",
     "load_weights",
+    "quantize",
     "command",
     "save_checkpoint",
     "emoji_world",
     "batches",
+    "losses",
     "judge",
     "train",
 }
@@ -35,7 +37,8 @@ MAY_IMPORT = {
     "tokenizer": set(),
     "llama": {"clip"},
     "generate": {"llama", "tokenizer"},
-    "load_weights": {"checkpoint", "tokenizer"},
+    "quantize": {"llama"},
+    "load_weights": {"checkpoint", "quantize", "tokenizer"},
     "explain": {"generate", "tokenizer"},
     "llava": {"clip", "checkpoint", "tokenizer", "llama", "generate", "load_weights"},
 }
