@@ -55,7 +55,7 @@ def usable(x: Tensor) -> bool:
     """
     if choice == "torch" or not THERE or x.dtype not in DTYPES:
         return False
-    if torch.is_grad_enabled() or torch.is_autocast_enabled():  # no gradients, and no mixture of dtypes
+    if torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type):  # no gradients, and no mixture of dtypes
         return False
     return has_a_gpu(x) or (choice == "triton" and INTERPRETED)
 

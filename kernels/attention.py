@@ -31,6 +31,43 @@ LOG2E = 1.4426950408889634
 
 
 @triton.jit
+def online_softmax(m, l, acc, scores, v):  # noqa: E741
+    """Take N more keys, by their scores (M, N) and v (N, D), into m (M,), l (M,) and acc (M, D)."""
+    m_new = tl.maximum(m, tl.max(scores, 1))  # (M,)
+    weights = tl.exp2(scores - m_new[:, None])  # (M, N), not yet divided by their sum
+    shrink = tl.exp2(m - m_new)  # (M,)
+    acc = acc * shrink[:, None] + tl.dot(weights.to(v.dtype), v, input_precision="ieee")
+    return m_new, l * shrink + tl.sum(weights, 1), acc
+
+
+@triton.jit
+def visible_keys(
+    block, first_key, T, S, window,
+    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """The keys low to high that each query of a block sees, and what that makes of the steps of BLOCK_N keys.
+
+    No query of the block sees a key outside [begin, end), and each of them sees all of [full_begin, full_end): only the
+    steps between the two, at the edges, need a mask.
+    """
+    low, high = tl.zeros([BLOCK_M], tl.int32), tl.full([BLOCK_M], S - 1, tl.int32)  # (BLOCK_M,)
+    begin, full_begin, full_end, end = 0, 0, S // BLOCK_N * BLOCK_N, S
+    if CAUSAL:
+        top = block * BLOCK_M + S - T  # the block's first query is this token of its row
+        bottom = top + BLOCK_M - 1
+        low, high = low + first_key, top + tl.arange(0, BLOCK_M)
+        begin, full_begin = first_key, first_key
+        if WINDOW:
+            low = tl.maximum(low, high - window + 1)
+            begin = tl.maximum(begin, top - window + 1)
+            full_begin = tl.maximum(full_begin, bottom - window + 1)
+        begin, full_begin = begin // BLOCK_N * BLOCK_N, tl.cdiv(full_begin, BLOCK_N) * BLOCK_N
+        full_end = tl.maximum(tl.minimum(S, top + 1) // BLOCK_N * BLOCK_N, full_begin)
+        end = tl.minimum(S, bottom + 1)
+    return low, high, begin, full_begin, full_end, end
+
+
+@triton.jit
 def attention_kernel(
     q_ptr, q_batch, q_head, q_token, q_d,  # (B, H, T, d): its first number, and the four strides
     k_ptr, k_batch, k_head, k_token, k_d,  # (B, K, S, d)
@@ -53,28 +90,12 @@ def attention_kernel(
     k_at = k_ptr + b * k_batch + h // (H // K) * k_head + n[:, None] * k_token + c[None, :] * k_d
     v_at = v_ptr + b * v_batch + h // (H // K) * v_head + n[:, None] * v_token + c[None, :] * v_d
     q = tl.load(q_at, mask=(i < T)[:, None] & (c < d)[None, :], other=0.0)  # (BLOCK_M, BLOCK_D)
-
-    # Query i sees the keys low to high. Together this block's queries see no key outside [begin, end), and each of them
-    # sees all of [full_begin, full_end), both in whole steps: only those between the two, at the edges, need a mask.
-    low, high = tl.zeros([BLOCK_M], tl.int32), tl.full([BLOCK_M], S - 1, tl.int32)  # (BLOCK_M,)
-    begin, full_begin = 0, 0
-    end, full_end = S, S // BLOCK_N * BLOCK_N
-    if CAUSAL:
-        high = i + S - T
-        first_key = 0
-        if first_key_ptr is not None:
-            first_key = tl.load(first_key_ptr + b)
-        low += first_key
-        top, bottom = block * BLOCK_M + S - T, block * BLOCK_M + S - T + BLOCK_M - 1  # the first and the last high
-        full_begin = first_key
-        if WINDOW:
-            low = tl.maximum(low, high - window + 1)
-            first_key = tl.maximum(first_key, top - window + 1)
-            full_begin = tl.maximum(full_begin, bottom - window + 1)
-        begin = first_key // BLOCK_N * BLOCK_N
-        full_begin = tl.cdiv(full_begin, BLOCK_N) * BLOCK_N
-        full_end = tl.maximum(tl.minimum(S, top + 1) // BLOCK_N * BLOCK_N, full_begin)
-        end = tl.minimum(S, bottom + 1)
+    first_key = 0
+    if first_key_ptr is not None:
+        first_key = tl.load(first_key_ptr + b)
+    low, high, begin, full_begin, full_end, end = visible_keys(
+        block, first_key, T, S, window, CAUSAL, WINDOW, BLOCK_M, BLOCK_N
+    )
 
     m = tl.full([BLOCK_M], -1e30, tl.float32)  # not -inf: exp(-inf - -inf) would be no number
     l = tl.zeros([BLOCK_M], tl.float32)  # noqa: E741
@@ -88,17 +109,12 @@ def attention_kernel(
         for j in range(start, stop, BLOCK_N):
             real = (j + n < S)[:, None] & (c < d)[None, :]
             k = tl.load(k_at + j * k_token, mask=real, other=0.0)  # (BLOCK_N, BLOCK_D)
+            v = tl.load(v_at + j * v_token, mask=real, other=0.0)  # (BLOCK_N, BLOCK_D)
             scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale  # (BLOCK_M, BLOCK_N)
             if part != 1:
                 visible = (j + n[None, :] >= low[:, None]) & (j + n[None, :] <= high[:, None])
                 scores = tl.where(visible, scores, float("-inf"))
-            m_new = tl.maximum(m, tl.max(scores, 1))  # (BLOCK_M,)
-            weights = tl.exp2(scores - m_new[:, None])  # (BLOCK_M, BLOCK_N), not yet divided by their sum
-            shrink = tl.exp2(m - m_new)  # (BLOCK_M,)
-            l = l * shrink + tl.sum(weights, 1)  # noqa: E741
-            v = tl.load(v_at + j * v_token, mask=real, other=0.0)  # (BLOCK_N, BLOCK_D)
-            acc = acc * shrink[:, None] + tl.dot(weights.to(v.dtype), v, input_precision="ieee")
-            m = m_new
+            m, l, acc = online_softmax(m, l, acc, scores, v)  # noqa: E741
     out = acc / tl.where(l > 0, l, 1.0)[:, None]  # a query that is padding sees nothing: it gets 0
     out_at = out_ptr + ((b * T + i[:, None]) * H + h) * d + c[None, :]
     tl.store(out_at, out, mask=(i < T)[:, None] & (c < d)[None, :])

@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.attention import LOG2E
+from kernels.attention import LOG2E, online_softmax
 from kernels.checks import check_int32, check_shape, check_tensors
 
 
@@ -69,12 +69,7 @@ def decode_kernel(
         v = tl.load(v_ptr + at, mask=real, other=0.0)  # (BLOCK_N, BLOCK_D)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale  # (BLOCK_G, BLOCK_N)
         scores = tl.where((j + n < stop)[None, :], scores, float("-inf"))
-        m_new = tl.maximum(m, tl.max(scores, 1))  # (BLOCK_G,)
-        weights = tl.exp2(scores - m_new[:, None])  # (BLOCK_G, BLOCK_N)
-        shrink = tl.exp2(m - m_new)  # (BLOCK_G,)
-        l = l * shrink + tl.sum(weights, 1)  # noqa: E741
-        acc = acc * shrink[:, None] + tl.dot(weights.to(v.dtype), v, input_precision="ieee")
-        m = m_new
+        m, l, acc = online_softmax(m, l, acc, scores, v)  # noqa: E741
     part = (b * K * GROUP + head) * SPLITS + split  # (BLOCK_G,)
     tl.store(m_ptr + part, m, mask=g < GROUP)
     tl.store(l_ptr + part, l, mask=g < GROUP)

@@ -42,9 +42,10 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:  # two (..., N) -> (..., N)
     check_shape("up", up, *gate.shape)
     N = gate.shape[-1]
     y = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
+    if not y.numel():  # a grid must not be empty
+        return y
     gate, up = (x.reshape(-1, N) if x.stride(-1) == 1 else x.contiguous().view(-1, N) for x in (gate, up))
     BLOCK = 1024
-    if y.numel():  # a grid must not be empty
-        grid = (gate.shape[0], triton.cdiv(N, BLOCK))
-        swiglu_kernel[grid](gate, up, y, gate.stride(0), up.stride(0), N, BLOCK, num_warps=4)
+    grid = (gate.shape[0], triton.cdiv(N, BLOCK))
+    swiglu_kernel[grid](gate, up, y, gate.stride(0), up.stride(0), N, BLOCK, num_warps=4)
     return y
