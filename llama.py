@@ -180,7 +180,6 @@ class KVCache:
         self.attention_mask = torch.ones(batch, length, dtype=torch.bool, device=device)
         self.first_key = torch.zeros(batch, dtype=torch.int32, device=device)
         self.past = torch.zeros(1, dtype=torch.int32, device=device)
-        self.window = config.sliding_window
         self.padded = self.holes = False
         self.length = 0
 
@@ -219,7 +218,7 @@ class LlamaAttention(nn.Module):
     def __init__(self, config: LlamaConfig, layer: int):
         super().__init__()
         D, H, K, d = config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.head_dim
-        self.layer, self.head_dim = layer, d
+        self.layer, self.head_dim, self.window = layer, d, config.sliding_window
         self.qkv_proj = FusedLinear(D, config.attention_bias, q_proj=H * d, k_proj=K * d, v_proj=K * d)
         self.o_proj = Linear(H * d, D, bias=config.attention_bias)
 
@@ -228,8 +227,8 @@ class LlamaAttention(nn.Module):
             part.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, T, H * d) -> (B, H, T, d)
             for part in self.qkv_proj(x)
         )
-        if cache is not None and attentions is None and mask is None and kernels.usable(x):
-            return self.o_proj(kernels.attend(q, k, v, *rope, cache, self.layer))
+        if cache is not None and attentions is None and mask is None and kernels.usable(x):  # all that is below at once
+            return self.o_proj(kernels.attend(q, k, v, *rope, cache, self.layer, self.window))
         q, k = apply_rope(q, *rope), apply_rope(k, *rope)
         if cache is not None:
             k, v = cache.update(self.layer, k, v)

@@ -60,17 +60,19 @@ def usable(x: Tensor) -> bool:
     return has_a_gpu(x) or (choice == "triton" and INTERPRETED)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, cache, layer: int) -> Tensor:
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, cache, layer: int, window: int | None
+) -> Tensor:
     """What llama.LlamaAttention does between its matrices: q (B, H, T, d), new k and v (B, K, T, d) -> (B, T, H * d).
 
-    RoPE, the update of the llama.KVCache and the attention over it; padding and window are the cache's.
+    RoPE, the update of the llama.KVCache and the attention over it. What is padding, the cache knows.
     """
     k_cache, v_cache, end = cache.k[layer], cache.v[layer], cache.length + q.shape[2]
     if end > (room := k_cache.shape[2]):
         raise ValueError(f"the cache is full: it has room for {room} tokens, and {end} are needed")
     q = rope_into_cache(q, k, v, cos, sin, k_cache, v_cache, cache.past)
     if q.shape[2] == 1:
-        out = decode_attention(q, k_cache, v_cache, cache.past, cache.first_key, cache.window)
+        out = decode_attention(q, k_cache, v_cache, cache.past, cache.first_key, window)
     else:
-        out = attention(q, k_cache[:, :, :end], v_cache[:, :, :end], True, cache.first_key, cache.window)
+        out = attention(q, k_cache[:, :, :end], v_cache[:, :, :end], True, cache.first_key, window)
     return out.transpose(1, 2).flatten(-2)
