@@ -30,7 +30,7 @@ from quantize import put_int8, quantize_rows
 from save_checkpoint import config_json, write_json
 
 PROMPT = 608  # tokens, picture included
-NEW = 65  # tokens of an answer: one from the prompt, the others decoded
+NEW = 257  # tokens of an answer: one from the prompt, the others decoded; the graph is recorded anew for each answer
 TOLERANCE = 0.02  # of the largest number: bfloat16 rounds to 0.4 %, and not everywhere in the same order
 
 

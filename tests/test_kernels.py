@@ -4,6 +4,7 @@ The interpreter cannot do bfloat16, and is slow: shapes are small, 577 tokens ap
 are for benchmarks/gpu.py, on a GPU.
 """
 
+import contextlib
 import json
 import os
 import subprocess
@@ -399,6 +400,30 @@ def test_a_decode_step_reads_its_place_on_the_device(model):
                 cache.length = length
     assert torch.equal(torch.stack(scores[False]), torch.stack(scores[True]))
     assert not DecodeGraph.fits(cache)  # a graph is for a GPU
+
+
+def test_the_graph_is_given_each_token_and_its_place(monkeypatch):
+    """Without a GPU a stand-in: recording counts on the host alone, and a replay knows what lies on the device alone."""
+
+    class Cache:
+        length, past = 5, torch.tensor([5])
+
+    def decode(model, ids, position_ids, cache):
+        cache.length += 1
+        return scores.copy_(ids * 100 + position_ids[:, 0] * 10 + cache.past)
+
+    class Graph:
+        def replay(self):
+            scores.copy_(step.ids * 100 + step.position_ids[:, 0] * 10 + Cache.past)
+
+    scores, step = torch.zeros(2, dtype=torch.long), DecodeGraph(decode)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph: contextlib.nullcontext())
+    for i in range(4):
+        ids, position_ids = torch.tensor([i, 7]), torch.tensor([[i], [i + 1]])
+        assert torch.equal(step(None, ids, position_ids, Cache), ids * 100 + position_ids[:, 0] * 10 + Cache.past)
+        Cache.past += 1
+        assert Cache.length == Cache.past == 6 + i
 
 
 # --- Compiled for a GPU ----------------------------------------------------------------------------------------------
