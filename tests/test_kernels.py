@@ -403,7 +403,7 @@ def test_a_decode_step_reads_its_place_on_the_device(model):
 
 
 def test_the_graph_is_given_each_token_and_its_place(monkeypatch):
-    """Without a GPU a stand-in: recording counts on the host alone, and a replay knows what lies on the device alone."""
+    """Without a GPU, a stand-in: recording counts on the host alone, and a replay knows what is on the device alone."""
 
     class Cache:
         length, past = 5, torch.tensor([5])
