@@ -86,6 +86,24 @@ def tower_folder(config: dict, folder: Path) -> Path:
     return folder / tower if (folder / tower).is_dir() else find_checkpoint(tower)
 
 
+def weight_files(folder: Path) -> list[Path]:
+    """The files that hold a checkpoint's tensors: one, or the shards that an index names."""
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        index = folder / f"{name}.index.json"
+        if (folder / name).is_file():
+            return [folder / name]
+        if index.is_file():
+            shards = read_settings(index).get("weight_map")
+            if not isinstance(shards, dict) or any(Path(str(shard)).name != shard for shard in shards.values()):
+                raise ValueError(f"{index} does not map tensors to files of its own folder")
+            files = [folder / shard for shard in sorted(set(shards.values()))]
+            for file in files:
+                if not file.is_file():
+                    raise FileNotFoundError(f"{file} is missing, and {index.name} names it")
+            return files
+    raise FileNotFoundError(f"{folder} has no weights (model.safetensors or pytorch_model.bin): download them too")
+
+
 def read_processor_settings(folder: Path) -> tuple[dict, str]:
     """The image processor's settings, and which of tokenizer.TEMPLATES its files ask for."""
     config = read_settings(folder / "config.json")

@@ -25,6 +25,8 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import Tensor, nn
 
+import kernels
+
 LARGEST_RESIZE = 200_000_000  # pixels; of a larger result only what the crop keeps is computed, which is not bit-equal
 
 
@@ -175,6 +177,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # three (B, H, T, d) 
     if q.requires_grad and q.device.type == "cpu":  # the formula as it stands; for a tiny tower the faster to train
         weights = (q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5).softmax(-1)  # (B, H, T, T), each row sums to 1
         return weights @ v
+    if kernels.usable(q):
+        return kernels.attention(q, k, v, causal=False)
     return F.scaled_dot_product_attention(q, k, v)  # the same without holding the T x T weights
 
 

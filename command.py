@@ -45,6 +45,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--dtype", choices=["float32", "float16", "bfloat16"], help="precision (default: the fastest that is safe)")
     add("--explain", metavar="FILE", help="also write an HTML page that shows where each word of the answer looked")
     add("--quantize", choices=["int8"], help="keep the decoder's weights in a byte each: half the memory of bfloat16")
+    add("--kernels", choices=["auto", "triton", "torch"], default="auto", help="on a GPU: Triton's or plain PyTorch's")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda (default: %(default)s)")
     return parser.parse_args(argv)
 
@@ -73,7 +74,8 @@ def answer(args: argparse.Namespace) -> None:
         )
     dtype = getattr(torch, args.dtype) if args.dtype else fast_dtype(args.device)
     processor = LlavaProcessor.from_pretrained(args.model)
-    model = LlavaForConditionalGeneration.from_pretrained(args.model, dtype, args.device, args.quantize)
+    from_pretrained = LlavaForConditionalGeneration.from_pretrained
+    model = from_pretrained(args.model, dtype, args.device, args.quantize, args.kernels)
     model = explain.Recorder(model) if args.explain is not None else model
     content = [{"type": "image"}] * (image is not None) + [{"type": "text", "text": args.prompt}]
     prompt = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)

@@ -17,8 +17,10 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
+from decode_graph import DecodeGraph
 from llama import KVCache
-from tokenizer import TextStream, Tokenizer
+from text_watcher import TextWatcher
+from tokenizer import Tokenizer
 
 
 @dataclass
@@ -100,32 +102,6 @@ def decode_one_token(model, ids: Tensor, position_ids: Tensor, cache: KVCache) -
     return model(ids[:, None], position_ids=position_ids, past_key_values=cache).logits[:, -1]
 
 
-class TextWatcher:
-    """Follows the text of every row as it grows: hands it to a streamer, and knows when a stop string has come."""
-
-    def __init__(
-        self, tokenizer: Tokenizer, batch: int, streamer: Callable | None, stop_strings: str | list[str] | None
-    ):
-        if tokenizer is None:
-            raise ValueError("streamer and stop_strings need the text: pass tokenizer=processor.tokenizer too")
-        if streamer is not None and batch > 1:
-            raise ValueError("a streamer follows one answer: generate a batch of prompts without it")
-        self.streams = [TextStream(tokenizer) for _ in range(batch)]
-        self.texts = [""] * batch
-        self.streamer = streamer
-        self.stop_strings = [stop_strings] if isinstance(stop_strings, str) else list(stop_strings or [])
-
-    def put(self, row: int, token_id: int, last: bool) -> bool:
-        """Take in a row's next token; True if its text now holds a stop string."""
-        text = self.streams[row].put(token_id)
-        if last:
-            text += self.streams[row].end()
-        if text and self.streamer:
-            self.streamer(text)
-        self.texts[row] += text
-        return any(stop in self.texts[row] for stop in self.stop_strings)
-
-
 @torch.no_grad()
 def generate(
     model,
@@ -164,6 +140,7 @@ def generate(
     V = logits.shape[1]
     seen = tokens_seen(input_ids, attention_mask, V)
     position_ids = attention_mask.sum(-1, keepdim=True)
+    decode = DecodeGraph(decode_one_token) if DecodeGraph.fits(cache) else decode_one_token
     for end in range(T, T + n_new):
         is_last = end == T + n_new - 1
         next_ids = sample(logits, seen, config, generator).where(~finished, pad)
@@ -175,5 +152,5 @@ def generate(
                 finished[row] |= watcher.put(row, int(next_ids[row]), last=is_last or bool(finished[row]))
         if finished.all() or is_last:
             return ids[:, : end + 1]
-        logits = decode_one_token(model, next_ids, position_ids, cache)
+        logits = decode(model, next_ids, position_ids, cache)
         position_ids = position_ids + 1

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import kernels
 from clip import known_fields
 
 
@@ -89,9 +90,17 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:  # (..., D) -> (..., D)
+        if kernels.usable(x):
+            return kernels.rms_norm(x, self.weight, self.eps)
         x32 = x.float()  # squares of half-precision numbers overflow; rounding back before the weight is Llama's order
         x32 = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)
         return self.weight * x32.to(x.dtype)
+
+    def after_adding(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:  # (..., D) -> x + y and its norm
+        if kernels.usable(x):
+            return kernels.add_rms_norm(x, y, self.weight, self.eps)
+        x = x + y
+        return x, self(x)
 
 
 def rope_angles(config: LlamaConfig, position_ids: Tensor) -> Tensor:  # (B, T) -> (B, T, d / 2), float32
@@ -136,6 +145,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Te
     """
     if q.requires_grad and q.device.type == "cpu":  # a small decoder trains faster by the formula
         return attention_by_hand(q, k, v, mask)[0]
+    if mask is None and kernels.usable(q):
+        return kernels.attention(q, k, v, causal=True)
     causal = mask is None and q.shape[2] > 1
     return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1])
 
@@ -158,6 +169,8 @@ class KVCache:
 
     `k[layer]` and `v[layer]` are (B, K, length of the cache, d), allocated once; the first `length` positions are
     filled. `attention_mask` (B, length of the cache) is False where a key is padding and must never be seen.
+    The kernels read what they need of this on the device: `past` (1,) is `length`, `first_key` (B,) is where each row's
+    left padding ends. They know no other padding: with `holes` in the mask the model takes the plain path.
     """
 
     def __init__(self, config: LlamaConfig, batch: int, length: int, dtype: torch.dtype, device) -> None:
@@ -165,7 +178,9 @@ class KVCache:
         self.k = [torch.empty(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
         self.v = [torch.empty(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
         self.attention_mask = torch.ones(batch, length, dtype=torch.bool, device=device)
-        self.padded = False
+        self.first_key = torch.zeros(batch, dtype=torch.int32, device=device)
+        self.past = torch.zeros(1, dtype=torch.int32, device=device)
+        self.padded = self.holes = False
         self.length = 0
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:  # (B, K, T, d) -> (B, K, S, d)
@@ -203,7 +218,7 @@ class LlamaAttention(nn.Module):
     def __init__(self, config: LlamaConfig, layer: int):
         super().__init__()
         D, H, K, d = config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.head_dim
-        self.layer, self.head_dim = layer, d
+        self.layer, self.head_dim, self.window = layer, d, config.sliding_window
         self.qkv_proj = FusedLinear(D, config.attention_bias, q_proj=H * d, k_proj=K * d, v_proj=K * d)
         self.o_proj = Linear(H * d, D, bias=config.attention_bias)
 
@@ -212,6 +227,8 @@ class LlamaAttention(nn.Module):
             part.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, T, H * d) -> (B, H, T, d)
             for part in self.qkv_proj(x)
         )
+        if cache is not None and attentions is None and mask is None and kernels.usable(x):  # all that is below at once
+            return self.o_proj(kernels.attend(q, k, v, *rope, cache, self.layer, self.window))
         q, k = apply_rope(q, *rope), apply_rope(k, *rope)
         if cache is not None:
             k, v = cache.update(self.layer, k, v)
@@ -223,8 +240,14 @@ class LlamaAttention(nn.Module):
         return self.o_proj(out.transpose(1, 2).flatten(-2))
 
 
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """One product decides how much of another passes (Shazeer 2020, equation 6, between its matrices)."""
+    if kernels.usable(gate):
+        return kernels.swiglu(gate, up)
+    return F.silu(gate) * up
+
+
 class LlamaMLP(nn.Module):
-    """SwiGLU (Shazeer 2020, section 2): one product decides how much of another passes."""
 
     def __init__(self, config: LlamaConfig):
         super().__init__()
@@ -234,7 +257,7 @@ class LlamaMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.gate_up_proj(x)
-        return self.down_proj(F.silu(gate) * up)
+        return self.down_proj(swiglu(gate, up))
 
 
 class LlamaLayer(nn.Module):
@@ -247,9 +270,9 @@ class LlamaLayer(nn.Module):
 
     def forward(self, x, rope, mask=None, cache=None, attentions=None) -> Tensor:  # (B, T, D) -> (B, T, D)
         """`rope`: cos and sin for apply_rope, `mask`: what visible_keys gives, `attentions`: a list to fill or None."""
-        x = x + self.self_attn(self.input_layernorm(x), rope, mask, cache, attentions)
-        x = x + self.mlp(self.post_attention_layernorm(x))
-        return x
+        y = self.self_attn(self.input_layernorm(x), rope, mask, cache, attentions)
+        x, normed = self.post_attention_layernorm.after_adding(x, y)
+        return x + self.mlp(normed)
 
 
 class Llama(nn.Module):
@@ -284,7 +307,9 @@ class Llama(nn.Module):
             position_ids = torch.arange(past, past + T, device=x.device)[None]
         angles = rope_angles(self.config, position_ids)[:, None]  # (B, 1, T, d / 2): the same for all heads
         rope = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
-        mask = visible_keys(attention_mask, past, T, self.config.sliding_window, x.device)
+        mask = None
+        if cache is None or cache.holes or attentions is not None or not kernels.usable(x):  # the kernels ask the cache
+            mask = visible_keys(attention_mask, past, T, self.config.sliding_window, x.device)
 
         for layer in self.layers:
             if hidden_states is not None:
@@ -295,6 +320,7 @@ class Llama(nn.Module):
             hidden_states.append(x)
         if cache is not None:
             cache.length += T
+            cache.past += T
         return x
 
     @staticmethod
@@ -309,4 +335,6 @@ class Llama(nn.Module):
         mask, padded = mask.bool(), not bool(mask.all())
         if cache is not None:
             cache.attention_mask[:, : shape[1]], cache.padded = mask, padded
+            cache.first_key[:] = mask.int().argmax(-1)
+            cache.holes = bool((cache.first_key + mask.sum(-1) < shape[1]).any())
         return mask if padded else None

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 import generate
 from checkpoint import NoInit, find_checkpoint, read_config, read_processor_settings
 from clip import ACTIVATIONS, CLIPVisionConfig, CLIPVisionModel, ImageProcessor, known_fields
+from kernels import choose_kernels
 from llama import KVCache, Linear, Llama, LlamaConfig, decoder_config
 from load_weights import load
 from tokenizer import TEMPLATES, Tokenizer, read_settings
@@ -126,13 +127,20 @@ class LlavaForConditionalGeneration(nn.Module):
 
     @classmethod
     def from_pretrained(
-        cls, path: str | Path, dtype: torch.dtype | None = None, device: str = "cpu", quantize: str | None = None
+        cls,
+        path: str | Path,
+        dtype: torch.dtype | None = None,
+        device: str = "cpu",
+        quantize: str | None = None,
+        kernels: str = "auto",
     ) -> "LlavaForConditionalGeneration":
         """Load a checkpoint: a folder or a hub id. `dtype` is the one config.json names unless given.
 
-        `quantize="int8"` keeps the decoder's matrices in a byte a weight (see quantize.py).
+        `quantize="int8"` keeps the decoder's matrices in a byte a weight (see quantize.py). `kernels`, "auto", "triton"
+        or "torch", is for every model of this process (see kernels/__init__.py).
         Raises FileNotFoundError or ValueError, naming the file or tensor, for a checkpoint that is not whole.
         """
+        choose_kernels(kernels, device)
         folder = find_checkpoint(path)
         settings = read_config(folder)
         model = cls.without_weights(settings)

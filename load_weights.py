@@ -25,7 +25,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from checkpoint import DTYPES, tower_folder
+from checkpoint import DTYPES, tower_folder, weight_files
 from quantize import put_int8, read_int8
 from tokenizer import read_settings
 
@@ -51,24 +51,6 @@ def our_name(name: str) -> str:
         if name.startswith(prefix):
             name = ours + name.removeprefix(prefix)
     return name
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The files that hold a checkpoint's tensors: one, or the shards that an index names."""
-    for name in ("model.safetensors", "pytorch_model.bin"):
-        index = folder / f"{name}.index.json"
-        if (folder / name).is_file():
-            return [folder / name]
-        if index.is_file():
-            shards = read_settings(index).get("weight_map")
-            if not isinstance(shards, dict) or any(Path(str(shard)).name != shard for shard in shards.values()):
-                raise ValueError(f"{index} does not map tensors to files of its own folder")
-            files = [folder / shard for shard in sorted(set(shards.values()))]
-            for file in files:
-                if not file.is_file():
-                    raise FileNotFoundError(f"{file} is missing, and {index.name} names it")
-            return files
-    raise FileNotFoundError(f"{folder} has no weights (model.safetensors or pytorch_model.bin): download them too")
 
 
 class StoredTensor(NamedTuple):

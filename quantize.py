@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import kernels
 from llama import Linear
 
 FEW_ROWS = 4  # up to here PyTorch's int8 product is the faster one
@@ -35,7 +36,10 @@ class Int8Linear(nn.Module):
         self.scale = nn.Parameter(torch.empty_like(linear.weight[:, 0]), requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, ...]:  # (..., in) -> (..., out), in parts where it is fused
-        if x[..., 0].numel() <= FEW_ROWS and x.device.type == "cpu":
+        few = x[..., 0].numel() <= FEW_ROWS
+        if few and kernels.usable(x):
+            y = kernels.int8_linear(x, self.q, self.scale)
+        elif few and x.device.type == "cpu":
             y = torch._weight_int8pack_mm(x.flatten(0, -2), self.q, self.scale).unflatten(0, x.shape[:-1])
         else:
             y = F.linear(x, self.written_out(x.dtype))

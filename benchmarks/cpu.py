@@ -79,7 +79,7 @@ def rival(ours: LlavaForConditionalGeneration, folder: Path) -> torch.nn.Module:
         if hasattr(part, "position_ids"):
             part.position_ids = torch.arange(part.num_positions)[None]
     theirs.generation_config.eos_token_id = None  # every answer is as long as asked for
-    return theirs.eval()
+    return theirs.to(ours.device).eval()
 
 
 def time_answer(model: torch.nn.Module, inputs: dict, **stop) -> tuple[float, float]:

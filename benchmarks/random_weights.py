@@ -31,14 +31,20 @@ SIZES = {
 }
 
 
+def random_model(config: LlavaConfig, device: str) -> LlavaForConditionalGeneration:
+    """A model in bfloat16, its weights drawn on the device."""
+    with torch.device("meta"), NoInit():
+        model = LlavaForConditionalGeneration(config)
+    model.to(torch.bfloat16).to_empty(device=device)
+    for name, parameter in model.named_parameters():
+        torch.nn.init.normal_(parameter, mean=float("norm" in name and name.endswith("weight")), std=0.02)
+    return model.eval()
+
+
 def make(size: str, folder: Path) -> None:
     tokenizer = LlavaProcessor.from_pretrained(BUNDLED).tokenizer
     config = LlavaConfig(*SIZES[size], image_token_index=tokenizer.image_token_id)
-    with torch.device("meta"), NoInit():
-        model = LlavaForConditionalGeneration(config)
-    model.to(torch.bfloat16).to_empty(device="cpu")
-    for name, parameter in model.named_parameters():
-        torch.nn.init.normal_(parameter, mean=float("norm" in name and name.endswith("weight")), std=0.02)
+    model = random_model(config, "cpu")
     side = config.vision_config.image_size
     image_processor = ImageProcessor({"shortest_edge": side}, {"height": side, "width": side})
     save(model, LlavaProcessor(image_processor, tokenizer, config.image_seq_length, "v1"), folder, shard_bytes=2e9)

@@ -1,0 +1,55 @@
+"""What every wrapper asks of its tensors before it launches a kernel."""
+
+import os
+from functools import cache
+
+import torch
+from torch import Tensor
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton reads it once too, when a kernel is defined
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@cache
+def capability(device: torch.device) -> tuple[int, int]:
+    """An NVIDIA GPU's generation: (8, 0) to (8, 9) are Ampere and Ada, (9, 0) is Hopper. (0, 0) for anything else."""
+    is_nvidia = device.type == "cuda" and torch.version.cuda is not None
+    return torch.cuda.get_device_capability(device) if is_nvidia else (0, 0)
+
+
+def has_a_gpu(x: Tensor) -> bool:
+    """Whether Triton can run where x lies: on this process's current NVIDIA GPU, of Ampere (2020) or newer."""
+    return x.is_cuda and x.device.index == torch.cuda.current_device() and capability(x.device) >= (8, 0)
+
+
+def wants_gradient(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+
+
+def check_tensors(**tensors: Tensor) -> None:
+    """Raise ValueError unless all are of one dtype the kernels know, on one device they run on, without gradients."""
+    (first, x), *_ = tensors.items()
+    if x.dtype not in DTYPES:
+        raise ValueError(f"{first} is {x.dtype}, but the kernels know float32, float16 and bfloat16")
+    for name, tensor in tensors.items():
+        if tensor.dtype != x.dtype:
+            raise ValueError(f"{name} is {tensor.dtype}, but {first} is {x.dtype}")
+        if tensor.device != x.device:
+            raise ValueError(f"{name} is on {tensor.device}, but {first} is on {x.device}")
+    if not (has_a_gpu(x) or (INTERPRETED and x.device.type == "cpu")):
+        raise ValueError(f"{first} is on {x.device}, but the kernels run on the current CUDA device, from Ampere on")
+    if wants_gradient(*tensors.values()):
+        raise ValueError("the kernels have no gradients: use torch.no_grad(), or the plain functions to train")
+
+
+def check_shape(name: str, tensor: Tensor, *shape: int) -> None:
+    """Raise ValueError unless `tensor` has this shape."""
+    if tensor.shape != shape:
+        raise ValueError(f"{name} is {list(tensor.shape)}, but must be {list(shape)}")
+
+
+def check_int32(name: str, tensor: Tensor, length: int, device: torch.device) -> None:
+    """Raise ValueError unless `tensor` is (length,) int32 on this device."""
+    check_shape(name, tensor, length)
+    if tensor.dtype != torch.int32 or tensor.device != device:
+        raise ValueError(f"{name} must be int32 on {device}, but it is {tensor.dtype} on {tensor.device}")

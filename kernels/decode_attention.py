@@ -1,0 +1,126 @@
+"""Attention of one new token per row over all keys in the cache.
+
+    out = sum over j of softmax_j(q . k[j] / sqrt(d)) v[j]            Vaswani et al. 2017, equation 1
+
+One query a head is no work for a GPU but to read the cache once, so the point is to read it with all of the GPU: the
+keys of a head are split into SPLITS stretches, and each has a program of its own (flash-decoding, Dao et al. 2023).
+The programs keep m, l and acc as in attention.py; a second kernel joins the stretches: with M the largest m,
+
+    out = sum of exp(m - M) * acc / sum of exp(m - M) * l
+
+The query heads that share a key head sit in one program, so that grouped keys and values are read once: 2 * K * d
+numbers a token, and nothing else in proportion to the context.
+
+The length of the cache is read from the device. So the launches are the same for every token, and a CUDA graph
+captured once can be replayed: programs whose stretch is still empty end at once.
+
+The reference is llama.attention_by_hand with one query. Forward only.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.attention import LOG2E, online_softmax
+from kernels.checks import check_int32, check_shape, check_tensors
+
+
+@triton.jit
+def decode_kernel(
+    q_ptr, q_batch, q_head, q_d,  # (B, H, 1, d): its first number, and three of its strides
+    k_ptr, v_ptr,  # (B, K, room, d), contiguous
+    past_ptr,  # (1,), how many tokens came before the new one, whose key lies behind theirs
+    first_key_ptr,  # (B,), the first key that is not padding; or None
+    m_ptr, l_ptr,  # (B, H, SPLITS) float32
+    acc_ptr,  # (B, H, SPLITS, d) float32
+    room, window, scale,  # scale is log2(e) / sqrt(d)
+    K: tl.constexpr, GROUP: tl.constexpr,  # key heads, and how many query heads share each
+    WINDOW: tl.constexpr, SPLITS: tl.constexpr,
+    d: tl.constexpr, BLOCK_D: tl.constexpr,  # head width, and that rounded up to a power of two
+    BLOCK_G: tl.constexpr, BLOCK_N: tl.constexpr,  # heads (at least the 16 that tl.dot wants), keys of a step
+):  # fmt: skip
+    pair, split = tl.program_id(0).to(tl.int64), tl.program_id(1)  # a program for each row, key head and stretch
+    b, kv_head = pair // K, pair % K
+    g = tl.arange(0, BLOCK_G)  # (BLOCK_G,), the query heads of this key head
+    n = tl.arange(0, BLOCK_N)  # (BLOCK_N,), keys of a step
+    c = tl.arange(0, BLOCK_D)  # (BLOCK_D,), places in a head's vector
+    head = kv_head * GROUP + g
+    q_at = q_ptr + b * q_batch + head[:, None] * q_head + c[None, :] * q_d
+    q = tl.load(q_at, mask=(g < GROUP)[:, None] & (c < d)[None, :], other=0.0)  # (BLOCK_G, BLOCK_D)
+
+    end = tl.load(past_ptr) + 1  # the query sees the keys [begin, end)
+    begin = 0
+    if first_key_ptr is not None:
+        begin = tl.load(first_key_ptr + b)
+    if WINDOW:
+        begin = tl.maximum(begin, end - window)
+    share = tl.cdiv(tl.cdiv(end - begin, SPLITS), BLOCK_N) * BLOCK_N  # whole steps for each stretch
+    start = begin + split * share
+    stop = tl.minimum(start + share, end)
+
+    m = tl.full([BLOCK_G], -1e30, tl.float32)  # not -inf: exp(-inf - -inf) would be no number
+    l = tl.zeros([BLOCK_G], tl.float32)  # noqa: E741
+    acc = tl.zeros([BLOCK_G, BLOCK_D], tl.float32)
+    for j in range(start, stop, BLOCK_N):
+        real = (j + n < stop)[:, None] & (c < d)[None, :]
+        at = (pair * room + j + n[:, None]) * d + c[None, :]
+        k = tl.load(k_ptr + at, mask=real, other=0.0)  # (BLOCK_N, BLOCK_D)
+        v = tl.load(v_ptr + at, mask=real, other=0.0)  # (BLOCK_N, BLOCK_D)
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale  # (BLOCK_G, BLOCK_N)
+        scores = tl.where((j + n < stop)[None, :], scores, float("-inf"))
+        m, l, acc = online_softmax(m, l, acc, scores, v)  # noqa: E741
+    part = (b * K * GROUP + head) * SPLITS + split  # (BLOCK_G,)
+    tl.store(m_ptr + part, m, mask=g < GROUP)
+    tl.store(l_ptr + part, l, mask=g < GROUP)
+    tl.store(acc_ptr + part[:, None] * d + c[None, :], acc, mask=(g < GROUP)[:, None] & (c < d)[None, :])
+
+
+@triton.jit
+def join_kernel(
+    m_ptr, l_ptr, acc_ptr,  # what decode_kernel wrote
+    out_ptr,  # (B, H, d)
+    SPLITS: tl.constexpr, d: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    head = tl.program_id(0).to(tl.int64)  # a program for each row and head
+    s = head * SPLITS + tl.arange(0, SPLITS)  # (SPLITS,)
+    c = tl.arange(0, BLOCK_D)  # (BLOCK_D,)
+    m = tl.load(m_ptr + s)  # (SPLITS,)
+    weight = tl.exp2(m - tl.max(m, 0))  # (SPLITS,)
+    l = tl.sum(weight * tl.load(l_ptr + s), 0)  # noqa: E741
+    acc = tl.load(acc_ptr + s[:, None] * d + c[None, :], mask=(c < d)[None, :], other=0.0)  # (SPLITS, BLOCK_D)
+    tl.store(out_ptr + head * d + c, tl.sum(weight[:, None] * acc, 0) / l, mask=c < d)
+
+
+def decode_attention(
+    q: Tensor, k: Tensor, v: Tensor, past: Tensor, first_key: Tensor | None = None, window: int | None = None
+) -> Tensor:
+    """One query a row (B, H, 1, d) over the first past + 1 keys of the cache (B, K, room, d): (B, H, 1, d).
+
+    `past` (1,) int32 counts the tokens before this one, `first_key` (B,) int32 says where each row's left padding
+    ends. Raises ValueError for shapes, dtypes, devices or gradients it cannot serve.
+    """
+    check_tensors(q=q, k=k, v=v)
+    (B, H, _, d), (K, room) = q.shape, k.shape[1:3]
+    check_shape("q", q, B, H, 1, d)
+    check_shape("k", k, B, K, room, d)
+    check_shape("v", v, B, K, room, d)
+    if H % K or d > 256:
+        raise ValueError(f"{H} heads of width {d} on {K} key heads: they must divide, and be at most 256 wide")
+    if not (k.is_contiguous() and v.is_contiguous()):
+        raise ValueError("k and v must be contiguous: pass the cache as it is")
+    check_int32("past", past, 1, q.device)
+    if first_key is not None:
+        check_int32("first_key", first_key, B, q.device)
+    # Some 512 programs fill the largest GPU of today; a stretch shorter than a step would have nothing to do.
+    SPLITS = min(triton.next_power_of_2(triton.cdiv(512, B * K)), triton.next_power_of_2(triton.cdiv(room, 64)), 64)
+    m, l = torch.empty(2, B, H, SPLITS, dtype=torch.float32, device=q.device)  # noqa: E741
+    acc = torch.empty(B, H, SPLITS, d, dtype=torch.float32, device=q.device)
+    out = torch.empty(B, H, 1, d, dtype=q.dtype, device=q.device)
+    BLOCK_D, BLOCK_G, BLOCK_N = max(16, triton.next_power_of_2(d)), max(16, triton.next_power_of_2(H // K)), 64
+    decode_kernel[(B * K, SPLITS)](
+        q, q.stride(0), q.stride(1), q.stride(3), k, v, past, first_key, m, l, acc, room, window or 0, LOG2E / d**0.5,
+        K, H // K, window is not None, SPLITS, d, BLOCK_D, BLOCK_G, BLOCK_N, num_warps=4, num_stages=2,
+    )  # fmt: skip
+    join_kernel[(B * H,)](m, l, acc, out, SPLITS, d, BLOCK_D, num_warps=4)
+    return out
