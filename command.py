@@ -1,24 +1,34 @@
-"""The commands: ask about a picture, describe a checkpoint; and `run`, which ends every command of the project.
+"""The commands: ask about pictures, describe a checkpoint; and `run`, which ends every command of the project.
 
     python llava.py --image x.jpg
+    python llava.py --images holiday/ --out holiday.jsonl
+    python llava.py --chat
     python load_weights.py checkpoints/tiny-llava
 
-What a person can mend ends in one sentence on stderr and exit code 2.
+What a person can mend ends in one sentence on stderr and exit code 2; a closed pipe and Ctrl-C end in 130 and silence.
 """
 
 import argparse
+import os
+import stat
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 
+import answers
+import chat
 from checkpoint import find_checkpoint, read_config
 from clip import open_image
 from llava import LlavaForConditionalGeneration, LlavaProcessor
 from load_weights import survey
+from memory import check_memory
+from tokenizer import TEMPLATES
 
 BUNDLED = Path(__file__).parent / "checkpoints" / "tiny-llava"
+PROMPT = "Describe the picture."
 
 
 def fast_dtype(device: str) -> torch.dtype:
@@ -29,83 +39,168 @@ def fast_dtype(device: str) -> torch.dtype:
     return torch.bfloat16 if kind == "cpu" and torch.cpu._is_amx_tile_supported() else torch.float32
 
 
+# --- Arguments -------------------------------------------------------------------------------------------------------
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        raise ValueError(f"{message} (--help says what there is)")
+
+
+def number(kind: type, low: float, high: float) -> Callable:
+    def convert(text: str):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = None
+        if value is None or not low <= value <= high:  # not a number is not in the range either
+            what = "a whole number" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"must be {what} from {low} to {high}, not {text}")
+        return value
+
+    return convert
+
+
+def add_first_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("what most people need").add_argument
+    add("--image", nargs="+", action="extend", default=[], metavar="PATH", help="pictures for one answer, in order")
+    add("--prompt", metavar="TEXT", help=f"what to ask; - reads standard input, as does a pipe (default: {PROMPT})")
+    add("--chat", action="store_true", help="a conversation, about the pictures of --image or those you show there")
+    add("--images", type=Path, metavar="PATH", help="a folder, or a list of pictures in a file: an answer for each")
+    add("--out", type=Path, metavar="FILE", help="with --images: where the answers go, as JSON lines; resumes")
+    add("--model", default=BUNDLED, metavar="PATH", help="checkpoint folder or hub id (default: the bundled tiny one)")
+    add("--max-new-tokens", type=number(int, 1, 10**9), default=256, metavar="N", help="longest answer (default: 256)")
+    add("--temperature", type=number(float, 0, 1e4), default=0.0, metavar="T", help="0: likeliest word; 1: by chance")
+    add("--dtype", choices=["auto", "float32", "float16", "bfloat16"], default="auto", help="default: the fast one")
+    add("--quantize", choices=["int8"], help="the decoder's weights in a byte each: half the memory of bfloat16")
+
+
+def add_other_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("the rest").add_argument
+    add("--device", default="auto", help="auto, cpu, cuda or mps (default: auto, the fastest there is)")
+    add("--top-p", type=number(float, 1e-9, 1), default=1.0, metavar="P", help="sample among words with P together")
+    add("--top-k", type=number(int, 0, 10**9), default=50, metavar="K", help="sample among K words, 0 for all (50)")
+    add("--repetition-penalty", type=number(float, 0.01, 100), default=1.0, metavar="R", help="above 1: repeat less")
+    add("--seed", type=number(int, 0, 2**63 - 1), metavar="N", help="when sampling: the same seed, the same answer")
+    add("--stop", action="append", metavar="TEXT", help="end the answer behind this text; may be given several times")
+    add("--template", choices=TEMPLATES, help="how the prompt is written (default: as the checkpoint says)")
+    add("--system", metavar="TEXT", help="an instruction that opens the conversation, instead of the template's")
+    add("--json", action="store_true", help="a line of JSON for an answer: text, token counts, seconds")
+    add("--batch-size", type=number(int, 1, 10**4), default=8, metavar="N", help="with --images (default: 8)")
+    add("-h", "--help", action="help", help="show this and end")
+
+
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Ask LLaVA about a picture.")
-    add = parser.add_argument
-    add("--image", help="the picture; without one the prompt is answered by itself")
-    add("--prompt", default="Describe the picture.", help="what to ask (default: %(default)s)")
-    add("--model", default=BUNDLED, help="a checkpoint folder or hub id (default: the bundled tiny model)")
-    add("--max-new-tokens", type=int, default=256, help="the longest answer, in tokens (default: %(default)s)")
-    add("--temperature", type=float, default=0.0, help="0 takes the likeliest word each time, 1 samples (default: 0)")
-    add(
-        "--top-p", type=float, default=1.0, help="when sampling: among words that together are this likely (default: 1)"
-    )
-    add("--seed", type=int, help="when sampling: the same seed gives the same answer")
-    add("--dtype", choices=["float32", "float16", "bfloat16"], help="precision (default: the fastest that is safe)")
-    add("--quantize", choices=["int8"], help="keep the decoder's weights in a byte each: half the memory of bfloat16")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda (default: %(default)s)")
-    return parser.parse_args(argv)
+    usage = "python llava.py --image PATH [--prompt TEXT] [more of what is below]"
+    parser = Parser(usage=usage, description="Ask LLaVA about pictures.", add_help=False, allow_abbrev=False)
+    add_first_options(parser)
+    add_other_options(parser)
+    args = parser.parse_args(argv)
+    if args.images and (args.image or args.chat):
+        parser.error("--images asks about many pictures one by one, without --image and --chat")
+    if args.out and not args.images:
+        parser.error("--out needs --images")
+    if args.chat and (args.prompt or args.json):
+        parser.error("--chat takes its questions from you, without --prompt and --json")
+    args.prompt = None if args.chat else read_prompt(args.prompt)
+    return args
+
+
+def read_prompt(given: str | None) -> str:
+    """The prompt given, or standard input where it is "-" or where nothing is given and a pipe comes in."""
+    with suppress(OSError, ValueError, AttributeError):  # there may be no standard input at all
+        if given is None and stat.S_ISFIFO(os.fstat(sys.stdin.fileno()).st_mode):
+            given = sys.stdin.read().strip() or None
+    if given == "-":
+        given = sys.stdin.read().strip()
+        if not given:
+            raise ValueError("standard input has no prompt")
+    return PROMPT if given is None else given.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+
+
+# --- Asking ----------------------------------------------------------------------------------------------------------
+
+
+def choose_device(name: str) -> str:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    check_device(name)
+    return name
 
 
 def check_device(name: str) -> None:
     try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:  # no such name, or no such hardware
-        raise ValueError(f"there is no device {name!r} here: use --device cpu") from error
+        kind = torch.empty(0, device=name).device.type
+    except (RuntimeError, AssertionError):  # no such name, or no such hardware
+        kind = None
+    if kind not in ("cpu", "cuda", "mps"):
+        raise ValueError(f"there is no device {name!r} here: use --device cpu")
 
 
-def answer(args: argparse.Namespace) -> None:
-    check_device(args.device)
-    if "<image>" in args.prompt:
-        raise ValueError("the prompt must not hold <image>: the picture of --image gets its place by itself")
-    image = None if args.image is None else open_image(args.image)
-    if image is None:
-        print("No picture given: the prompt is answered by itself.", file=sys.stderr)
+def load(args: argparse.Namespace, pictures: int) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
+    """The model and the processor that the arguments ask for, if the memory is enough for `pictures` at a time."""
+    device = choose_device(args.device)
     if args.model == BUNDLED:
         print(
             "The bundled tiny model knows only its small world: emoji on plain grounds. "
             "For photographs use --model llava-hf/llava-1.5-7b-hf (14 GB).",
             file=sys.stderr,
         )
-    dtype = getattr(torch, args.dtype) if args.dtype else fast_dtype(args.device)
-    processor = LlavaProcessor.from_pretrained(args.model)
-    model = LlavaForConditionalGeneration.from_pretrained(args.model, dtype, args.device, args.quantize)
-    content = [{"type": "image"}] * (image is not None) + [{"type": "text", "text": args.prompt}]
-    prompt = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-    model.generate(
-        **processor(text=prompt, images=image).to(args.device),
-        max_new_tokens=args.max_new_tokens,
-        do_sample=args.temperature != 0,
-        temperature=args.temperature or None,
-        top_p=args.top_p,
-        seed=args.seed,
-        tokenizer=processor.tokenizer,
-        streamer=lambda text: print(text, end="", flush=True),
-    )
-    print()
+    dtype = fast_dtype(device) if args.dtype == "auto" else getattr(torch, args.dtype)
+    folder = find_checkpoint(args.model)
+    processor = LlavaProcessor.from_pretrained(folder)
+    check_memory(read_config(folder), dtype, device, args.quantize, pictures * processor.image_seq_length)
+    model = LlavaForConditionalGeneration.from_pretrained(folder, dtype, device, args.quantize)
+    if args.template:
+        processor.template = TEMPLATES[args.template]
+    return model, processor
+
+
+def answer(args: argparse.Namespace) -> None:
+    if args.images:
+        questions = answers.read_questions(args.images, args.prompt)
+        answers.answer_many(*load(args, args.batch_size), questions, args)
+        return
+    images = [open_image(path) for path in args.image]
+    if not images and not args.chat:
+        print("No picture given: the prompt is answered by itself.", file=sys.stderr)
+    model, processor = load(args, len(images))
+    if args.chat:
+        talk = chat.Chat(model, processor, args.system, args.stop, args.seed, **answers.sampling(args))
+        talk.pictures = list(zip(args.image, images, strict=True))
+        chat.converse(talk)
+    else:
+        answers.answer_one(model, processor, images, args)
 
 
 def run(work: Callable[[], None]) -> int:
     """Do the work of a command; an error that the user can mend becomes one sentence and exit code 2."""
     try:
         work()
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        with suppress(OSError, ValueError):  # what is still to be written has nowhere to go
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 130
     except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except (MemoryError, torch.OutOfMemoryError):
         print(
             "error: the memory is not enough: try --dtype bfloat16, a smaller model or another device", file=sys.stderr
         )
         return 2
-    except KeyboardInterrupt:
-        return 130
     return 0
 
 
 def main(argv: list[str] | None = None) -> int:
     """`python llava.py ...`"""
-    args = parse_arguments(argv)
-    return run(lambda: answer(args))
+    for stream in (sys.stdin, sys.stdout):
+        with suppress(AttributeError):  # what cannot be read or shown as text becomes a mark, not an error
+            stream.reconfigure(errors="replace")
+    return run(lambda: answer(parse_arguments(argv)))
 
 
 # --- What is in a checkpoint -----------------------------------------------------------------------------------------

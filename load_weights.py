@@ -25,9 +25,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from checkpoint import DTYPES, tower_folder
+from checkpoint import DTYPES, read_settings, tower_folder
 from quantize import put_int8, read_int8
-from tokenizer import read_settings
 
 # A prefix in a file, and what it becomes. All are tried in this order, so that a name can be changed twice.
 RENAME = [

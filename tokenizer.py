@@ -12,7 +12,6 @@ written "▁", and a character the vocabulary lacks is spelt in bytes, "<0xE7>".
 Left out: truncation, and training a vocabulary (train.py has sentencepiece do it).
 """
 
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,8 @@ from pathlib import Path
 import sentencepiece
 import torch
 from torch import Tensor
+
+from checkpoint import read_tokenizer_settings
 
 SPACE = "\u2581"  # sentencepiece's visible space, "▁"
 
@@ -51,17 +52,7 @@ class Tokenizer:
         folder = Path(folder)
         if not (folder / "tokenizer.model").is_file():
             raise FileNotFoundError(f"{folder} has no tokenizer.model: copy it there from the original checkpoint")
-        settings = read_settings(folder / "tokenizer_config.json")
-        added = {token["content"]: int(i) for i, token in settings.get("added_tokens_decoder", {}).items()}
-        added = added or read_settings(folder / "added_tokens.json")  # where older checkpoints keep them
-        if not added:
-            tokens = read_settings(folder / "tokenizer.json").get("added_tokens", [])
-            added = {token["content"]: token["id"] for token in tokens}
-        if max(added.values(), default=0) > 2 and "<image>" not in added:  # <unk>, <s> and </s> are always there
-            raise ValueError(f"{folder} has special tokens, but <image> is not one of them")
-        pad = settings.get("pad_token") or "<pad>"
-        pad = pad if isinstance(pad, str) else pad["content"]
-        return cls((folder / "tokenizer.model").read_bytes(), added, pad)
+        return cls((folder / "tokenizer.model").read_bytes(), *read_tokenizer_settings(folder))
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Cut at the special tokens and encode what lies between them, each stretch as a text of its own."""
@@ -118,19 +109,6 @@ class Tokenizer:
             input_ids[row, place] = torch.tensor(ids)
             attention_mask[row, place] = 1
         return input_ids, attention_mask
-
-
-def read_settings(path: Path) -> dict:
-    """A JSON object from an optional file; {} where there is none."""
-    if not path.is_file():
-        return {}
-    try:
-        settings = json.loads(path.read_text("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not valid JSON ({error})") from error
-    if not isinstance(settings, dict):
-        raise ValueError(f"{path} holds a {type(settings).__name__}, not a JSON object")
-    return settings
 
 
 class TextStream:

@@ -20,6 +20,10 @@ OURS = {
     "llava",
     "generate",
     "load_weights",
+    "quantize",
+    "memory",
+    "answers",
+    "chat",
     "command",
     "save_checkpoint",
     "emoji_world",
@@ -30,12 +34,15 @@ OURS = {
 # a module -> which of ours it may import; what is not named here may use everything
 MAY_IMPORT = {
     "clip": set(),
-    "checkpoint": {"tokenizer"},
-    "tokenizer": set(),
+    "checkpoint": set(),
+    "tokenizer": {"checkpoint"},
     "llama": {"clip"},
     "generate": {"llama", "tokenizer"},
-    "load_weights": {"checkpoint", "tokenizer"},
+    "load_weights": {"checkpoint", "quantize"},
     "llava": {"clip", "checkpoint", "tokenizer", "llama", "generate", "load_weights"},
+    "chat": {"clip", "generate", "llama"},
+    "answers": {"clip", "generate"},
+    "memory": {"llava", "quantize"},
 }
 FILES = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("*.py"))
 
