@@ -42,7 +42,8 @@ RANGES = {
     **dict.fromkeys(("temperature", "top_p", "repetition_penalty"), (float, 0, 1e6)),
     "top_k": (int, 0, 2**24),
 }
-LISTS = {"image_mean": 3, "image_std": 3, "vision_feature_layer": None, "eos_token_id": None}  # None: of any length
+THREE = {"image_mean", "image_std"}  # one for each colour
+ONE_OR_MORE = {"vision_feature_layer", "eos_token_id"}
 MAY_BE_NULL = {"num_key_value_heads", "head_dim", "sliding_window", "pad_token_id"}
 
 
@@ -62,19 +63,25 @@ def read_settings(path: Path) -> dict:
 def check_ranges(settings: dict, file: Path) -> dict:
     """The settings themselves, or a ValueError that names the first number that is not in its range."""
     for name, value in settings.items():
-        if isinstance(value, dict):
+        if name in RANGES:
+            check_range(name, value, file)
+        elif isinstance(value, dict):
             check_ranges(value, file)
-        elif name in RANGES and not (value is None and name in MAY_BE_NULL):
-            kind, low, high = RANGES[name]
-            numbers = value if isinstance(value, list) and name in LISTS else [value]
-            for number in numbers:
-                fits = isinstance(number, (int, float) if kind is float else kind)
-                if not fits or isinstance(number, bool) != (kind is bool) or not low <= number <= high:
-                    what = {int: "a whole number", float: "a number", bool: "true or false,"}[kind]
-                    raise ValueError(f"{file}: {name} must be {what} from {low} to {high}, not {number!r:.80}")
-            if numbers is value and len(value) != (LISTS[name] or max(len(value), name != "eos_token_id")):
-                raise ValueError(f"{file}: {name} has {len(value)} numbers")
     return settings
+
+
+def check_range(name: str, value: object, file: Path) -> None:
+    kind, low, high = RANGES[name]
+    if name in THREE and not (isinstance(value, list) and len(value) == 3):
+        raise ValueError(f"{file}: {name} must be a list of three numbers")
+    for number in value if isinstance(value, list) and name in THREE | ONE_OR_MORE else [value]:
+        fits = isinstance(number, (int, float) if kind is float else kind)
+        fits = fits and isinstance(number, bool) == (kind is bool) and low <= number <= high
+        if not fits and not (number is None and name in MAY_BE_NULL):
+            what = {int: "a whole number", float: "a number", bool: "true or false,"}[kind]
+            raise ValueError(f"{file}: {name} must be {what} from {low} to {high}, not {str(number)[:80]!r}")
+    if value == [] and name == "vision_feature_layer":
+        raise ValueError(f"{file}: {name} names no layer")
 
 
 def find_checkpoint(path: str | Path) -> Path:
@@ -164,10 +171,12 @@ def read_processor_settings(folder: Path) -> tuple[dict, str]:
         template = template.read_text("utf-8", "replace") if template.is_file() else str(old)
     if not isinstance(settings, dict):
         raise ValueError(f"{file}: image_processor is not a JSON object")
-    for name, sides in (("size", ({"shortest_edge"}, {"height", "width"})), ("crop_size", ({"height", "width"},))):
+    for name in ("size", "crop_size"):
         size = settings.get(name, 1)
-        if not (isinstance(size, dict) and any(side <= set(size) for side in sides)):
+        if not isinstance(size, dict):
             check_ranges({"height": size}, file)  # an older file's single number
+        elif not ({"height", "width"} <= set(size) or (name == "size" and "shortest_edge" in size)):
+            raise ValueError(f"{file}: {name} does not say a height and a width")
     if 0 in (settings.get("image_std") or []):
         raise ValueError(f"{file}: image_std must not be 0")
     return check_ranges(settings, file), "v1" if VICUNA in template else "hub"

@@ -68,7 +68,7 @@ class LlavaConfig:
     def from_dict(cls, settings: dict) -> "LlavaConfig":
         try:
             return cls(**known_fields(cls, settings))
-        except (TypeError, AttributeError, ArithmeticError) as error:
+        except (ValueError, TypeError, AttributeError, ArithmeticError) as error:
             raise ValueError(f"config.json does not describe a model ({error})") from error
 
     @property

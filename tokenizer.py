@@ -30,19 +30,23 @@ class Tokenizer:
 
     def __init__(self, model: bytes, special_tokens: dict[str, int] | None = None, pad_token: str = "<pad>"):
         try:
-            self.sp = sentencepiece.SentencePieceProcessor(model_proto=model)
-        except RuntimeError as error:
+            self.sp = sentencepiece.SentencePieceProcessor(model_proto=model or b"empty")
+            size = self.sp.vocab_size()
+            pieces = self.sp.id_to_piece(list(range(size)))
+            self.special_tokens = {pieces[i]: i for i in range(size) if self.sp.is_control(i)}
+            self.special_tokens |= {self.sp.id_to_piece(self.sp.unk_id()): self.sp.unk_id()}
+        except (RuntimeError, IndexError, UnicodeDecodeError) as error:
             raise ValueError(f"tokenizer.model is not a sentencepiece model ({error})") from error
-        size = self.sp.vocab_size()
+        self.bos_token_id, self.eos_token_id = self.sp.bos_id(), self.sp.eos_id()
+        if min(self.bos_token_id, self.eos_token_id) < 0:
+            raise ValueError("tokenizer.model has no <s>, or no </s>")
         added = special_tokens or {}
         if "<image>" not in added:
             added = added | {"<image>": size, "<pad>": size + 1}
-        self.special_tokens = {self.sp.id_to_piece(i): i for i in range(size) if self.sp.is_control(i)}
-        self.special_tokens |= {self.sp.id_to_piece(self.sp.unk_id()): self.sp.unk_id(), **added}
+        self.special_tokens |= added
         self.special_names = {i: name for name, i in self.special_tokens.items()}
         names = sorted(self.special_tokens, key=len, reverse=True)
         self.special_pattern = re.compile("(" + "|".join(map(re.escape, names)) + ")")
-        self.bos_token_id, self.eos_token_id = self.sp.bos_id(), self.sp.eos_id()
         self.pad_token_id = self.special_tokens.get(pad_token, self.sp.unk_id())
         self.image_token_id = self.special_tokens["<image>"]
         self.padding_side = "left"  # a decoder writes on at the right end, so that end must be text
