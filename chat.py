@@ -43,7 +43,8 @@ class Chat:
         self.model, self.processor, self.system, self.stop_strings = model, processor, system, stop_strings
         self.config = GenerationConfig.merged(model.generation_config, options)
         eos = self.config.eos_token_id
-        self.eos = {eos} if isinstance(eos, int) else set(eos)
+        # An <image> that the model said would have no picture: it ends an answer too.
+        self.ends = {*([eos] if isinstance(eos, int) else eos), processor.tokenizer.image_token_id}
         self.generator = None if seed is None else torch.Generator(model.device).manual_seed(seed)
         self.context = model.config.text_config.max_position_embeddings
         self.clear()
@@ -72,9 +73,9 @@ class Chat:
         head = head.removesuffix(tail).replace("<image>", "<image>" * self.processor.image_seq_length)
         *controls, stretch = tokenizer.special_pattern.split(head)
         ids = tokenizer.sp.encode(stretch + text + tail)  # without a look for special tokens: here a user's are text
-        if control := {tokenizer.image_token_id, *self.eos} & set(ids):
-            names = ", ".join(tokenizer.decode([i]) for i in sorted(control))
-            raise ValueError(f"{names} is a control token of this model and cannot be said: write it in another way")
+        if control := set(ids) & set(tokenizer.special_names) - {tokenizer.sp.unk_id()}:
+            name = tokenizer.special_names[min(control)]
+            raise ValueError(f"{name} is a control token of this model and cannot be said: write it in another way")
         return tokenizer.encode("".join(controls), add_special_tokens=not self.ids) + ids
 
     def make_room(self, length: int) -> None:
@@ -110,7 +111,7 @@ class Chat:
         self.ids = prompt
         try:
             for left, token in zip(reversed(range(limit)), map(int, tokens), strict=False):
-                ended = token in self.eos
+                ended = token in self.ends
                 if not ended:  # the template writes the end of an answer, as it does behind a stopped one
                     self.ids.append(token)
                 if watcher.put(0, token, last=ended or left == 0) or ended:

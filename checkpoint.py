@@ -121,7 +121,7 @@ def read_config(folder: Path) -> dict:
         if not isinstance(config.get(part, {}), dict):
             raise ValueError(f"{folder / 'config.json'}: {part} is not a JSON object")
     if config.get("model_type", "llava") != "llava":
-        raise ValueError(f"{folder / 'config.json'} describes a model of type {config['model_type']}, not a LLaVA")
+        raise ValueError(f"{folder / 'config.json'} describes a model of type {config['model_type']!r}, not a LLaVA")
     if "text_config" not in config:
         raise ValueError(f"{folder / 'config.json'} has no text_config")
     names = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES.values()}

@@ -115,7 +115,7 @@ def read_prompt(given: str | None) -> str:
         given = sys.stdin.read().strip()
         if not given:
             raise ValueError("standard input has no prompt")
-    return PROMPT if given is None else given.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+    return PROMPT if given is None else given.encode("utf-8", "surrogatepass").decode("utf-8", "replace")
 
 
 # --- Asking ----------------------------------------------------------------------------------------------------------

@@ -166,7 +166,7 @@ def survey(model: nn.Module, folder: Path) -> tuple[dict[str, StoredTensor], lis
                 misfits.append(f"{where} is unknown")
             continue
         elif tensor.dtype not in DTYPES:
-            misfits.append(f"{where} is {tensor.dtype}, not floating-point numbers")
+            misfits.append(f"{where} is {tensor.dtype!r}, not floating-point numbers")
         elif tensor.shape != wanted[name].shape:
             misfits.append(f"{where} is {list(tensor.shape)}, but config.json makes it {list(wanted[name].shape)}")
         found[name] = tensor
