@@ -27,7 +27,7 @@ RANGES = {
     **dict.fromkeys(("hidden_size", "intermediate_size", "projection_dim", "vocab_size"), SIZE),
     **dict.fromkeys(("num_attention_heads", "num_key_value_heads", "head_dim", "sliding_window"), SIZE),
     **dict.fromkeys(("num_channels", "patch_size", "max_position_embeddings"), SIZE),
-    **dict.fromkeys(("image_size", "shortest_edge", "height", "width"), (int, 1, 10_000)),  # a picture's side
+    **dict.fromkeys(("image_size", "shortest_edge", "height", "width"), (int, 1, 4096)),  # a picture's side
     "num_hidden_layers": (int, 1, 1000),  # a layer costs memory before a weight is read
     **dict.fromkeys(("layer_norm_eps", "rms_norm_eps"), (float, 0, 1)),
     **dict.fromkeys(("rope_theta", "factor"), (float, 1e-3, 1e12)),

@@ -12,6 +12,7 @@ import argparse
 import os
 import stat
 import sys
+import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -197,6 +198,7 @@ def run(work: Callable[[], None]) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     """`python llava.py ...`"""
+    warnings.simplefilter("ignore")  # Pillow's and PyTorch's, on odd files: they are for programmers
     for stream in (sys.stdin, sys.stdout):
         with suppress(AttributeError):  # what cannot be read or shown as text becomes a mark, not an error
             stream.reconfigure(errors="replace")

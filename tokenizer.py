@@ -40,10 +40,9 @@ class Tokenizer:
         self.bos_token_id, self.eos_token_id = self.sp.bos_id(), self.sp.eos_id()
         if min(self.bos_token_id, self.eos_token_id) < 0:
             raise ValueError("tokenizer.model has no <s>, or no </s>")
-        added = special_tokens or {}
-        if "<image>" not in added:
-            added = added | {"<image>": size, "<pad>": size + 1}
-        self.special_tokens |= added
+        self.special_tokens |= special_tokens or {}
+        if "<image>" not in self.special_tokens:
+            self.special_tokens |= {"<image>": size, "<pad>": size + 1}
         self.special_names = {i: name for name, i in self.special_tokens.items()}
         names = sorted(self.special_tokens, key=len, reverse=True)
         self.special_pattern = re.compile("(" + "|".join(map(re.escape, names)) + ")")

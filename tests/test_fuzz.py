@@ -1,6 +1,6 @@
 """Damage by chance, to pictures, checkpoints and text: an answer or one plain sentence, never a traceback.
 
-`python tests/test_fuzz.py` runs all of it and prints the table of tests/README.md. A test holds its counts to CASES.
+`python -m pytest -q -s tests/test_fuzz.py` prints the table of tests/README.md, whose counts are held to CASES.
 """
 
 import io
@@ -11,7 +11,6 @@ import re
 import resource
 import shutil
 import subprocess
-import sys
 import tempfile
 from collections import Counter, defaultdict
 from contextlib import contextmanager
@@ -51,7 +50,7 @@ CASES = {
     "text in a prompt": 150,
     "text in a chat's turn": 150,
 }
-MOST_MEMORY = 400e6  # bytes that all of it may add to the process; the models here have less than one million
+MOST_MEMORY = 500e6  # bytes that all of it may add to the process; the models here have less than one million
 outcomes = defaultdict(Counter)  # a kind of CASES -> how its cases ended
 
 
@@ -170,6 +169,11 @@ class TestPictures:
 
 
 # --- Checkpoints -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", autouse=True)
+def memory_before():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 class Checkpoint:
@@ -480,23 +484,14 @@ def test_any_text_in_a_turn(pair, text, pictures):
 # --- After all of them -----------------------------------------------------------------------------------------------
 
 
-def table() -> str:
-    lines = ["| what was tried | cases | answered | refused in a sentence |", "|---|---|---|---|"]
-    for kind, n in CASES.items():
-        lines.append(f"| {kind} | {n} | {outcomes[kind]['answered']} | {outcomes[kind]['refused']} |")
-    return "\n".join(lines)
-
-
-def test_all_of_it_took_little_memory(whole):
-    """Measured in a process of its own the figure would be smaller: this one has transformers too, and other tests."""
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 < 2e9
+def test_all_of_it_took_little_memory(memory_before):
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 < memory_before + MOST_MEMORY
 
 
 def test_the_readme_has_these_counts():
-    rows = re.findall(r"^\| (.*?) \| (\d+) \| \d+ \| \d+ \|$", (HERE / "README.md").read_text(), re.M)
-    assert {kind: int(n) for kind, n in rows} == CASES
-
-
-if __name__ == "__main__":
-    failed = pytest.main(["-q", "-p", "no:cacheprovider", __file__, "-k", "not readme"], plugins=[])
-    print(sys.modules["test_fuzz"].table() if not failed else "failed")
+    rows = ["| what was damaged, and how | cases | answered | refused in a sentence |", "|---|---|---|---|"]
+    for kind, n in CASES.items():
+        rows.append(f"| {kind} | {n} | {outcomes[kind]['answered']} | {outcomes[kind]['refused']} |")
+    print("", *rows, sep="\n")
+    told = re.findall(r"^\| (.*?) \| (\d+) \| \d+ \| \d+ \|$", (HERE / "README.md").read_text(), re.M)
+    assert {kind: int(n) for kind, n in told} == CASES
