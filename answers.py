@@ -41,12 +41,15 @@ def sampling(args: Namespace) -> dict:
     return chosen | {"do_sample": args.temperature != 0, "temperature": args.temperature or None}
 
 
+def check_places(prompt: str, pictures: int) -> None:
+    if "<image>" in prompt and prompt.count("<image>") != pictures:
+        times = prompt.count("<image>")
+        raise ValueError(f"the prompt has <image> {times} times, but the number of pictures is {pictures}")
+
+
 def render(processor, prompt: str, pictures: int, system: str | None) -> str:
     """One question as the checkpoint's prompt; pictures that it does not place itself with <image> come first."""
-    placed = prompt.count("<image>")
-    if placed not in (0, pictures):
-        raise ValueError(f"the prompt has <image> {placed} times, but the number of pictures is {pictures}")
-    content = [{"type": "image"}] * (pictures - placed) + [{"type": "text", "text": prompt}]
+    content = [{"type": "image"}] * (pictures - prompt.count("<image>")) + [{"type": "text", "text": prompt}]
     messages = [{"role": "system", "content": system}] * (system is not None) + [{"role": "user", "content": content}]
     return processor.apply_chat_template(messages, add_generation_prompt=True)
 
@@ -151,6 +154,14 @@ def answered(out: Path) -> set[Question]:
     return done
 
 
+def unanswered(questions: list[Question], out: Path | None) -> list[Question]:
+    done = set() if out is None else answered(out)
+    left = [question for question in questions if question not in done]
+    if len(left) < len(questions):
+        print(f"{len(questions) - len(left)} of {len(questions)} are answered already.", file=sys.stderr)
+    return left
+
+
 def progress(done: int, total: int, begun: float, show: bool) -> None:
     if show:
         bar, left = "#" * (30 * done // total), (time.monotonic() - begun) / max(done, 1) * (total - done)
@@ -160,26 +171,29 @@ def progress(done: int, total: int, begun: float, show: bool) -> None:
 
 def lines_of(batch: list[Question], model, processor, args: Namespace) -> Iterator[tuple[str, bool]]:
     """The lines for a batch, in its order, and whether each is an answer."""
-    opened, errors = {}, {}
+    opened, errors, answers = {}, {}, {}
     for question in batch:
         try:
+            check_places(question[1], len(question[0]))
             opened[question] = ([open_image(path) for path in question[0]], question[1])
-            render(processor, question[1], len(question[0]), args.system)
         except (OSError, ValueError) as error:
-            opened.pop(question, None)
             errors[question] = error
-    answers = dict(zip(opened, ask(model, processor, list(opened.values()), args) if opened else (), strict=True))
+    try:
+        if opened:
+            answers = dict(zip(opened, ask(model, processor, list(opened.values()), args), strict=True))
+    except ValueError:  # a prompt too long, say: the others need not suffer for it
+        for question, asked in opened.items():
+            try:
+                (answers[question],) = ask(model, processor, [asked], args)
+            except ValueError as error:
+                errors[question] = error
     for question in batch:
         paths, prompt = list(question[0]), question[1]
         yield line(paths, prompt, answers.get(question), errors.get(question)), question in answers
 
 
-def answer_many(model, processor, questions: list[Question], args: Namespace) -> None:
+def answer_many(model, processor, left: list[Question], args: Namespace) -> None:
     """Answer batch by batch; each answer is in the file as soon as its batch is done."""
-    done = set() if args.out is None else answered(args.out)
-    left = [question for question in questions if question not in done]
-    if len(left) < len(questions):
-        print(f"{len(questions) - len(left)} of {len(questions)} are answered already.", file=sys.stderr)
     failed, begun = 0, time.monotonic()
     show = sys.stderr.isatty() and not (args.out is None and sys.stdout.isatty())
     with nullcontext(sys.stdout) if args.out is None else open(args.out, "a", encoding="utf-8") as out:
@@ -189,6 +203,6 @@ def answer_many(model, processor, questions: list[Question], args: Namespace) ->
                 out.write(text + "\n")
                 failed += not good
             out.flush()
-        progress(len(left), len(left), begun, show and bool(left))
+        progress(len(left), len(left), begun, show)
     if failed:
         raise ValueError(f'{failed} of {len(left)} have no answer: their lines say why ("error")')

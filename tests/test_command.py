@@ -24,6 +24,7 @@ import command
 import emoji_world
 import memory
 import save_checkpoint
+from arguments import PROMPT
 from clip import open_image
 from command import BUNDLED, main, run
 from llava import LlavaForConditionalGeneration, LlavaProcessor
@@ -303,7 +304,7 @@ def test_a_prompt_comes_from_standard_input(ask, small, monkeypatch):
     monkeypatch.setattr("sys.stdin", io.StringIO("What\nis it?\n"))
     assert asked(ask, small, "--prompt", "-")["prompt"] == "What\nis it?"
     refused(ask("--prompt", "-"), "standard input has no prompt")
-    for given, wanted in ((b"Why?\n", "Why?"), (b"", command.PROMPT), (b"\xff?", "\ufffd?")):
+    for given, wanted in ((b"Why?\n", "Why?"), (b"", PROMPT), (b"\xff?", "\ufffd?")):
         reading, writing = os.pipe()
         os.write(writing, given)
         os.close(writing)
@@ -396,6 +397,16 @@ def test_prompts_of_different_lengths_in_a_list(ask, small, folder, tmp_path):
         assert [one[key] for key in ("text", "prompt_tokens")] == [record[key] for key in ("text", "prompt_tokens")]
 
 
+def test_one_question_too_long_does_not_stop_the_others(ask, small, folder, tmp_path):
+    questions = [{"image": "pictures/b.jpg", "prompt": text} for text in ("Why?", "word " * 300, "<image><image>", "How?")]
+    (tmp_path / "list.txt").write_text("\n".join(map(json.dumps, questions)))
+    code, out, err = ask("--model", small, "--images", "list.txt", "--max-new-tokens", 2)
+    said = [json.loads(line).get("error", "answered")[-40:] for line in out.splitlines()]
+    assert (said[0], said[3]) == ("answered", "answered")
+    assert "context of this model ends at 200" in said[1] and "number of pictures is 1" in said[2]
+    assert code == 2 and "2 of 4 have no answer" in err
+
+
 LINES = ['{"image"', "{}", '{"image": 5}', '{"image": ["a", 5]}', '{"image": "a", "prompt": 1}']
 
 
@@ -427,6 +438,9 @@ def test_a_run_that_was_stopped_goes_on(ask, small, folder, monkeypatch):
     records = [json.loads(line) for line in Path("out.jsonl").read_text().splitlines()]
     assert [Path(record["image"]).name for record in records] == ["b.jpg", "c.webp", "d.PNG", "e.png"]
     assert len(asked_about) == 4
+    with monkeypatch.context() as patch:
+        patch.setattr(command, "load", lambda *_: pytest.fail("loaded for nothing"))
+        assert "4 of 4 are answered already" in ask(*options)[2]
     assert ask(*options, "--prompt", "Another?")[0] == 0
     assert len(Path("out.jsonl").read_text().splitlines()) == 8
 

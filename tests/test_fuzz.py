@@ -24,9 +24,9 @@ from PIL import Image
 from small import small
 
 import save_checkpoint
+from arguments import read_prompt
 from chat import Chat
 from clip import ImageProcessor, open_image
-from command import read_prompt
 from llava import LlavaForConditionalGeneration, LlavaProcessor
 
 HERE = Path(__file__).parent

@@ -23,6 +23,7 @@ OURS = {
     "quantize",
     "memory",
     "answers",
+    "arguments",
     "chat",
     "command",
     "save_checkpoint",
@@ -42,6 +43,7 @@ MAY_IMPORT = {
     "llava": {"clip", "checkpoint", "tokenizer", "llama", "generate", "load_weights"},
     "chat": {"clip", "generate", "llama"},
     "answers": {"clip", "generate"},
+    "arguments": {"tokenizer"},
     "memory": {"llava", "quantize"},
 }
 FILES = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("*.py"))
