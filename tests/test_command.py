@@ -398,7 +398,8 @@ def test_prompts_of_different_lengths_in_a_list(ask, small, folder, tmp_path):
 
 
 def test_one_question_too_long_does_not_stop_the_others(ask, small, folder, tmp_path):
-    questions = [{"image": "pictures/b.jpg", "prompt": text} for text in ("Why?", "word " * 300, "<image><image>", "How?")]
+    prompts = ["Why?", "word " * 300, "<image><image>", "How?"]
+    questions = [{"image": "pictures/b.jpg", "prompt": prompt} for prompt in prompts]
     (tmp_path / "list.txt").write_text("\n".join(map(json.dumps, questions)))
     code, out, err = ask("--model", small, "--images", "list.txt", "--max-new-tokens", 2)
     said = [json.loads(line).get("error", "answered")[-40:] for line in out.splitlines()]
