@@ -2,9 +2,11 @@
 
 There are three layouts: the hub's older files, what transformers 5 writes, and that of LLaVA's authors
 (`liuhaotian/llava-v1.5-*`), whose config.json is the decoder's with additions and whose tower is a checkpoint by
-itself. Here all of them become the first.
+itself. Here all of them become the first. What a setting may be is said in RANGES: a file from somewhere else can hold
+anything, and a wrong number should end in a sentence here and not in a traceback later.
 """
 
+import json
 import os
 import re
 from pathlib import Path
@@ -12,10 +14,74 @@ from pathlib import Path
 import torch
 from torch.overrides import TorchFunctionMode
 
-from tokenizer import TEMPLATES, read_settings
-
 # The numbers a model can be made of, as safetensors spells them.
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+# How the prompt of LLaVA-1.5 begins, tokenizer.TEMPLATES["v1"].
+VICUNA = "A chat between a curious user and an artificial intelligence assistant."
+
+SIZE = (int, 1, 2**24)
+TOKEN = (int, -1, 2**24)  # -1 is some files' word for none
+# What a number may be, wherever in the settings its name stands: its type, the least and the largest.
+RANGES = {
+    **dict.fromkeys(("hidden_size", "intermediate_size", "projection_dim", "vocab_size"), SIZE),
+    **dict.fromkeys(("num_attention_heads", "num_key_value_heads", "head_dim", "sliding_window"), SIZE),
+    **dict.fromkeys(("num_channels", "patch_size", "max_position_embeddings"), SIZE),
+    **dict.fromkeys(("image_size", "shortest_edge", "height", "width"), (int, 1, 4096)),  # a picture's side
+    "num_hidden_layers": (int, 1, 1000),  # a layer costs memory before a weight is read
+    **dict.fromkeys(("layer_norm_eps", "rms_norm_eps"), (float, 0, 1)),
+    **dict.fromkeys(("rope_theta", "factor"), (float, 1e-3, 1e12)),
+    **dict.fromkeys(("attention_bias", "mlp_bias", "tie_word_embeddings", "multimodal_projector_bias"), (bool, 0, 1)),
+    **dict.fromkeys(("do_pad", "do_resize", "do_center_crop", "do_rescale", "do_normalize", "do_sample"), (bool, 0, 1)),
+    **dict.fromkeys(("image_mean", "image_std"), (float, 0, 1)),
+    "rescale_factor": (float, 0, 1),
+    "resample": (int, 0, 5),  # Pillow's filters
+    **dict.fromkeys(("image_token_index", "eos_token_id", "pad_token_id"), TOKEN),
+    "vision_feature_layer": (int, -1001, 1000),
+    **dict.fromkeys(("max_new_tokens", "max_length"), SIZE),
+    **dict.fromkeys(("temperature", "top_p", "repetition_penalty"), (float, 0, 1e6)),
+    "top_k": (int, 0, 2**24),
+}
+THREE = {"image_mean", "image_std"}  # one for each colour
+ONE_OR_MORE = {"vision_feature_layer", "eos_token_id"}
+MAY_BE_NULL = {"num_key_value_heads", "head_dim", "sliding_window", "pad_token_id"}
+
+
+def read_settings(path: Path) -> dict:
+    """A JSON object from an optional file; {} where there is none."""
+    if not path.is_file():
+        return {}
+    try:
+        settings = json.loads(path.read_text("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not valid JSON ({error})") from error
+    if not isinstance(settings, dict):
+        raise ValueError(f"{path} holds a {type(settings).__name__}, not a JSON object")
+    return settings
+
+
+def check_ranges(settings: dict, file: Path) -> dict:
+    """The settings themselves, or a ValueError that names the first number that is not in its range."""
+    for name, value in settings.items():
+        if name in RANGES:
+            check_range(name, value, file)
+        elif isinstance(value, dict):
+            check_ranges(value, file)
+    return settings
+
+
+def check_range(name: str, value: object, file: Path) -> None:
+    kind, low, high = RANGES[name]
+    if name in THREE and not (isinstance(value, list) and len(value) == 3):
+        raise ValueError(f"{file}: {name} must be a list of three numbers")
+    for number in value if isinstance(value, list) and name in THREE | ONE_OR_MORE else [value]:
+        fits = isinstance(number, (int, float) if kind is float else kind)
+        fits = fits and isinstance(number, bool) == (kind is bool) and low <= number <= high
+        if not fits and not (number is None and name in MAY_BE_NULL):
+            what = {int: "a whole number", float: "a number", bool: "true or false,"}[kind]
+            raise ValueError(f"{file}: {name} must be {what} from {low} to {high}, not {str(number)[:80]!r}")
+    if value == [] and name == "vision_feature_layer":
+        raise ValueError(f"{file}: {name} names no layer")
 
 
 def find_checkpoint(path: str | Path) -> Path:
@@ -55,10 +121,11 @@ def read_config(folder: Path) -> dict:
         if not isinstance(config.get(part, {}), dict):
             raise ValueError(f"{folder / 'config.json'}: {part} is not a JSON object")
     if config.get("model_type", "llava") != "llava":
-        raise ValueError(f"{folder / 'config.json'} describes a model of type {config['model_type']}, not a LLaVA")
+        raise ValueError(f"{folder / 'config.json'} describes a model of type {config['model_type']!r}, not a LLaVA")
     if "text_config" not in config:
         raise ValueError(f"{folder / 'config.json'} has no text_config")
     names = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES.values()}
+    check_ranges(config, folder / "config.json")
     return config | {"dtype": names.get(str(config.get("dtype") or config.get("torch_dtype")))}
 
 
@@ -70,7 +137,7 @@ def hub_config(config: dict, folder: Path) -> dict:
     tower = read_settings(tower_folder(config, folder) / "config.json")
     return {
         "vision_config": tower.get("vision_config", tower),
-        "text_config": {**config, "model_type": "mistral" if "mistral" in config.get("model_type", "") else "llama"},
+        "text_config": {**config, "model_type": "mistral" if "mistral" in str(config.get("model_type")) else "llama"},
         "image_token_index": config.get("vocab_size", 32000),  # the id after the last: it has no row of its own
         "vision_feature_layer": config.get("mm_vision_select_layer", -2),
         "vision_feature_select_strategy": "full"
@@ -83,6 +150,8 @@ def hub_config(config: dict, folder: Path) -> dict:
 
 def tower_folder(config: dict, folder: Path) -> Path:
     tower = config["mm_vision_tower"]
+    if not isinstance(tower, str):
+        raise ValueError(f"{folder / 'config.json'}: mm_vision_tower is not the path of a tower")
     return folder / tower if (folder / tower).is_dir() else find_checkpoint(tower)
 
 
@@ -108,15 +177,58 @@ def read_processor_settings(folder: Path) -> tuple[dict, str]:
     """The image processor's settings, and which of tokenizer.TEMPLATES its files ask for."""
     config = read_settings(folder / "config.json")
     if "mm_vision_tower" in config:
-        settings = read_settings(tower_folder(config, folder) / "preprocessor_config.json")
-        return settings | {"do_pad": config.get("image_aspect_ratio") == "pad"}, "v1"
-    settings = read_settings(folder / "preprocessor_config.json")
-    # transformers 5 keeps the image processor's settings inside the processor's
-    settings = settings or read_settings(folder / "processor_config.json").get("image_processor", {})
-    template = read_settings(folder / "chat_template.json").get("chat_template", "")
-    if (folder / "chat_template.jinja").is_file():
-        template = (folder / "chat_template.jinja").read_text("utf-8")
-    return settings, "v1" if TEMPLATES["v1"].system in template else "hub"
+        file, template = tower_folder(config, folder) / "preprocessor_config.json", VICUNA
+        settings = read_settings(file) | {"do_pad": config.get("image_aspect_ratio") == "pad"}
+    else:
+        file, template = folder / "preprocessor_config.json", folder / "chat_template.jinja"
+        settings = read_settings(file)
+        if not settings:  # transformers 5 keeps the image processor's settings inside the processor's
+            file = folder / "processor_config.json"
+            settings = read_settings(file).get("image_processor", {})
+        old = read_settings(folder / "chat_template.json").get("chat_template", "")
+        template = template.read_text("utf-8", "replace") if template.is_file() else str(old)
+    if not isinstance(settings, dict):
+        raise ValueError(f"{file}: image_processor is not a JSON object")
+    for name in ("size", "crop_size"):
+        size = settings.get(name, 1)
+        if not isinstance(size, dict):
+            check_ranges({"height": size}, file)  # an older file's single number
+        elif not ({"height", "width"} <= set(size) or (name == "size" and "shortest_edge" in size)):
+            raise ValueError(f"{file}: {name} does not say a height and a width")
+    if 0 in (settings.get("image_std") or []):
+        raise ValueError(f"{file}: image_std must not be 0")
+    return check_ranges(settings, file), "v1" if VICUNA in template else "hub"
+
+
+def read_tokenizer_settings(folder: Path) -> tuple[dict[str, int], str]:
+    """The special tokens that the files add to tokenizer.model, with their ids, and which of them fills up a batch."""
+    file = folder / "tokenizer_config.json"
+    settings = read_settings(file)
+    pad = settings.get("pad_token") or "<pad>"
+    try:
+        added = {token["content"]: int(i) for i, token in settings.get("added_tokens_decoder", {}).items()}
+        if not added:
+            file = folder / "added_tokens.json"  # where older checkpoints keep them
+            added = {token: int(i) for token, i in read_settings(file).items()}
+        if not added:
+            file = folder / "tokenizer.json"
+            tokens = read_settings(file).get("added_tokens", [])
+            added = {token["content"]: int(token["id"]) for token in tokens}
+        pad = pad if isinstance(pad, str) else pad["content"]
+        fits = all(name and isinstance(name, str) and 0 <= i < 2**24 for name, i in (*added.items(), (pad, 0)))
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError):
+        fits = False
+    if not fits:
+        raise ValueError(f"{file} does not describe special tokens: each has a name and an id")
+    if max(added.values(), default=0) > 2 and "<image>" not in added:  # <unk>, <s> and </s> are always there
+        raise ValueError(f"{folder} has special tokens, but <image> is not one of them")
+    return added, pad
+
+
+def read_generation_settings(folder: Path) -> dict:
+    file = folder / "generation_config.json"
+    settings = {name: value for name, value in read_settings(file).items() if value is not None}
+    return check_ranges(settings, file)
 
 
 class NoInit(TorchFunctionMode):

@@ -1,25 +1,33 @@
-"""The commands: ask about a picture, describe a checkpoint; and `run`, which ends every command of the project.
+"""The commands: ask about pictures, describe a checkpoint; and `run`, which ends every command of the project.
 
     python llava.py --image x.jpg
+    python llava.py --images holiday/ --out holiday.jsonl
+    python llava.py --chat
     python load_weights.py checkpoints/tiny-llava
 
-What a person can mend ends in one sentence on stderr and exit code 2.
+What a person can mend ends in one sentence on stderr and exit code 2; a closed pipe and Ctrl-C end in 130 and silence.
 """
 
 import argparse
+import os
 import sys
+import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 
+import answers
+import chat
 import explain
+from arguments import BUNDLED, parse_arguments
 from checkpoint import find_checkpoint, read_config
 from clip import open_image
 from llava import LlavaForConditionalGeneration, LlavaProcessor
 from load_weights import survey
-
-BUNDLED = Path(__file__).parent / "checkpoints" / "tiny-llava"
+from memory import check_memory
+from tokenizer import TEMPLATES
 
 
 def fast_dtype(device: str) -> torch.dtype:
@@ -30,91 +38,99 @@ def fast_dtype(device: str) -> torch.dtype:
     return torch.bfloat16 if kind == "cpu" and torch.cpu._is_amx_tile_supported() else torch.float32
 
 
-def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Ask LLaVA about a picture.")
-    add = parser.add_argument
-    add("--image", help="the picture; without one the prompt is answered by itself")
-    add("--prompt", default="Describe the picture.", help="what to ask (default: %(default)s)")
-    add("--model", default=BUNDLED, help="a checkpoint folder or hub id (default: the bundled tiny model)")
-    add("--max-new-tokens", type=int, default=256, help="the longest answer, in tokens (default: %(default)s)")
-    add("--temperature", type=float, default=0.0, help="0 takes the likeliest word each time, 1 samples (default: 0)")
-    add(
-        "--top-p", type=float, default=1.0, help="when sampling: among words that together are this likely (default: 1)"
-    )
-    add("--seed", type=int, help="when sampling: the same seed gives the same answer")
-    add("--dtype", choices=["float32", "float16", "bfloat16"], help="precision (default: the fastest that is safe)")
-    add("--explain", metavar="FILE", help="also write an HTML page that shows where each word of the answer looked")
-    add("--quantize", choices=["int8"], help="keep the decoder's weights in a byte each: half the memory of bfloat16")
-    add("--kernels", choices=["auto", "triton", "torch"], default="auto", help="on a GPU: Triton's or plain PyTorch's")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda (default: %(default)s)")
-    return parser.parse_args(argv)
+# --- Asking ----------------------------------------------------------------------------------------------------------
+
+
+def choose_device(name: str) -> str:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    check_device(name)
+    return name
 
 
 def check_device(name: str) -> None:
     try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:  # no such name, or no such hardware
-        raise ValueError(f"there is no device {name!r} here: use --device cpu") from error
+        kind = torch.empty(0, device=name).device.type
+    except (RuntimeError, AssertionError):  # no such name, or no such hardware
+        kind = None
+    if kind not in ("cpu", "cuda", "mps"):
+        raise ValueError(f"there is no device {name!r} here: use --device cpu")
 
 
-def answer(args: argparse.Namespace) -> None:
-    check_device(args.device)
-    if "<image>" in args.prompt:
-        raise ValueError("the prompt must not hold <image>: the picture of --image gets its place by itself")
-    image = None if args.image is None else open_image(args.image)
-    if args.explain is not None:
-        explain.check_place(args.explain, image)
-    if image is None:
-        print("No picture given: the prompt is answered by itself.", file=sys.stderr)
+def load(args: argparse.Namespace, pictures: int) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
+    """The model and the processor that the arguments ask for, if the memory is enough for `pictures` at a time."""
+    device = choose_device(args.device)
     if args.model == BUNDLED:
         print(
             "The bundled tiny model knows only its small world: emoji on plain grounds. "
             "For photographs use --model llava-hf/llava-1.5-7b-hf (14 GB).",
             file=sys.stderr,
         )
-    dtype = getattr(torch, args.dtype) if args.dtype else fast_dtype(args.device)
-    processor = LlavaProcessor.from_pretrained(args.model)
-    from_pretrained = LlavaForConditionalGeneration.from_pretrained
-    model = from_pretrained(args.model, dtype, args.device, args.quantize, args.kernels)
-    model = explain.Recorder(model) if args.explain is not None else model
-    content = [{"type": "image"}] * (image is not None) + [{"type": "text", "text": args.prompt}]
-    prompt = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-    model.generate(
-        **processor(text=prompt, images=image).to(args.device),
-        max_new_tokens=args.max_new_tokens,
-        do_sample=args.temperature != 0,
-        temperature=args.temperature or None,
-        top_p=args.top_p,
-        seed=args.seed,
-        tokenizer=processor.tokenizer,
-        streamer=lambda text: print(text, end="", flush=True),
-    )
-    print()
+    dtype = fast_dtype(device) if args.dtype == "auto" else getattr(torch, args.dtype)
+    folder = find_checkpoint(args.model)
+    processor = LlavaProcessor.from_pretrained(folder)
+    check_memory(read_config(folder), dtype, device, args.quantize, pictures * processor.image_seq_length)
+    model = LlavaForConditionalGeneration.from_pretrained(folder, dtype, device, args.quantize, args.kernels)
+    if args.template:
+        processor.template = TEMPLATES[args.template]
+    return model, processor
+
+
+def answer(args: argparse.Namespace) -> None:
+    if args.images:
+        left = answers.unanswered(answers.read_questions(args.images, args.prompt), args.out)
+        if left:
+            answers.answer_many(*load(args, args.batch_size), left, args)
+        return
+    images = [open_image(path) for path in args.image]
     if args.explain is not None:
-        explain.write(args.explain, model, processor, image, (Path(args.image).name, Path(args.model).name))
+        explain.check_place(args.explain, images)
+    if not args.chat:
+        answers.check_places(args.prompt, len(images))
+        if not images:
+            print("No picture given: the prompt is answered by itself.", file=sys.stderr)
+    model, processor = load(args, len(images))
+    if args.chat:
+        talk = chat.Chat(model, processor, args.system, args.stop, args.seed, **answers.sampling(args))
+        talk.pictures = list(zip(args.image, images, strict=True))
+        chat.converse(talk)
+    elif args.explain is not None:
+        watched = explain.Recorder(model)
+        answers.answer_one(watched, processor, images, args)
+        explain.write(args.explain, watched, processor, images[0], (Path(args.image[0]).name, Path(args.model).name))
+    else:
+        answers.answer_one(model, processor, images, args)
 
 
 def run(work: Callable[[], None]) -> int:
     """Do the work of a command; an error that the user can mend becomes one sentence and exit code 2."""
     try:
         work()
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        with suppress(OSError, ValueError):  # what is still to be written has nowhere to go
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 130
     except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except (MemoryError, torch.OutOfMemoryError):
         print(
             "error: the memory is not enough: try --dtype bfloat16, a smaller model or another device", file=sys.stderr
         )
         return 2
-    except KeyboardInterrupt:
-        return 130
     return 0
 
 
 def main(argv: list[str] | None = None) -> int:
     """`python llava.py ...`"""
-    args = parse_arguments(argv)
-    return run(lambda: answer(args))
+    warnings.simplefilter("ignore")  # Pillow's and PyTorch's, on odd files: they are for programmers
+    for stream in (sys.stdin, sys.stdout):
+        with suppress(AttributeError):  # what cannot be read or shown as text becomes a mark, not an error
+            stream.reconfigure(errors="replace")
+    return run(lambda: answer(parse_arguments(argv)))
 
 
 # --- What is in a checkpoint -----------------------------------------------------------------------------------------

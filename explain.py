@@ -221,10 +221,10 @@ def page_data(run: Recorder, processor, image: Image.Image, names: tuple[str, st
     }
 
 
-def check_place(path: str, image: Image.Image | None) -> None:
+def check_place(path: str, images: list[Image.Image]) -> None:
     """Before the work and not after it: can there be a page? Raises ValueError where not."""
     place = Path(path)
-    if image is None:
+    if len(images) != 1:
         raise ValueError("--explain shows where the words looked in a picture: give one by --image")
     if place.suffix.lower() not in (".html", ".htm"):  # and so no picture is overwritten by mistake
         raise ValueError(f"--explain writes a page for a browser: {path} must end in .html")

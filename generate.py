@@ -1,17 +1,18 @@
 """Writing an answer: run the prompt once, then draw one token at a time and feed it back.
 
-    prefill           the whole prompt through the model; its keys and values stay in the cache
+    prefill           what the cache lacks of the prompt through the model; its keys and values stay in the cache
     decode_one_token  one new token per row; everything before it is read from the cache
     sample            from scores over the vocabulary to the next token
 
-`generate` is the loop around the three. It returns prompt and answer together, as the reference does.
+`generate_tokens` is the loop around the three; `generate` knows when it ends, and returns prompt and answer together,
+as the reference does. chat.py takes the tokens from the same loop, with a cache that lasts.
 
     B batch    T tokens of the prompt    V vocabulary
 
 Left out: beam search, and every other search that keeps more than one answer per prompt.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 
 import torch
@@ -38,6 +39,8 @@ class GenerationConfig:
     pad_token_id: int | None = None  # what a finished row is filled up with
 
     def __post_init__(self) -> None:
+        if self.max_new_tokens is not None and self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens must be at least 1, not {self.max_new_tokens}")
         if self.do_sample and not self.temperature > 0:
             raise ValueError(f"temperature must be above 0, not {self.temperature}, when sampling")
         if self.do_sample and not 0 < self.top_p <= 1:
@@ -47,14 +50,11 @@ class GenerationConfig:
 
     def new_tokens(self, prompt_length: int) -> int:
         """How many tokens may follow a prompt of this length."""
-        if self.max_new_tokens is None and self.max_length is None:
-            return 20
-        new = self.max_new_tokens if self.max_new_tokens is not None else self.max_length - prompt_length
-        if self.max_new_tokens is not None and new < 1:
-            raise ValueError(f"max_new_tokens must be at least 1, not {new}")
-        if new < 1:
+        if self.max_new_tokens is not None or self.max_length is None:
+            return self.max_new_tokens or 20
+        if self.max_length <= prompt_length:
             raise ValueError(f"max_length {self.max_length} leaves no room for an answer behind {prompt_length} tokens")
-        return new
+        return self.max_length - prompt_length
 
     @classmethod
     def merged(cls, defaults: dict, options: dict) -> "GenerationConfig":
@@ -69,6 +69,8 @@ class GenerationConfig:
 def sample(logits: Tensor, seen: Tensor, config: GenerationConfig, generator: torch.Generator | None) -> Tensor:
     """Scores (B, V) for the next token to the next ids (B,). `seen` (B, V + 1) is True for tokens already there."""
     logits, penalty = logits.float(), config.repetition_penalty
+    if logits.isnan().any():
+        raise ValueError("the scores of the next token are not numbers: try bfloat16, or a weight is broken")
     if penalty != 1:
         logits = torch.where(seen[:, :-1], torch.where(logits < 0, logits * penalty, logits / penalty), logits)
     if not config.do_sample:
@@ -92,14 +94,30 @@ def tokens_seen(input_ids: Tensor, attention_mask: Tensor, V: int) -> Tensor:  #
 
 
 def prefill(model, input_ids: Tensor, attention_mask: Tensor, cache: KVCache, pixel_values: Tensor | None) -> Tensor:
-    """Run the prompt (B, T) through the model into the cache; scores (B, V) for the first token of the answer."""
+    """Run what the cache lacks of the prompt (B, T) through the model; scores (B, V) for the answer's first token."""
     position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)  # left padding does not count
-    return model(input_ids, pixel_values, attention_mask, position_ids, cache, logits_to_keep=1).logits[:, -1]
+    new, position_ids = input_ids[:, cache.length :], position_ids[:, cache.length :]
+    return model(new, pixel_values, attention_mask, position_ids, cache, logits_to_keep=1).logits[:, -1]
 
 
 def decode_one_token(model, ids: Tensor, position_ids: Tensor, cache: KVCache) -> Tensor:
     """One token per row (B,) at position_ids (B, 1); scores (B, V) for the one after it."""
     return model(ids[:, None], position_ids=position_ids, past_key_values=cache).logits[:, -1]
+
+
+@torch.no_grad()
+def generate_tokens(model, input_ids, attention_mask, cache, pixel_values, config, generator) -> Iterator[Tensor]:
+    """An answer that never ends, a token per row (B,) at a time; it is in the cache once the next one is asked for."""
+    logits = prefill(model, input_ids, attention_mask, cache, pixel_values)
+    seen = tokens_seen(input_ids, attention_mask, logits.shape[1])
+    position_ids = attention_mask.sum(-1, keepdim=True)
+    decode = DecodeGraph(decode_one_token) if DecodeGraph.fits(cache) else decode_one_token
+    while True:
+        next_ids = sample(logits, seen, config, generator)
+        yield next_ids
+        seen.scatter_(1, next_ids[:, None], True)
+        logits = decode(model, next_ids, position_ids, cache)
+        position_ids = position_ids + 1
 
 
 @torch.no_grad()
@@ -136,21 +154,14 @@ def generate(
     ids[:, :T] = input_ids
     finished = torch.zeros(batch, dtype=torch.bool, device=device)
     cache = KVCache(model.config.text_config, batch, T + n_new, model.dtype, device)
-    logits = prefill(model, input_ids, attention_mask, cache, pixel_values)
-    V = logits.shape[1]
-    seen = tokens_seen(input_ids, attention_mask, V)
-    position_ids = attention_mask.sum(-1, keepdim=True)
-    decode = DecodeGraph(decode_one_token) if DecodeGraph.fits(cache) else decode_one_token
-    for end in range(T, T + n_new):
+    tokens = generate_tokens(model, input_ids, attention_mask, cache, pixel_values, config, generator)
+    for end, next_ids in zip(range(T, T + n_new), tokens, strict=False):
         is_last = end == T + n_new - 1
-        next_ids = sample(logits, seen, config, generator).where(~finished, pad)
-        ids[:, end] = next_ids
-        seen.scatter_(1, next_ids.clamp(max=V)[:, None], True)
+        ids[:, end] = next_ids.where(~finished, pad)
         running, finished = ~finished, finished | torch.isin(next_ids, eos)
         if watcher:
             for row in running.nonzero().flatten().tolist():
                 finished[row] |= watcher.put(row, int(next_ids[row]), last=is_last or bool(finished[row]))
-        if finished.all() or is_last:
-            return ids[:, : end + 1]
-        logits = decode(model, next_ids, position_ids, cache)
-        position_ids = position_ids + 1
+        if finished.all():
+            break
+    return ids[:, : end + 1]

@@ -27,12 +27,12 @@ from PIL import Image
 from torch import Tensor, nn
 
 import generate
-from checkpoint import NoInit, find_checkpoint, read_config, read_processor_settings
+from checkpoint import NoInit, find_checkpoint, read_config, read_generation_settings, read_processor_settings
 from clip import ACTIVATIONS, CLIPVisionConfig, CLIPVisionModel, ImageProcessor, known_fields
 from kernels import choose_kernels
 from llama import KVCache, Linear, Llama, LlamaConfig, decoder_config
 from load_weights import load
-from tokenizer import TEMPLATES, Tokenizer, read_settings
+from tokenizer import TEMPLATES, Tokenizer
 
 ROOM = 512  # tokens that a cache made by `forward` can take beyond those it was made with
 
@@ -69,7 +69,7 @@ class LlavaConfig:
     def from_dict(cls, settings: dict) -> "LlavaConfig":
         try:
             return cls(**known_fields(cls, settings))
-        except (TypeError, AttributeError, ArithmeticError) as error:
+        except (ValueError, TypeError, AttributeError, ArithmeticError) as error:
             raise ValueError(f"config.json does not describe a model ({error})") from error
 
     @property
@@ -146,7 +146,7 @@ class LlavaForConditionalGeneration(nn.Module):
         model = cls.without_weights(settings)
         load(model, folder, dtype or settings["dtype"], device, quantize)
         model.tie_weights()
-        model.generation_config = read_settings(folder / "generation_config.json")
+        model.generation_config = read_generation_settings(folder)
         return model.eval()
 
     @classmethod
@@ -187,18 +187,24 @@ class LlavaForConditionalGeneration(nn.Module):
         first = 1 if strategy == "default" else 0  # 1: without the class token
         return self.multi_modal_projector(torch.cat([hidden_states[layer][:, first:] for layer in layers], dim=-1))
 
+    def embed(self, input_ids: Tensor) -> Tensor:  # (B, T) -> (B, T, D)
+        table, (least, most) = self.language_model.embed_tokens, input_ids.aminmax()
+        if least < 0 or most >= table.num_embeddings:
+            raise ValueError(f"the ids {least} to {most} do not fit a vocabulary of {table.num_embeddings}")
+        return table(input_ids)
+
     def merge(self, input_ids: Tensor | None, inputs_embeds: Tensor | None, image_features: Tensor | None) -> Tensor:
         """Embed the prompt and write the picture's vectors (pictures * P, D) where <image> stands: (B, T, D)."""
-        embed, image_token = self.language_model.embed_tokens, self.config.image_token_index
+        image_token = self.config.image_token_index
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
         if image_features is None:
-            return embed(input_ids) if inputs_embeds is None else inputs_embeds
+            return self.embed(input_ids) if inputs_embeds is None else inputs_embeds
         if inputs_embeds is None:
             is_image = input_ids == image_token
-            inputs_embeds = embed(input_ids.masked_fill(is_image, 0))  # <image> may have no row of its own
+            inputs_embeds = self.embed(input_ids.masked_fill(is_image, 0))  # <image> may have no row of its own
         else:
-            is_image = (inputs_embeds == embed.weight[image_token]).all(-1)
+            is_image = (inputs_embeds == self.language_model.embed_tokens.weight[image_token]).all(-1)
         if (tokens := int(is_image.sum())) != len(image_features):
             counts = f"tokens: {tokens}, features: {len(image_features)}"
             raise ValueError(f"Image features and image tokens do not match, {counts}")
@@ -284,12 +290,15 @@ class LlavaProcessor:
     def from_pretrained(cls, path: str | Path) -> "LlavaProcessor":
         """Read the settings of a checkpoint: a folder or a hub id. Errors as for the model."""
         folder = find_checkpoint(path)
-        config = LlavaConfig.from_dict(read_config(folder))
+        config, tokenizer = LlavaConfig.from_dict(read_config(folder)), Tokenizer.from_pretrained(folder)
+        ours, theirs = tokenizer.image_token_id, config.image_token_index
+        if ours != theirs:
+            raise ValueError(f"{folder}: <image> is token {ours} for the tokenizer and token {theirs} in config.json")
         settings, template = read_processor_settings(folder)
         side = config.vision_config.image_size
         settings = {"size": {"shortest_edge": side}, "crop_size": side} | settings
         image_processor = ImageProcessor(**known_fields(ImageProcessor, settings))
-        return cls(image_processor, Tokenizer.from_pretrained(folder), config.image_seq_length, template)
+        return cls(image_processor, tokenizer, config.image_seq_length, template)
 
     def __call__(
         self,

@@ -25,9 +25,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from checkpoint import DTYPES, tower_folder, weight_files
+from checkpoint import DTYPES, read_settings, tower_folder, weight_files
 from quantize import put_int8, read_int8
-from tokenizer import read_settings
 
 # A prefix in a file, and what it becomes. All are tried in this order, so that a name can be changed twice.
 RENAME = [
@@ -149,7 +148,7 @@ def survey(model: nn.Module, folder: Path) -> tuple[dict[str, StoredTensor], lis
                 misfits.append(f"{where} is unknown")
             continue
         elif tensor.dtype not in DTYPES:
-            misfits.append(f"{where} is {tensor.dtype}, not floating-point numbers")
+            misfits.append(f"{where} is {tensor.dtype!r}, not floating-point numbers")
         elif tensor.shape != wanted[name].shape:
             misfits.append(f"{where} is {list(tensor.shape)}, but config.json makes it {list(wanted[name].shape)}")
         found[name] = tensor

@@ -12,7 +12,6 @@ written "▁", and a character the vocabulary lacks is spelt in bytes, "<0xE7>".
 Left out: truncation, and training a vocabulary (train.py has sentencepiece do it).
 """
 
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,8 @@ from pathlib import Path
 import sentencepiece
 import torch
 from torch import Tensor
+
+from checkpoint import read_tokenizer_settings
 
 SPACE = "\u2581"  # sentencepiece's visible space, "▁"
 
@@ -29,19 +30,22 @@ class Tokenizer:
 
     def __init__(self, model: bytes, special_tokens: dict[str, int] | None = None, pad_token: str = "<pad>"):
         try:
-            self.sp = sentencepiece.SentencePieceProcessor(model_proto=model)
-        except RuntimeError as error:
+            self.sp = sentencepiece.SentencePieceProcessor(model_proto=model or b"empty")
+            size = self.sp.vocab_size()
+            pieces = self.sp.id_to_piece(list(range(size)))
+            self.special_tokens = {pieces[i]: i for i in range(size) if self.sp.is_control(i)}
+            self.special_tokens |= {self.sp.id_to_piece(self.sp.unk_id()): self.sp.unk_id()}
+        except (RuntimeError, IndexError, UnicodeDecodeError) as error:
             raise ValueError(f"tokenizer.model is not a sentencepiece model ({error})") from error
-        size = self.sp.vocab_size()
-        added = special_tokens or {}
-        if "<image>" not in added:
-            added = added | {"<image>": size, "<pad>": size + 1}
-        self.special_tokens = {self.sp.id_to_piece(i): i for i in range(size) if self.sp.is_control(i)}
-        self.special_tokens |= {self.sp.id_to_piece(self.sp.unk_id()): self.sp.unk_id(), **added}
+        self.bos_token_id, self.eos_token_id = self.sp.bos_id(), self.sp.eos_id()
+        if min(self.bos_token_id, self.eos_token_id) < 0:
+            raise ValueError("tokenizer.model has no <s>, or no </s>")
+        self.special_tokens |= special_tokens or {}
+        if "<image>" not in self.special_tokens:
+            self.special_tokens |= {"<image>": size, "<pad>": size + 1}
         self.special_names = {i: name for name, i in self.special_tokens.items()}
         names = sorted(self.special_tokens, key=len, reverse=True)
         self.special_pattern = re.compile("(" + "|".join(map(re.escape, names)) + ")")
-        self.bos_token_id, self.eos_token_id = self.sp.bos_id(), self.sp.eos_id()
         self.pad_token_id = self.special_tokens.get(pad_token, self.sp.unk_id())
         self.image_token_id = self.special_tokens["<image>"]
         self.padding_side = "left"  # a decoder writes on at the right end, so that end must be text
@@ -51,17 +55,7 @@ class Tokenizer:
         folder = Path(folder)
         if not (folder / "tokenizer.model").is_file():
             raise FileNotFoundError(f"{folder} has no tokenizer.model: copy it there from the original checkpoint")
-        settings = read_settings(folder / "tokenizer_config.json")
-        added = {token["content"]: int(i) for i, token in settings.get("added_tokens_decoder", {}).items()}
-        added = added or read_settings(folder / "added_tokens.json")  # where older checkpoints keep them
-        if not added:
-            tokens = read_settings(folder / "tokenizer.json").get("added_tokens", [])
-            added = {token["content"]: token["id"] for token in tokens}
-        if max(added.values(), default=0) > 2 and "<image>" not in added:  # <unk>, <s> and </s> are always there
-            raise ValueError(f"{folder} has special tokens, but <image> is not one of them")
-        pad = settings.get("pad_token") or "<pad>"
-        pad = pad if isinstance(pad, str) else pad["content"]
-        return cls((folder / "tokenizer.model").read_bytes(), added, pad)
+        return cls((folder / "tokenizer.model").read_bytes(), *read_tokenizer_settings(folder))
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Cut at the special tokens and encode what lies between them, each stretch as a text of its own."""
@@ -118,19 +112,6 @@ class Tokenizer:
             input_ids[row, place] = torch.tensor(ids)
             attention_mask[row, place] = 1
         return input_ids, attention_mask
-
-
-def read_settings(path: Path) -> dict:
-    """A JSON object from an optional file; {} where there is none."""
-    if not path.is_file():
-        return {}
-    try:
-        settings = json.loads(path.read_text("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not valid JSON ({error})") from error
-    if not isinstance(settings, dict):
-        raise ValueError(f"{path} holds a {type(settings).__name__}, not a JSON object")
-    return settings
 
 
 class TextStream:

@@ -1,19 +1,32 @@
-"""The commands as a newcomer runs them: in a process of their own, from another folder."""
+"""The commands: as a newcomer runs them, in a process of their own from another folder, and all that may go wrong."""
 
+import io
+import json
 import os
+import signal
+import struct
 import subprocess
 import sys
 import time
+import zlib
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import transformers
 from PIL import Image
 from reference import reference_model
+from small import small as random_model
 
+import answers
+import command
 import emoji_world
-from command import BUNDLED, run
+import memory
+import save_checkpoint
+from arguments import PROMPT
+from clip import open_image
+from command import BUNDLED, main, run
 from llava import LlavaForConditionalGeneration, LlavaProcessor
 from save_checkpoint import write_tokenizer
 from tokenizer import Tokenizer
@@ -88,27 +101,432 @@ def test_sampling_with_a_seed_repeats():
     assert first == again != other
 
 
+ROCKET = ROOT / "images" / "rocket.jpg"
+
+
+@pytest.fixture
+def ask(capsys, monkeypatch, tmp_path):
+    """The command in this process, in an empty folder: exit code, standard output, standard error."""
+    monkeypatch.chdir(tmp_path)
+
+    def ask(*arguments) -> tuple[int, str, str]:
+        code = main([str(argument) for argument in arguments])
+        return code, *capsys.readouterr()
+
+    return ask
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """A checkpoint of random weights with a context of 200 tokens that never ends an answer by itself."""
+    folder = tmp_path_factory.mktemp("checkpoint") / "small"
+    save_checkpoint.save(*random_model(context=200), folder)
+    return folder
+
+
+# --- Mistakes --------------------------------------------------------------------------------------------------------
+
+
+def refused(done: tuple[int, str, str], *words: str) -> None:
+    code, out, err = done
+    assert (code, out) == (2, "")
+    last = err.splitlines()[-1]
+    assert last.startswith("error: ") and all(word in last for word in words), err
+    assert err.count("error") == 1 and "Traceback" not in err and "Warning" not in err
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
         (["--image", "absent.jpg"], "absent.jpg is not a file"),
         (["--image", ROOT / "README.md"], "cannot be read as a picture"),
+        (["--image", ROCKET, "absent.jpg"], "absent.jpg is not a file"),
+        (["--image"], "--image"),
         (["--model", "nowhere/at/all"], "neither a folder nor a hub id"),
         (["--model", ROOT / "tests"], "has no config.json"),
-        (["--image", ROOT / "images" / "rocket.jpg", "--max-new-tokens", 0], "max_new_tokens"),
-        (["--image", ROOT / "images" / "rocket.jpg", "--temperature", -1], "temperature"),
-        (["--temperature", 1, "--top-p", 7], "top_p"),
-        (["--device", "abacus"], "abacus"),
-        (["--prompt", "<image> where?"], "<image>"),
+        (["--image", ROCKET, "--max-new-tokens", 0], "--max-new-tokens: must be a whole number from 1"),
+        (["--image", ROCKET, "--max-new-tokens", 2.5], "--max-new-tokens"),
+        (["--image", ROCKET, "--temperature", -1], "--temperature: must be a number from 0"),
+        (["--temperature", "nan"], "--temperature"),
+        (["--temperature", "inf"], "--temperature"),
+        (["--temperature", "warm"], "--temperature"),
+        (["--temperature", 1, "--top-p", 7], "--top-p"),
+        (["--top-p", 0], "--top-p"),
+        (["--top-k", -1], "--top-k"),
+        (["--repetition-penalty", 0], "--repetition-penalty"),
+        (["--seed", -1], "--seed"),
+        (["--seed", 2**70], "--seed"),
+        (["--batch-size", 0], "--batch-size"),
+        (["--device", "abacus"], "no device 'abacus'"),
+        (["--device", "cuda:99"], "no device 'cuda:99'"),
+        (["--device", "meta"], "no device 'meta'"),
+        (["--dtype", "float8"], "--dtype: invalid choice: 'float8'"),
+        (["--template", "alpaca"], "--template"),
+        (["--quantize", "int2"], "--quantize"),
+        (["--tempature", 1], "--tempature"),
+        (["--prompt", "<image> where?"], "has <image> 1 times, but the number of pictures is 0"),
+        (["--image", ROCKET, "--prompt", "<image><image>"], "has <image> 2 times, but the number of pictures is 1"),
+        (["--image", ROCKET, ROCKET, "--prompt", "<image>"], "has <image> 1 times, but the number of pictures is 2"),
+        (["--prompt", "word " * 3000], "tokens long, but the context of this model ends at"),
+        (["--image", *[ROCKET] * 40], "tokens long, but the context of this model ends at"),
+        (["--images", "nowhere"], "nowhere"),
+        (["--images", ROCKET], "neither a folder nor a list"),
+        (["--images", ROOT / "tests"], "has no pictures"),
+        (["--images", ROOT, "--image", ROCKET], "--images asks about many pictures"),
+        (["--out", "x.jsonl"], "--out needs --images"),
+        (["--images", ROOT / "images", "--out", ROCKET], "not a file of answers"),
+        (["--images", ROOT / "images", "--out", "no/such/folder/x.jsonl"], "no/such/folder"),
+        (["--chat", "--prompt", "x"], "--chat takes its questions from you"),
     ],
-    ids=str,
+    ids=lambda value: str(value)[:80],
 )
-def test_a_users_mistake_is_one_sentence_and_exit_code_2(arguments, words, tmp_path):
-    done = llava(*arguments, cwd=tmp_path)
-    assert done.returncode == 2
-    assert words in done.stderr.splitlines()[-1]
-    assert "Traceback" not in done.stderr
-    assert done.stdout == ""
+def test_a_users_mistake_is_one_sentence_and_exit_code_2(ask, arguments, words):
+    refused(ask(*arguments), words)
+
+
+def test_a_mistake_is_exit_code_2_in_a_process_of_its_own(tmp_path):
+    done = llava("--image", "absent.jpg", cwd=tmp_path)
+    refused((done.returncode, done.stdout, done.stderr), "absent.jpg is not a file")
+
+
+# --- Pictures --------------------------------------------------------------------------------------------------------
+
+GREY = Image.linear_gradient("L").resize((60, 40))
+COLOUR = Image.merge("RGB", (GREY, GREY.transpose(0), GREY.transpose(1)))
+KINDS = {
+    "rgba.png": COLOUR.convert("RGBA"),
+    "la.png": GREY.convert("LA"),
+    "palette.png": COLOUR.convert("P"),
+    "1-bit.png": GREY.convert("1"),
+    "grey.jpg": GREY,
+    "cmyk.jpg": COLOUR.convert("CMYK"),
+    "16-bit.png": Image.fromarray(np.asarray(GREY, np.uint16) * 257),
+    "floats.tiff": GREY.convert("F"),
+    "a.webp": COLOUR,
+    "a.bmp": COLOUR,
+    "a.tiff": COLOUR,
+    "animated.gif": COLOUR,
+    "a-pixel.png": COLOUR.resize((1, 1)),
+    "wide.png": COLOUR.resize((5000, 1)),
+    "tall.png": COLOUR.resize((1, 5000)),
+}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_pictures_of_every_kind_are_answered(ask, small, tmp_path, name):
+    more = {"save_all": True, "append_images": [COLOUR.transpose(0)]} if "animated" in name else {}
+    KINDS[name].save(tmp_path / name, **more)
+    code, out, err = ask("--model", small, "--image", name, "--max-new-tokens", 2)
+    assert (code, err) == (0, "") and out.endswith("\n")
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_picture_on_its_side_is_answered_as_the_upright_one(ask, small, tmp_path, orientation):
+    exif, way = Image.Exif(), Image.Transpose
+    exif[0x0112] = orientation
+    back = [None, way(0), way(3), way(1), way(5), way(2), way(6), way(4)][orientation - 1]  # inverse of exif_transpose
+    (COLOUR if back is None else COLOUR.transpose(back)).save(tmp_path / "phone.png", exif=exif)
+    COLOUR.save(tmp_path / "upright.png")
+    assert np.array_equal(open_image(tmp_path / "phone.png"), COLOUR)
+    said = {ask("--model", small, "--image", tmp_path / f"{name}.png")[:2] for name in ("phone", "upright")}
+    assert len(said) == 1
+
+
+def bomb() -> bytes:
+    """A picture of a few bytes that says it is 60,000 x 60,000."""
+    file = io.BytesIO()
+    GREY.save(file, "PNG")
+    header = b"IHDR" + struct.pack(">II", 60_000, 60_000) + file.getvalue()[24:29]
+    return file.getvalue()[:12] + header + struct.pack(">I", zlib.crc32(header)) + file.getvalue()[33:]
+
+
+BROKEN = {
+    "empty.jpg": b"",
+    "truncated.jpg": ROCKET.read_bytes()[:3000],
+    "text.jpg": b"this is not a picture",
+    "drawing.svg": b'<svg xmlns="http://www.w3.org/2000/svg"><circle r="9"/></svg>',
+    "bomb.png": bomb(),
+    "folder.jpg": None,
+    "missing.jpg": None,
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_what_is_not_a_picture_is_one_sentence(ask, tmp_path, name):
+    if name == "folder.jpg":
+        (tmp_path / name).mkdir()
+    elif name != "missing.jpg":
+        (tmp_path / name).write_bytes(BROKEN[name])
+    refused(ask("--image", name), name)
+
+
+# --- Prompts, and what the answer looks like -------------------------------------------------------------------------
+
+
+def asked(ask, small, *arguments) -> dict:
+    """The line that --json prints, with the prompt as it went to the model."""
+    code, out, err = ask("--model", small, "--json", "--max-new-tokens", 3, *arguments)
+    assert code == 0 and out.count("\n") == 1, err
+    return json.loads(out)
+
+
+def test_json_is_one_line_with_text_counts_and_seconds(ask, small):
+    record = asked(ask, small, "--image", ROCKET, "--prompt", "Why?")
+    assert set(record) == {"image", "prompt", "text", "prompt_tokens", "completion_tokens", "finish_reason", "seconds"}
+    assert (record["image"], record["prompt"], record["finish_reason"]) == (str(ROCKET), "Why?", "length")
+    processor = LlavaProcessor.from_pretrained(small)
+    inputs = processor(Image.open(ROCKET), "USER: <image>\nWhy? ASSISTANT:")
+    assert (record["prompt_tokens"], record["completion_tokens"]) == (inputs.input_ids.shape[1], 3)
+    assert 0 < record["seconds"] < 60
+
+
+def test_several_pictures_are_in_one_prompt_in_order(ask, small, monkeypatch):
+    prompts, call = [], LlavaProcessor.__call__
+    watched = lambda self, images=None, text=None, **more: prompts.append((images, text)) or call(  # noqa: E731
+        self, images, text, **more
+    )
+    monkeypatch.setattr(LlavaProcessor, "__call__", watched)
+    owl = ROOT / "images" / "owl-and-key.jpg"
+    for arguments in (["--image", ROCKET, owl], ["--image", ROCKET, "--image", owl]):
+        record = asked(ask, small, *arguments, "--prompt", "Both?")
+        assert record["image"] == [str(ROCKET), str(owl)]
+    options = ["--template", "v1", "--system", "Be kind."]
+    asked(ask, small, "--image", ROCKET, owl, "--prompt", "Is <image> in <image>?", *options)
+    asked(ask, small, "--prompt", "Why?", "--template", "plain")
+    (images, one), (_, same), (_, placed), (none, plain) = prompts
+    assert [image.tobytes() for image in images] == [open_image(path).tobytes() for path in (ROCKET, owl)]
+    assert one == same == ["USER: <image>\n<image>\nBoth? ASSISTANT:"]
+    assert placed == ["Be kind. USER: Is <image> in <image>? ASSISTANT:"]
+    assert (none, plain) == (None, ["Why?"])
+
+
+def test_a_prompt_comes_from_standard_input(ask, small, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("What\nis it?\n"))
+    assert asked(ask, small, "--prompt", "-")["prompt"] == "What\nis it?"
+    refused(ask("--prompt", "-"), "standard input has no prompt")
+    for given, wanted in ((b"Why?\n", "Why?"), (b"", PROMPT), (b"\xff?", "\ufffd?")):
+        reading, writing = os.pipe()
+        os.write(writing, given)
+        os.close(writing)
+        with open(reading, encoding="utf-8") as pipe:
+            monkeypatch.setattr("sys.stdin", pipe)
+            assert asked(ask, small)["prompt"] == wanted
+            assert asked(ask, small, "--prompt", "given")["prompt"] == "given"
+
+
+@pytest.mark.parametrize("prompt", ["", "生活 🤗", "e\u0301\u200b\0\ufeff", "</s><s><pad>", "\udcff half", "\x1b[31m"])
+def test_any_text_is_answered(ask, small, prompt):
+    assert asked(ask, small, "--prompt", prompt)["completion_tokens"] == 3
+
+
+def test_flags_that_choose_words(ask, small):
+    said = lambda *arguments: asked(ask, small, "--prompt", "x", "--max-new-tokens", 12, *arguments)["text"]  # noqa: E731
+    greedy = said()
+    assert said("--temperature", 5, "--top-k", 1) == said("--temperature", 5, "--top-p", 1e-6) == greedy
+    one, again, other = (said("--temperature", 5, "--top-k", 0, "--seed", seed) for seed in (1, 1, 2))
+    assert one == again != other
+    different = said("--repetition-penalty", 50).split()
+    assert len(set(different)) == len(different) == 12
+    words = greedy.split()
+    assert said("--stop", "never said", "--stop", f" {words[2]}").split() == words[: words.index(words[2], 1) + 1]
+
+
+def test_the_contexts_end_stops_the_answer_and_says_so(ask, small):
+    code, out, err = ask("--model", small, "--prompt", "x", "--max-new-tokens", 1000)
+    assert code == 0 and out and err.count("the context of 200 tokens is full") == 1
+    record = json.loads(ask("--model", small, "--prompt", "x", "--max-new-tokens", 1000, "--json")[1])
+    assert record["prompt_tokens"] + record["completion_tokens"] == 200
+    assert record["finish_reason"] == "context"
+
+
+def test_help_shows_ten_options_first(capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["--help"])
+    first, rest = capsys.readouterr().out.split("what most people need:")[1].split("the rest:")
+    assert (end.value.code, first.count("\n  --")) == (0, 10)
+    for flag in ("--temperature", "--top-p", "--top-k", "--repetition-penalty", "--max-new-tokens", "--stop", "--seed"):
+        assert flag in first + rest
+
+
+# --- Many pictures ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Five pictures, one of them broken, and what is not one."""
+    (tmp_path / "pictures").mkdir()
+    for i, name in enumerate(["e.png", "b.jpg", "c.webp", "d.PNG"]):
+        COLOUR.rotate(20 * i).save(tmp_path / "pictures" / name)
+    (tmp_path / "pictures" / "a.jpg").write_bytes(b"broken")
+    (tmp_path / "pictures" / "notes.txt").write_text("mine")
+    (tmp_path / "pictures" / "._b.jpg").write_text("a Mac's")
+    return tmp_path / "pictures"
+
+
+def test_a_folder_is_answered_in_batches_and_one_by_one_alike(ask, small, folder):
+    options = ["--model", small, "--max-new-tokens", 5, "--dtype", "float32"]
+    code, out, err = ask("--images", folder, "--batch-size", 3, *options)
+    records = [json.loads(line) for line in out.splitlines()]
+    assert [Path(record["image"]).name for record in records] == ["a.jpg", "b.jpg", "c.webp", "d.PNG", "e.png"]
+    assert "cannot be read" in records[0]["error"] and "text" not in records[0]
+    assert code == 2 and "1 of 5 have no answer" in err
+    for record in records[1:]:
+        one = json.loads(ask("--image", record["image"], "--json", *options)[1])
+        assert one | {"seconds": 0} == record | {"seconds": 0}
+
+
+def test_prompts_of_different_lengths_in_a_list(ask, small, folder, tmp_path):
+    questions = [{"image": "pictures/b.jpg", "prompt": "Why?"}, {"image": ["pictures/b.jpg", "pictures/c.webp"]}]
+    questions += [{"image": [], "prompt": "No picture at all, and many words?"}]
+    lines = ["pictures/e.png", "", *map(json.dumps, questions), "pictures/e.png"]
+    (tmp_path / "list.txt").write_text("\n".join(lines))
+    options = ["--model", small, "--max-new-tokens", 5, "--dtype", "float32"]
+    code, out, err = ask("--images", "list.txt", "--prompt", "What?", *options)
+    records = [json.loads(line) for line in out.splitlines()]
+    assert code == 0, err
+    assert [(record["image"], record["prompt"]) for record in records] == [
+        ("pictures/e.png", "What?"),
+        ("pictures/b.jpg", "Why?"),
+        (["pictures/b.jpg", "pictures/c.webp"], "What?"),
+        ([], "No picture at all, and many words?"),
+    ]
+    for record in records:
+        images = ["--image", *[record["image"]]] if isinstance(record["image"], str) else ["--image", *record["image"]]
+        images = images if len(images) > 1 else []
+        one = json.loads(ask(*images, "--prompt", record["prompt"], "--json", *options)[1])
+        assert [one[key] for key in ("text", "prompt_tokens")] == [record[key] for key in ("text", "prompt_tokens")]
+
+
+def test_one_question_too_long_does_not_stop_the_others(ask, small, folder, tmp_path):
+    prompts = ["Why?", "word " * 300, "<image><image>", "How?"]
+    questions = [{"image": "pictures/b.jpg", "prompt": prompt} for prompt in prompts]
+    (tmp_path / "list.txt").write_text("\n".join(map(json.dumps, questions)))
+    code, out, err = ask("--model", small, "--images", "list.txt", "--max-new-tokens", 2)
+    said = [json.loads(line).get("error", "answered")[-40:] for line in out.splitlines()]
+    assert (said[0], said[3]) == ("answered", "answered")
+    assert "context of this model ends at 200" in said[1] and "number of pictures is 1" in said[2]
+    assert code == 2 and "2 of 4 have no answer" in err
+
+
+LINES = ['{"image"', "{}", '{"image": 5}', '{"image": ["a", 5]}', '{"image": "a", "prompt": 1}']
+
+
+@pytest.mark.parametrize("line", LINES)
+def test_a_broken_list_is_named_with_its_line(ask, tmp_path, line):
+    (tmp_path / "list.jsonl").write_text(f"a.jpg\n{line}\n")
+    refused(ask("--images", "list.jsonl"), "list.jsonl, line 2")
+
+
+def test_a_run_that_was_stopped_goes_on(ask, small, folder, monkeypatch):
+    (folder / "a.jpg").unlink()
+    options = ["--model", small, "--images", folder, "--out", "out.jsonl", "--batch-size", 1, "--max-new-tokens", 3]
+    asked_about, real = [], answers.ask
+
+    def stopped(*arguments):
+        if len(asked_about) == 2:
+            raise KeyboardInterrupt
+        asked_about.append(arguments[2])
+        return real(*arguments)
+
+    monkeypatch.setattr(answers, "ask", stopped)
+    assert ask(*options)[:2] == (130, "")
+    assert len(Path("out.jsonl").read_text().splitlines()) == 2  # what was answered is there
+    with open("out.jsonl", "a") as out:
+        out.write('{"image": "half a li')
+    monkeypatch.setattr(answers, "ask", lambda *arguments: asked_about.append(arguments[2]) or real(*arguments))
+    code, out, err = ask(*options)
+    assert (code, out) == (0, "") and "2 of 4 are answered already" in err
+    records = [json.loads(line) for line in Path("out.jsonl").read_text().splitlines()]
+    assert [Path(record["image"]).name for record in records] == ["b.jpg", "c.webp", "d.PNG", "e.png"]
+    assert len(asked_about) == 4
+    with monkeypatch.context() as patch:
+        patch.setattr(command, "load", lambda *_: pytest.fail("loaded for nothing"))
+        assert "4 of 4 are answered already" in ask(*options)[2]
+    assert ask(*options, "--prompt", "Another?")[0] == 0
+    assert len(Path("out.jsonl").read_text().splitlines()) == 8
+
+
+def test_a_file_that_is_not_ours_is_left_alone(ask, small, folder):
+    for content in ("my notes", "my notes\n", '{"image": "x"}\n', "[1]\n", "\xff\n"):
+        Path("out.jsonl").write_text(content)
+        refused(ask("--model", small, "--images", folder, "--out", "out.jsonl"), "not a file of answers")
+        assert Path("out.jsonl").read_text() == content
+
+
+def test_a_progress_bar_on_a_terminal(ask, small, folder, monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    (folder / "a.jpg").unlink()
+    options = ["--model", small, "--images", folder, "--batch-size", 2, "--max-new-tokens", 2]
+    for arguments, bars in (([*options, "--out", "x.jsonl"], 3), (options, 3)):
+        terminal = Terminal()
+        monkeypatch.setattr("sys.stderr", terminal)
+        assert ask(*arguments)[0] == 0
+        assert terminal.getvalue().count("\r[") == bars
+        assert "2/4" in terminal.getvalue() and terminal.getvalue().endswith("4/4, 0 s left \n")
+
+
+# --- Endings ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["a closed pipe", "Ctrl-C"])
+def test_it_ends_quietly(small, tmp_path, how):
+    text = json.loads((small / "config.json").read_text())
+    text["text_config"]["max_position_embeddings"] = 10**6  # it would answer for minutes
+    for file in small.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "config.json").write_text(json.dumps(text))
+    arguments = ["--model", tmp_path, "--prompt", "x", "--max-new-tokens", "100000", "--temperature", "5"]
+    arguments = [sys.executable, ROOT / "llava.py", *arguments]
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout.read(1)
+        if how == "Ctrl-C":
+            process.send_signal(signal.SIGINT)
+        process.stdout.close()
+        err = process.stderr.read().decode()
+        assert process.wait(60) == 130
+    assert err == "No picture given: the prompt is answered by itself.\n"
+
+
+def test_an_error_of_several_lines_is_said_in_one(capsys):
+    def work():
+        raise ValueError("one\n  two")
+
+    assert (run(work), capsys.readouterr().err) == (2, "error: one two\n")
+
+
+def test_what_cannot_fit_is_said_before_loading(ask, small, monkeypatch):
+    settings = command.read_config(small)
+    needs = {
+        (dtype, how): memory.needed_bytes(settings, dtype, how, 0)
+        for dtype in (torch.float32, torch.bfloat16)
+        for how in (None, "int8")
+    }
+    sizes = {name: needs[name] - memory.ALSO for name in needs}
+    assert sizes[torch.float32, None] == 2 * sizes[torch.bfloat16, None] == 4 * sum(
+        parameter.numel() for parameter in LlavaForConditionalGeneration.from_pretrained(small).parameters()
+    )
+    assert sizes[torch.bfloat16, "int8"] < sizes[torch.bfloat16, None]
+    monkeypatch.setattr(LlavaForConditionalGeneration, "from_pretrained", lambda *_: pytest.fail("it was loaded"))
+    whole, half, eighth = needs[torch.float32, None], needs[torch.bfloat16, None], needs[torch.bfloat16, "int8"]
+    arguments = ["--model", small, "--prompt", "x", "--device", "cpu", "--dtype", "float32"]
+    for free, words in (
+        (whole - 1, "--dtype bfloat16 needs"),
+        (half - 1, "--dtype bfloat16 --quantize int8 needs"),
+        (eighth - 1, "no flag makes it fit"),
+    ):
+        monkeypatch.setattr(memory, "free_bytes", lambda device, free=free: free)
+        refused(ask(*arguments), "this model needs 0.3 GB of memory in float32", "GB free", words)
+    monkeypatch.setattr(memory, "free_bytes", lambda device: half - 1)
+    refused(ask(*arguments, "--dtype", "bfloat16"), ": --quantize int8 needs")
+    refused(ask(*arguments, "--dtype", "float16"), ": --quantize int8 needs")
+
+
+def test_free_memory_is_a_sensible_number():
+    free = memory.free_bytes("cpu")
+    assert free is None or 1e8 < free < 1e14
 
 
 @pytest.mark.parametrize("error", [MemoryError, torch.OutOfMemoryError])

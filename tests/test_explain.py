@@ -204,9 +204,9 @@ def test_a_page_that_cannot_be_finished_leaves_the_old_one(tmp_path, monkeypatch
 
 def test_numbers_that_are_not_finite_are_told(tmp_path):
     model, processor = LlavaForConditionalGeneration.from_pretrained(BUNDLED), LlavaProcessor.from_pretrained(BUNDLED)
-    model.lm_head.weight.data.fill_(torch.nan)
     watch = Recorder(model)
     watch.generate(**processor(text="<image>", images=Image.open(PICTURE)), max_new_tokens=2)
+    model.lm_head.weight.data.fill_(torch.nan)
     with pytest.raises(ValueError, match="not finite"):
         explain.write(str(tmp_path / "page.html"), watch, processor, Image.open(PICTURE), ("picture", "model"))
     assert not list(tmp_path.iterdir())

@@ -25,6 +25,10 @@ OURS = {
     "kernels",
     "load_weights",
     "quantize",
+    "memory",
+    "answers",
+    "arguments",
+    "chat",
     "command",
     "save_checkpoint",
     "emoji_world",
@@ -36,16 +40,20 @@ OURS = {
 # a module -> which of ours it may import; what is not named here may use everything
 MAY_IMPORT = {
     "clip": {"kernels"},
-    "checkpoint": {"tokenizer"},
-    "tokenizer": set(),
+    "checkpoint": set(),
+    "tokenizer": {"checkpoint"},
     "text_watcher": {"tokenizer"},
     "llama": {"clip", "kernels"},
     "decode_graph": {"kernels"},
     "generate": {"llama", "tokenizer", "text_watcher", "decode_graph"},
     "quantize": {"kernels", "llama"},
-    "load_weights": {"checkpoint", "quantize", "tokenizer"},
-    "explain": {"generate", "tokenizer"},
+    "load_weights": {"checkpoint", "quantize"},
     "llava": {"clip", "checkpoint", "tokenizer", "kernels", "llama", "generate", "load_weights"},
+    "explain": {"generate", "tokenizer"},
+    "chat": {"clip", "generate", "llama", "text_watcher"},
+    "answers": {"clip", "generate"},
+    "arguments": {"tokenizer"},
+    "memory": {"llava", "quantize"},
 }
 KERNELS = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("kernels/*.py"))
 FILES = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("*.py")) + KERNELS

@@ -1,0 +1,208 @@
+"""Answers for the command: one to the terminal, or one for each of many pictures, a line of JSON each.
+
+An answer's line, with the names that other programs for language models use:
+
+    {"image": "a.jpg", "prompt": "What is it?", "text": "A cat.", "prompt_tokens": 84, "completion_tokens": 4,
+     "finish_reason": "stop", "seconds": 0.61}
+
+`finish_reason` is "length" where --max-new-tokens ended the answer and "context" where the model's context was full.
+`seconds` is an answer's share of its batch's. A picture that does not open has a line with "error" instead.
+"""
+
+import json
+import os
+import sys
+import time
+from argparse import Namespace
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from PIL import Image
+
+from clip import open_image
+from generate import GenerationConfig
+
+
+@dataclass
+class Answer:
+    text: str
+    prompt_tokens: int
+    completion_tokens: int  # the end token counted in
+    finish_reason: str  # stop, length or context
+    seconds: float
+
+
+def sampling(args: Namespace) -> dict:
+    """The command's flags as options of generate."""
+    names = ("max_new_tokens", "top_p", "top_k", "repetition_penalty")
+    chosen = {name: getattr(args, name) for name in names}
+    return chosen | {"do_sample": args.temperature != 0, "temperature": args.temperature or None}
+
+
+def check_places(prompt: str, pictures: int) -> None:
+    if "<image>" in prompt and prompt.count("<image>") != pictures:
+        times = prompt.count("<image>")
+        raise ValueError(f"the prompt has <image> {times} times, but the number of pictures is {pictures}")
+
+
+def render(processor, prompt: str, pictures: int, system: str | None) -> str:
+    """One question as the checkpoint's prompt; pictures that it does not place itself with <image> come first."""
+    content = [{"type": "image"}] * (pictures - prompt.count("<image>")) + [{"type": "text", "text": prompt}]
+    messages = [{"role": "system", "content": system}] * (system is not None) + [{"role": "user", "content": content}]
+    return processor.apply_chat_template(messages, add_generation_prompt=True)
+
+
+def ask(
+    model, processor, questions: list[tuple[list[Image.Image], str]], args: Namespace, streamer: Callable | None = None
+) -> list[Answer]:
+    """Answer some questions, each pictures and a prompt, in one batch."""
+    start = time.monotonic()
+    prompts = [render(processor, prompt, len(images), args.system) for images, prompt in questions]
+    images = [image for images, _ in questions for image in images]
+    inputs = processor(text=prompts, images=images or None, padding=True).to(model.device)
+    T, context = inputs.input_ids.shape[1], model.config.text_config.max_position_embeddings
+    if T >= context:
+        raise ValueError(f"the prompt is {T} tokens long, but the context of this model ends at {context}")
+    options = sampling(args)
+    options["max_new_tokens"] = limit = min(args.max_new_tokens, context - T)
+    extra = {"tokenizer": processor.tokenizer, "stop_strings": args.stop, "streamer": streamer}
+    ids = model.generate(**inputs, seed=args.seed, **options, **extra)[:, T:]
+    seconds = (time.monotonic() - start) / len(questions)
+
+    config = GenerationConfig.merged(model.generation_config, options)
+    eos = {config.eos_token_id} if isinstance(config.eos_token_id, int) else set(config.eos_token_id)
+    answers = []
+    for row, n_prompt in zip(ids.tolist(), inputs.attention_mask.sum(-1).tolist(), strict=True):
+        end = next((i + 1 for i, token in enumerate(row) if token in eos), len(row))
+        text = processor.decode(row[:end], skip_special_tokens=True)
+        stopped = row[end - 1] in eos or any(stop in text for stop in args.stop or ())
+        reason = "stop" if stopped else "context" if limit == context - T else "length"
+        answers.append(Answer(text, n_prompt, end, reason, round(seconds, 3)))
+    return answers
+
+
+def line(paths: list[str], prompt: str, answer: Answer | None = None, error: Exception | None = None) -> str:
+    record = {"image": paths[0] if len(paths) == 1 else paths, "prompt": prompt}
+    record |= asdict(answer) if answer else {"error": str(error)}
+    return json.dumps(record, ensure_ascii=False)
+
+
+def answer_one(model, processor, images: list[Image.Image], args: Namespace) -> None:
+    """Print the answer as it is made, or with --json as a line when it is there."""
+    streamer = None if args.json else lambda text: print(text, end="", flush=True)
+    (answer,) = ask(model, processor, [(images, args.prompt)], args, streamer)
+    print(line(args.image, args.prompt, answer) if args.json else "")
+    if answer.finish_reason == "context":
+        context = model.config.text_config.max_position_embeddings
+        print(f"The answer stops here: the context of {context} tokens is full.", file=sys.stderr)
+
+
+# --- Many pictures ---------------------------------------------------------------------------------------------------
+
+Question = tuple[tuple[str, ...], str]  # paths of pictures, prompt
+
+
+def read_questions(source: Path, prompt: str) -> list[Question]:
+    """A folder's pictures, or a list: a path a line, or {"image": path or list of paths, "prompt": "..."} a line."""
+    if source.is_dir():
+        known = Image.registered_extensions()
+        names = [file for file in sorted(source.iterdir()) if file.suffix.lower() in known and file.name[0] != "."]
+        questions = [((str(file),), prompt) for file in names]
+    else:
+        try:
+            lines = source.read_text("utf-8-sig").splitlines()
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{source} is neither a folder nor a list of pictures, a path a line") from error
+        numbered = [(i, text.strip()) for i, text in enumerate(lines, 1)]
+        questions = [read_question(f"{source}, line {i}", text, prompt) for i, text in numbered if text]
+    if not questions:
+        raise ValueError(f"{source} has no pictures")
+    return list(dict.fromkeys(questions))
+
+
+def read_question(where: str, text: str, prompt: str) -> Question:
+    if not text.startswith("{"):
+        return (text,), prompt
+    try:
+        record = json.loads(text)
+        paths, prompt = record["image"], record.get("prompt", prompt)
+    except (ValueError, KeyError, RecursionError) as error:
+        raise ValueError(f'{where} is not {{"image": "...", "prompt": "..."}}') from error
+    paths = [paths] if isinstance(paths, str) else paths
+    if not isinstance(paths, list) or not all(isinstance(text, str) for text in (*paths, prompt)):
+        raise ValueError(f'{where}: "image" must be a path or a list of paths, and "prompt" a text')
+    return tuple(paths), prompt
+
+
+def answered(out: Path) -> set[Question]:
+    """The questions of the lines that a results file has. Half a line, left by a run that was killed, is cut off."""
+    if not out.exists():
+        return set()
+    content = out.read_bytes()
+    whole = content.rfind(b"\n") + 1
+    try:
+        records = [json.loads(text) for text in content[:whole].splitlines()]
+        pairs = [(record["image"], record["prompt"]) for record in records]
+        done = {((image,) if isinstance(image, str) else tuple(image), prompt) for image, prompt in pairs}
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise ValueError(f"{out} is there, and not a file of answers: give --out another name") from error
+    if content[whole:] and not content[whole:].startswith(b"{"):
+        raise ValueError(f"{out} is there, and not a file of answers: give --out another name")
+    os.truncate(out, whole)
+    return done
+
+
+def unanswered(questions: list[Question], out: Path | None) -> list[Question]:
+    done = set() if out is None else answered(out)
+    left = [question for question in questions if question not in done]
+    if len(left) < len(questions):
+        print(f"{len(questions) - len(left)} of {len(questions)} are answered already.", file=sys.stderr)
+    return left
+
+
+def progress(done: int, total: int, begun: float, show: bool) -> None:
+    if show:
+        bar, left = "#" * (30 * done // total), (time.monotonic() - begun) / max(done, 1) * (total - done)
+        end = "\n" if done == total else ""
+        print(f"\r[{bar:<30}] {done}/{total}, {left:.0f} s left ", end=end, file=sys.stderr, flush=True)
+
+
+def lines_of(batch: list[Question], model, processor, args: Namespace) -> Iterator[tuple[str, bool]]:
+    """The lines for a batch, in its order, and whether each is an answer."""
+    opened, errors, answers = {}, {}, {}
+    for question in batch:
+        try:
+            check_places(question[1], len(question[0]))
+            opened[question] = ([open_image(path) for path in question[0]], question[1])
+        except (OSError, ValueError) as error:
+            errors[question] = error
+    try:
+        if opened:
+            answers = dict(zip(opened, ask(model, processor, list(opened.values()), args), strict=True))
+    except ValueError:  # a prompt too long, say: the others need not suffer for it
+        for question, asked in opened.items():
+            try:
+                (answers[question],) = ask(model, processor, [asked], args)
+            except ValueError as error:
+                errors[question] = error
+    for question in batch:
+        paths, prompt = list(question[0]), question[1]
+        yield line(paths, prompt, answers.get(question), errors.get(question)), question in answers
+
+
+def answer_many(model, processor, left: list[Question], args: Namespace) -> None:
+    """Answer batch by batch; each answer is in the file as soon as its batch is done."""
+    failed, begun = 0, time.monotonic()
+    show = sys.stderr.isatty() and not (args.out is None and sys.stdout.isatty())
+    with nullcontext(sys.stdout) if args.out is None else open(args.out, "a", encoding="utf-8") as out:
+        for first in range(0, len(left), args.batch_size):
+            progress(first, len(left), begun, show)
+            for text, good in lines_of(left[first : first + args.batch_size], model, processor, args):
+                out.write(text + "\n")
+                failed += not good
+            out.flush()
+        progress(len(left), len(left), begun, show)
+    if failed:
+        raise ValueError(f'{failed} of {len(left)} have no answer: their lines say why ("error")')

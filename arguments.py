@@ -1,0 +1,94 @@
+"""What can be said behind `python llava.py`: the flags, their ranges, and the prompt, which may come down a pipe."""
+
+import argparse
+import os
+import stat
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+from tokenizer import TEMPLATES
+
+BUNDLED = Path(__file__).parent / "checkpoints" / "tiny-llava"
+PROMPT = "Describe the picture."
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        raise ValueError(f"{message} (--help says what there is)")
+
+
+def number(kind: type, low: float, high: float) -> Callable:
+    def convert(text: str):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = None
+        if value is None or not low <= value <= high:  # not a number is not in the range either
+            what = "a whole number" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"must be {what} from {low} to {high}, not {text}")
+        return value
+
+    return convert
+
+
+def add_first_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("what most people need").add_argument
+    add("--image", nargs="+", action="extend", default=[], metavar="PATH", help="pictures for one answer, in order")
+    add("--prompt", metavar="TEXT", help=f"what to ask; - reads standard input, as does a pipe (default: {PROMPT})")
+    add("--chat", action="store_true", help="a conversation, about the pictures of --image or those you show there")
+    add("--images", type=Path, metavar="PATH", help="a folder, or a list of pictures in a file: an answer for each")
+    add("--out", type=Path, metavar="FILE", help="with --images: where the answers go, as JSON lines; resumes")
+    add("--model", default=BUNDLED, metavar="PATH", help="checkpoint folder or hub id (default: the bundled tiny one)")
+    add("--max-new-tokens", type=number(int, 1, 10**9), default=256, metavar="N", help="longest answer (default: 256)")
+    add("--temperature", type=number(float, 0, 1e4), default=0.0, metavar="T", help="0: likeliest word; 1: by chance")
+    add("--dtype", choices=["auto", "float32", "float16", "bfloat16"], default="auto", help="default: the fast one")
+    add("--quantize", choices=["int8"], help="the decoder's weights in a byte each: half the memory of bfloat16")
+
+
+def add_other_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("the rest").add_argument
+    add("--device", default="auto", help="auto, cpu, cuda or mps (default: auto, the fastest there is)")
+    add("--top-p", type=number(float, 1e-9, 1), default=1.0, metavar="P", help="sample among words with P together")
+    add("--top-k", type=number(int, 0, 10**9), default=50, metavar="K", help="sample among K words, 0 for all (50)")
+    add("--repetition-penalty", type=number(float, 0.01, 100), default=1.0, metavar="R", help="above 1: repeat less")
+    add("--seed", type=number(int, 0, 2**63 - 1), metavar="N", help="when sampling: the same seed, the same answer")
+    add("--stop", action="append", metavar="TEXT", help="end the answer behind this text; may be given several times")
+    add("--template", choices=TEMPLATES, help="how the prompt is written (default: as the checkpoint says)")
+    add("--system", metavar="TEXT", help="an instruction that opens the conversation, instead of the template's")
+    add("--json", action="store_true", help="a line of JSON for an answer: text, token counts, seconds")
+    add("--explain", metavar="FILE", help="also write an HTML page that shows where each word of the answer looked")
+    add("--kernels", choices=["auto", "triton", "torch"], default="auto", help="on a GPU: Triton's or plain PyTorch's")
+    add("--batch-size", type=number(int, 1, 10**4), default=8, metavar="N", help="with --images (default: 8)")
+    add("-h", "--help", action="help", help="show this and end")
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    usage = "python llava.py --image PATH [--prompt TEXT] [more of what is below]"
+    parser = Parser(usage=usage, description="Ask LLaVA about pictures.", add_help=False, allow_abbrev=False)
+    add_first_options(parser)
+    add_other_options(parser)
+    args = parser.parse_args(argv)
+    if args.images and (args.image or args.chat):
+        parser.error("--images asks about many pictures one by one, without --image and --chat")
+    if args.out and not args.images:
+        parser.error("--out needs --images")
+    if args.chat and (args.prompt or args.json):
+        parser.error("--chat takes its questions from you, without --prompt and --json")
+    if args.explain is not None and (args.chat or args.images):
+        parser.error("--explain is for one answer about one picture, without --chat and --images")
+    args.prompt = None if args.chat else read_prompt(args.prompt)
+    return args
+
+
+def read_prompt(given: str | None) -> str:
+    """The prompt given, or standard input where it is "-" or where nothing is given and a pipe comes in."""
+    with suppress(OSError, ValueError, AttributeError):  # there may be no standard input at all
+        if given is None and stat.S_ISFIFO(os.fstat(sys.stdin.fileno()).st_mode):
+            given = sys.stdin.read().strip() or None
+    if given == "-":
+        given = sys.stdin.read().strip()
+        if not given:
+            raise ValueError("standard input has no prompt")
+    return PROMPT if given is None else given.encode("utf-8", "surrogatepass").decode("utf-8", "replace")
