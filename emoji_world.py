@@ -349,9 +349,9 @@ def facts_beside(truth: dict, rng: random.Random) -> list[Fact]:
     if known:
         one, side, other = rng.choice(known)
         said = f"the {one} is {BESIDE[side]} the {other}."
-        for asked, yes_or_no in ((side, "Yes"), (OPPOSITE[side], "No")):
+        for asked, yes_or_no in ((side, "yes"), (OPPOSITE[side], "no")):
             filling = {"name": one, "side": BESIDE[asked], "other": other}
-            found.append((f"is beside:{asked}:{one}:{other}", filling, f"{yes_or_no}, {said}", yes_or_no))
+            found.append((f"is beside:{asked}:{one}:{other}", filling, f"{yes_or_no.capitalize()}, {said}", yes_or_no))
     rng.shuffle(found)
     return found[:3]
 

@@ -23,6 +23,7 @@ import argparse
 import csv
 import hashlib
 import io
+import logging
 import math
 import os
 import random
@@ -148,7 +149,7 @@ STAGES = [
         ("multi_modal_projector", "language_model", "lm_head"),
         World.conversations,
         NextTokenLoss,
-        steps=3000,
+        steps=12000,
         batch=16,
         lr=3e-4,
     ),
@@ -213,6 +214,7 @@ def run_stage(
     if first:
         optimizer.load_state_dict(state["optimizer"])
     if place.compile:
+        torch._logging.set_logs(dynamo=logging.ERROR)  # or it would tell at length that it cannot compile int(sum)
         objective.compile(dynamic=True)
     parallel = DistributedDataParallel(objective) if dist.is_initialized() else objective
     steps = Steps(data, stage.batch, first, stage.steps, place.rank, world_size(), place.pieces(stage))
