@@ -2,8 +2,8 @@
 
 An answer's line, with the names that other programs for language models use:
 
-    {"image": "a.jpg", "prompt": "What is it?", "text": "A cat.", "prompt_tokens": 84, "completion_tokens": 4,
-     "finish_reason": "stop", "seconds": 0.61}
+    {"model": "tiny-llava", "image": "a.jpg", "prompt": "What is it?", "text": "A cat.", "prompt_tokens": 84,
+     "completion_tokens": 4, "finish_reason": "stop", "seconds": 0.61}
 
 `finish_reason` is "length" where --max-new-tokens ended the answer and "context" where the model's context was full.
 `seconds` is an answer's share of its batch's. A picture that does not open has a line with "error" instead.
@@ -83,9 +83,9 @@ def ask(
     return answers
 
 
-def line(paths: list[str], prompt: str, answer: Answer | None = None, error: Exception | None = None) -> str:
-    record = {"image": paths[0] if len(paths) == 1 else paths, "prompt": prompt}
-    record |= asdict(answer) if answer else {"error": str(error)}
+def line(model: str, paths: list[str], prompt: str, said: Answer | Exception) -> str:
+    record = {"model": Path(model).name, "image": paths[0] if len(paths) == 1 else paths, "prompt": prompt}
+    record |= asdict(said) if isinstance(said, Answer) else {"error": str(said)}
     return json.dumps(record, ensure_ascii=False)
 
 
@@ -93,7 +93,7 @@ def answer_one(model, processor, images: list[Image.Image], args: Namespace) -> 
     """Print the answer as it is made, or with --json as a line when it is there."""
     streamer = None if args.json else lambda text: print(text, end="", flush=True)
     (answer,) = ask(model, processor, [(images, args.prompt)], args, streamer)
-    print(line(args.image, args.prompt, answer) if args.json else "")
+    print(line(args.model, args.image, args.prompt, answer) if args.json else "")
     if answer.finish_reason == "context":
         context = model.config.text_config.max_position_embeddings
         print(f"The answer stops here: the context of {context} tokens is full.", file=sys.stderr)
@@ -136,8 +136,11 @@ def read_question(where: str, text: str, prompt: str) -> Question:
     return tuple(paths), prompt
 
 
-def answered(out: Path) -> set[Question]:
-    """The questions of the lines that a results file has. Half a line, left by a run that was killed, is cut off."""
+def answered(out: Path, model: str) -> set[Question]:
+    """The questions of the lines that a results file has. Half a line, left by a run that was killed, is cut off.
+
+    Raises ValueError where the file is none of ours, or its answers are another model's.
+    """
     if not out.exists():
         return set()
     content = out.read_bytes()
@@ -146,16 +149,19 @@ def answered(out: Path) -> set[Question]:
         records = [json.loads(text) for text in content[:whole].splitlines()]
         pairs = [(record["image"], record["prompt"]) for record in records]
         done = {((image,) if isinstance(image, str) else tuple(image), prompt) for image, prompt in pairs}
+        others = {str(record["model"]) for record in records} - {Path(model).name}
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise ValueError(f"{out} is there, and not a file of answers: give --out another name") from error
     if content[whole:] and not content[whole:].startswith(b"{"):
         raise ValueError(f"{out} is there, and not a file of answers: give --out another name")
+    if others:
+        raise ValueError(f"{out} has the answers of {min(others)}: give --out another name")
     os.truncate(out, whole)
     return done
 
 
-def unanswered(questions: list[Question], out: Path | None) -> list[Question]:
-    done = set() if out is None else answered(out)
+def unanswered(questions: list[Question], out: Path | None, model: str) -> list[Question]:
+    done = set() if out is None else answered(out, model)
     left = [question for question in questions if question not in done]
     if len(left) < len(questions):
         print(f"{len(questions) - len(left)} of {len(questions)} are answered already.", file=sys.stderr)
@@ -171,25 +177,25 @@ def progress(done: int, total: int, begun: float, show: bool) -> None:
 
 def lines_of(batch: list[Question], model, processor, args: Namespace) -> Iterator[tuple[str, bool]]:
     """The lines for a batch, in its order, and whether each is an answer."""
-    opened, errors, answers = {}, {}, {}
+    opened, said = {}, {}
     for question in batch:
         try:
             check_places(question[1], len(question[0]))
             opened[question] = ([open_image(path) for path in question[0]], question[1])
         except (OSError, ValueError) as error:
-            errors[question] = error
+            said[question] = error
     try:
         if opened:
-            answers = dict(zip(opened, ask(model, processor, list(opened.values()), args), strict=True))
+            said |= zip(opened, ask(model, processor, list(opened.values()), args), strict=True)
     except ValueError:  # a prompt too long, say: the others need not suffer for it
         for question, asked in opened.items():
             try:
-                (answers[question],) = ask(model, processor, [asked], args)
+                (said[question],) = ask(model, processor, [asked], args)
             except ValueError as error:
-                errors[question] = error
+                said[question] = error
     for question in batch:
         paths, prompt = list(question[0]), question[1]
-        yield line(paths, prompt, answers.get(question), errors.get(question)), question in answers
+        yield line(args.model, paths, prompt, said[question]), isinstance(said[question], Answer)
 
 
 def answer_many(model, processor, left: list[Question], args: Namespace) -> None:

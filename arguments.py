@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import select
 import stat
 import sys
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from tokenizer import TEMPLATES
 
 BUNDLED = Path(__file__).parent / "checkpoints" / "tiny-llava"
 PROMPT = "Describe the picture."
+PATIENCE = 2  # seconds until a pipe that says nothing is spoken of
 
 
 class Parser(argparse.ArgumentParser):
@@ -86,6 +88,8 @@ def read_prompt(given: str | None) -> str:
     """The prompt given, or standard input where it is "-" or where nothing is given and a pipe comes in."""
     with suppress(OSError, ValueError, AttributeError):  # there may be no standard input at all
         if given is None and stat.S_ISFIFO(os.fstat(sys.stdin.fileno()).st_mode):
+            if not select.select([sys.stdin], [], [], PATIENCE)[0]:
+                print("Waiting for a prompt from standard input; --prompt would give it here.", file=sys.stderr)
             given = sys.stdin.read().strip() or None
     if given == "-":
         given = sys.stdin.read().strip()

@@ -78,7 +78,7 @@ def load(args: argparse.Namespace, pictures: int) -> tuple[LlavaForConditionalGe
 
 def answer(args: argparse.Namespace) -> None:
     if args.images:
-        left = answers.unanswered(answers.read_questions(args.images, args.prompt), args.out)
+        left = answers.unanswered(answers.read_questions(args.images, args.prompt), args.out, args.model)
         if left:
             answers.answer_many(*load(args, args.batch_size), left, args)
         return

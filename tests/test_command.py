@@ -7,6 +7,7 @@ import signal
 import struct
 import subprocess
 import sys
+import threading
 import time
 import zlib
 from pathlib import Path
@@ -24,7 +25,7 @@ import command
 import emoji_world
 import memory
 import save_checkpoint
-from arguments import PROMPT
+from arguments import PROMPT, read_prompt
 from clip import open_image
 from command import BUNDLED, main, run
 from llava import LlavaForConditionalGeneration, LlavaProcessor
@@ -272,8 +273,10 @@ def asked(ask, small, *arguments) -> dict:
 
 def test_json_is_one_line_with_text_counts_and_seconds(ask, small):
     record = asked(ask, small, "--image", ROCKET, "--prompt", "Why?")
-    assert set(record) == {"image", "prompt", "text", "prompt_tokens", "completion_tokens", "finish_reason", "seconds"}
-    assert (record["image"], record["prompt"], record["finish_reason"]) == (str(ROCKET), "Why?", "length")
+    numbers = {"prompt_tokens", "completion_tokens", "seconds"}
+    assert set(record) == {"model", "image", "prompt", "text", "finish_reason"} | numbers
+    said = record["model"], record["image"], record["prompt"], record["finish_reason"]
+    assert said == (Path(small).name, str(ROCKET), "Why?", "length")
     processor = LlavaProcessor.from_pretrained(small)
     inputs = processor(Image.open(ROCKET), "USER: <image>\nWhy? ASSISTANT:")
     assert (record["prompt_tokens"], record["completion_tokens"]) == (inputs.input_ids.shape[1], 3)
@@ -312,6 +315,18 @@ def test_a_prompt_comes_from_standard_input(ask, small, monkeypatch):
             monkeypatch.setattr("sys.stdin", pipe)
             assert asked(ask, small)["prompt"] == wanted
             assert asked(ask, small, "--prompt", "given")["prompt"] == "given"
+
+
+def test_a_pipe_that_says_nothing_is_spoken_of(monkeypatch, capsys):
+    monkeypatch.setattr("arguments.PATIENCE", 0)
+    reading, writing = os.pipe()
+    with open(reading, encoding="utf-8") as pipe:
+        monkeypatch.setattr("sys.stdin", pipe)
+        end = threading.Timer(0.2, lambda: (os.write(writing, b"Why?"), os.close(writing)))
+        end.start()
+        assert read_prompt(None) == "Why?"
+        end.join()
+    assert "Waiting for a prompt from standard input" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("prompt", ["", "生活 🤗", "e\u0301\u200b\0\ufeff", "</s><s><pad>", "\udcff half", "\x1b[31m"])
@@ -451,6 +466,12 @@ def test_a_file_that_is_not_ours_is_left_alone(ask, small, folder):
         Path("out.jsonl").write_text(content)
         refused(ask("--model", small, "--images", folder, "--out", "out.jsonl"), "not a file of answers")
         assert Path("out.jsonl").read_text() == content
+
+
+def test_answers_of_another_model_are_not_mixed_with_these(ask, small, folder):
+    Path("out.jsonl").write_text(content := '{"model": "another", "image": "x.jpg", "prompt": "Why?"}\n')
+    refused(ask("--model", small, "--images", folder, "--out", "out.jsonl"), "out.jsonl has the answers of another")
+    assert Path("out.jsonl").read_text() == content
 
 
 def test_a_progress_bar_on_a_terminal(ask, small, folder, monkeypatch):
