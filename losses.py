@@ -82,17 +82,18 @@ class ContrastiveLoss(nn.Module):
     def forward(self, batch: dict[str, Tensor]) -> Tensor:
         tower = self.model.vision_tower
         patches = tower.post_layernorm(tower(batch["pixel_values"])[-1][:, 1:])  # (B, P, D), without the class token
-        seen = self.from_picture(batch["where"].to(patches.dtype) @ patches)  # (B, parts, width), each part's mean
-        seen, words = everywhere(seen).flatten(0, 1), everywhere(batch["words"]).flatten(0, 1)
+        seen = everywhere(F.normalize(self.from_picture(patches).float(), dim=-1))  # (N, P, width), N on all processes
+        where, words = everywhere(batch["where"]), everywhere(batch["words"]).flatten(0, 1)  # (N, parts, P), their words
         used = words[:, 0] > 0
-        seen, words = seen[used], words[used]  # (N, width), (N, bytes)
-        words, own = torch.unique(words, dim=0, return_inverse=True)  # a name is shared by all the things it names
+        words, own = torch.unique(words[used], dim=0, return_inverse=True)  # a name is shared by all the things it names
         last = (words > 0).sum(-1) - 1  # the last byte has read all others
         read = self.from_text(self.text(self.text.embed_tokens(words))[torch.arange(len(words)), last])
-        seen, read = F.normalize(seen.float(), dim=-1), F.normalize(read.float(), dim=-1)
-        scores = self.log_scale.exp().clamp(max=100) * seen @ read.T  # (N, words)
+        scores = self.log_scale.exp().clamp(max=100) * seen @ F.normalize(read.float(), dim=-1).T  # (N, P, words)
+        # Every patch of a part is to know the part's words by itself: a decoder reads patch by patch. The other way, a
+        # word is to find the parts it names, each by the mean of its patches.
+        to_words, to_parts = ((where @ x).flatten(0, 1)[used] for x in (scores.log_softmax(-1), scores))
         theirs = F.one_hot(own, len(words)).float()
-        return (F.cross_entropy(scores, own) + F.cross_entropy(scores.T, (theirs / theirs.sum(0)).T)) / 2
+        return (F.nll_loss(to_words, own) + F.cross_entropy(to_parts.T, (theirs / theirs.sum(0)).T)) / 2
 
     @staticmethod
     def count(batch: dict[str, Tensor]) -> Tensor:

@@ -141,7 +141,7 @@ class Stage:
 
 
 STAGES = [
-    Stage("tower", ("vision_tower",), World.parts, ContrastiveLoss, steps=2600, batch=256, lr=1.5e-3),
+    Stage("tower", ("vision_tower",), World.parts, ContrastiveLoss, steps=3400, batch=256, lr=1.5e-3),
     Stage("decoder", ("language_model", "lm_head"), World.text, SpeltOutLoss, steps=6000, batch=16, lr=5e-4),
     Stage("align", ("multi_modal_projector",), World.captions, NextTokenLoss, steps=2000, batch=16, lr=1e-3),
     Stage(
@@ -149,7 +149,7 @@ STAGES = [
         ("multi_modal_projector", "language_model", "lm_head"),
         World.conversations,
         NextTokenLoss,
-        steps=12000,
+        steps=7000,
         batch=16,
         lr=3e-4,
     ),
