@@ -3,8 +3,8 @@
 LLaVA-1.5 does not train its own eyes. It takes those of CLIP (Radford et al. 2021, https://arxiv.org/abs/2103.00020), a
 Vision Transformer (Dosovitskiy et al. 2020, https://arxiv.org/abs/2010.11929) that was trained to match pictures with
 their captions. The picture is cut into square patches, every patch becomes a vector, and a stack of transformer layers
-lets the patches look at each other. LLaVA reads the vectors one layer before the last: the last one serves the class
-token, on which CLIP was trained, and the one before it still tells more of each place.
+lets the patches look at each other. LLaVA reads the vectors one layer before the last: CLIP's training asked for the
+class token alone, so nothing ever taught the last layer what to make of the patches.
 
 In every file, "the reference" is Hugging Face transformers, "the hub" is huggingface.co, and shapes have these letters:
 

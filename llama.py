@@ -248,7 +248,6 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 
 
 class LlamaMLP(nn.Module):
-
     def __init__(self, config: LlamaConfig):
         super().__init__()
         D, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias

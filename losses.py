@@ -66,7 +66,8 @@ class ContrastiveLoss(nn.Module):
     """CLIP's loss (Radford et al. 2021, figure 3), part by part: find each part's own words in the batch, and back.
 
     CLIP matches whole pictures with whole captions, 400 million of them, and where things are comes out by itself.
-    Here the parts are told: the patches under a thing against its name, those of the ground against its colour.
+    Here the parts are told: the patches under a thing against its name, those of the ground against its colour. And a
+    patch is to know its place: names are the same everywhere, so this contrast alone would make the tower forget it.
     The text side is a little Llama over bytes that is thrown away afterwards, as LLaVA throws CLIP's away.
     """
 
@@ -77,15 +78,17 @@ class ContrastiveLoss(nn.Module):
         self.from_text = nn.Linear(width, width, bias=False)
         self.from_picture = nn.Linear(model.config.vision_config.hidden_size, width, bias=False)
         self.log_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+        self.side = round(model.config.image_seq_length**0.5)
+        self.place = nn.Linear(model.config.vision_config.hidden_size, 2 * self.side)  # scores for row and column
         init_weights(self.text)
 
     def forward(self, batch: dict[str, Tensor]) -> Tensor:
         tower = self.model.vision_tower
         patches = tower.post_layernorm(tower(batch["pixel_values"])[-1][:, 1:])  # (B, P, D), without the class token
-        seen = everywhere(F.normalize(self.from_picture(patches).float(), dim=-1))  # (N, P, width), N on all processes
-        where, words = everywhere(batch["where"]), everywhere(batch["words"]).flatten(0, 1)  # (N, parts, P), their words
+        seen = everywhere(F.normalize(self.from_picture(patches).float(), dim=-1))  # (N, P, width), of all processes
+        where, words = everywhere(batch["where"]), everywhere(batch["words"]).flatten(0, 1)  # (N, parts, P); bytes
         used = words[:, 0] > 0
-        words, own = torch.unique(words[used], dim=0, return_inverse=True)  # a name is shared by all the things it names
+        words, own = torch.unique(words[used], dim=0, return_inverse=True)  # all that a name names share it
         last = (words > 0).sum(-1) - 1  # the last byte has read all others
         read = self.from_text(self.text(self.text.embed_tokens(words))[torch.arange(len(words)), last])
         scores = self.log_scale.exp().clamp(max=100) * seen @ F.normalize(read.float(), dim=-1).T  # (N, P, words)
@@ -93,7 +96,11 @@ class ContrastiveLoss(nn.Module):
         # word is to find the parts it names, each by the mean of its patches.
         to_words, to_parts = ((where @ x).flatten(0, 1)[used] for x in (scores.log_softmax(-1), scores))
         theirs = F.one_hot(own, len(words)).float()
-        return (F.nll_loss(to_words, own) + F.cross_entropy(to_parts.T, (theirs / theirs.sum(0)).T)) / 2
+        contrast = (F.nll_loss(to_words, own) + F.cross_entropy(to_parts.T, (theirs / theirs.sum(0)).T)) / 2
+        rows, columns = self.place(patches).flatten(0, 1).chunk(2, dim=-1)  # (B * P, side) each
+        column = torch.arange(self.side, device=rows.device).expand(len(patches), self.side, self.side)
+        row = column.transpose(1, 2)
+        return contrast + F.cross_entropy(rows, row.flatten()) + F.cross_entropy(columns, column.flatten())
 
     @staticmethod
     def count(batch: dict[str, Tensor]) -> Tensor:

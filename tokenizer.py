@@ -58,7 +58,7 @@ class Tokenizer:
         return cls((folder / "tokenizer.model").read_bytes(), *read_tokenizer_settings(folder))
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Cut at the special tokens and encode what lies between them, each stretch as a text of its own."""
+        """Cut at the special tokens, a user's too, and encode what lies between, each stretch as a text of its own."""
         ids = [self.bos_token_id] if add_special_tokens else []
         for part in self.special_pattern.split(text):
             if part in self.special_tokens:

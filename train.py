@@ -141,15 +141,15 @@ class Stage:
 
 
 STAGES = [
-    Stage("tower", ("vision_tower",), World.parts, ContrastiveLoss, steps=3400, batch=256, lr=1.5e-3),
-    Stage("decoder", ("language_model", "lm_head"), World.text, SpeltOutLoss, steps=6000, batch=16, lr=5e-4),
-    Stage("align", ("multi_modal_projector",), World.captions, NextTokenLoss, steps=2000, batch=16, lr=1e-3),
+    Stage("tower", ("vision_tower",), World.parts, ContrastiveLoss, steps=6000, batch=256, lr=1.5e-3),
+    Stage("decoder", ("language_model", "lm_head"), World.text, SpeltOutLoss, steps=8000, batch=16, lr=5e-4),
+    Stage("align", ("multi_modal_projector",), World.captions, NextTokenLoss, steps=3000, batch=16, lr=1e-3),
     Stage(
         "tune",
         ("multi_modal_projector", "language_model", "lm_head"),
         World.conversations,
         NextTokenLoss,
-        steps=7000,
+        steps=9000,
         batch=16,
         lr=3e-4,
     ),
