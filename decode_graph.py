@@ -24,7 +24,8 @@ class DecodeGraph:
 
     def __init__(self, decode: Callable[..., Tensor]):
         self.decode = decode
-        self.ids, self.position_ids, self.logits = None, None, None  # memory that the graph reads and writes
+        self.ids, self.position_ids = None, None  # (B,), (B, 1): what the graph reads
+        self.logits = None  # (B, V): what it writes
         self.graph = None
 
     @staticmethod

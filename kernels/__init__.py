@@ -2,6 +2,12 @@
 
 A plain function of the model hands over to its kernel where `usable` says so. Nothing here changes what is computed,
 up to rounding. Without a GPU or without Triton all of it stays unused, and nothing of it is imported.
+
+How to read a kernel, best swiglu.py first: `kernel[grid](...)` starts a program for each place of the grid. All run the
+same lines; tl.program_id tells them apart. A program computes with blocks, whose shapes are the comments on its lines:
+powers of two, known when it is compiled (tl.constexpr), and broadcast as in PyTorch. A tensor arrives as the address
+of its first number, so `x_ptr + i` with a block i is a block of addresses. tl.load and tl.store take all of them at
+once, those apart where `mask` is false. Between the two everything stays on the chip: only they cost bytes.
 """
 
 import importlib.util

@@ -53,3 +53,18 @@ def check_int32(name: str, tensor: Tensor, length: int, device: torch.device) ->
     check_shape(name, tensor, length)
     if tensor.dtype != torch.int32 or tensor.device != device:
         raise ValueError(f"{name} must be int32 on {device}, but it is {tensor.dtype} on {tensor.device}")
+
+
+def check_attention(q: Tensor, k: Tensor, v: Tensor, first_key: Tensor | None) -> tuple[int, ...]:
+    """B, H, K, T, S, d of q (B, H, T, d), k and v (B, K, S, d) and first_key (B,) int32 or None; or ValueError."""
+    check_tensors(q=q, k=k, v=v)
+    if q.dim() != 4 or k.dim() != 4:
+        raise ValueError(f"q is {list(q.shape)} and k {list(k.shape)}, but both must be (batch, heads, tokens, width)")
+    (B, H, T, d), (K, S) = q.shape, k.shape[1:3]
+    check_shape("k", k, B, K, S, d)
+    check_shape("v", v, B, K, S, d)
+    if H % K or d > 256:
+        raise ValueError(f"{H} heads of width {d} on {K} key heads: they must divide, and be at most 256 wide")
+    if first_key is not None:
+        check_int32("first_key", first_key, B, q.device)
+    return B, H, K, T, S, d

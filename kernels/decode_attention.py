@@ -2,14 +2,14 @@
 
     out = sum over j of softmax_j(q . k[j] / sqrt(d)) v[j]            Vaswani et al. 2017, equation 1
 
-One query a head is no work for a GPU but to read the cache once, so the point is to read it with all of the GPU: the
-keys of a head are split into SPLITS stretches, and each has a program of its own (flash-decoding, Dao et al. 2023).
-The programs keep m, l and acc as in attention.py; a second kernel joins the stretches: with M the largest m,
+For one query a head, a GPU has nothing to do but to read the cache, so all of the GPU must read: the keys of a head are
+split into SPLITS stretches, and each has a program of its own (flash-decoding, Dao et al. 2023). Each keeps m, l and
+acc as in attention.py; a second kernel joins them: with M the largest m,
 
     out = sum of exp(m - M) * acc / sum of exp(m - M) * l
 
-The query heads that share a key head sit in one program, so that grouped keys and values are read once: 2 * K * d
-numbers a token, and nothing else in proportion to the context.
+The query heads that share a key head sit in one program. So grouped keys and values are read once, not once for each
+query head: 2 * K * d numbers for each token of the context. Nothing of the context's length is written.
 
 The length of the cache is read from the device. So the launches are the same for every token, and a CUDA graph
 captured once can be replayed: programs whose stretch is still empty end at once.
@@ -22,8 +22,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.attention import LOG2E, online_softmax
-from kernels.checks import check_int32, check_shape, check_tensors
+from kernels.attention import LOG2E, online_softmax, visible_keys
+from kernels.checks import check_attention, check_int32, check_shape
 
 
 @triton.jit
@@ -34,51 +34,46 @@ def decode_kernel(
     first_key_ptr,  # (B,), the first key that is not padding; or None
     m_ptr, l_ptr,  # (B, H, SPLITS) float32
     acc_ptr,  # (B, H, SPLITS, d) float32
-    room, window, scale,  # scale is log2(e) / sqrt(d)
-    K: tl.constexpr, GROUP: tl.constexpr,  # key heads, and how many query heads share each
-    WINDOW: tl.constexpr, SPLITS: tl.constexpr,
-    d: tl.constexpr, BLOCK_D: tl.constexpr,  # head width, and that rounded up to a power of two
+    room, window, scale,  # the query sees `window` keys, its own included; scale is log2(e) / sqrt(d)
+    K: tl.constexpr, GROUP: tl.constexpr, SPLITS: tl.constexpr,  # key heads, query heads that share each, stretches
+    d: tl.constexpr, BLOCK_D: tl.constexpr,  # head width, and that as a power of two
     BLOCK_G: tl.constexpr, BLOCK_N: tl.constexpr,  # heads (at least the 16 that tl.dot wants), keys of a step
 ):  # fmt: skip
     pair, split = tl.program_id(0).to(tl.int64), tl.program_id(1)  # a program for each row, key head and stretch
     b, kv_head = pair // K, pair % K
     g = tl.arange(0, BLOCK_G)  # (BLOCK_G,), the query heads of this key head
     n = tl.arange(0, BLOCK_N)  # (BLOCK_N,), keys of a step
-    c = tl.arange(0, BLOCK_D)  # (BLOCK_D,), places in a head's vector
-    head = kv_head * GROUP + g
-    q_at = q_ptr + b * q_batch + head[:, None] * q_head + c[None, :] * q_d
-    q = tl.load(q_at, mask=(g < GROUP)[:, None] & (c < d)[None, :], other=0.0)  # (BLOCK_G, BLOCK_D)
+    c = tl.arange(0, BLOCK_D)[None, :]  # (1, BLOCK_D), places in a head's vector
+    head = kv_head * GROUP + g  # (BLOCK_G,)
+    ours = (g < GROUP)[:, None] & (c < d)  # (BLOCK_G, BLOCK_D)
+    q = tl.load(q_ptr + b * q_batch + head[:, None] * q_head + c * q_d, mask=ours, other=0.0)  # (BLOCK_G, BLOCK_D)
 
-    end = tl.load(past_ptr) + 1  # the query sees the keys [begin, end)
-    begin = 0
-    if first_key_ptr is not None:
-        begin = tl.load(first_key_ptr + b)
-    if WINDOW:
-        begin = tl.maximum(begin, end - window)
-    share = tl.cdiv(tl.cdiv(end - begin, SPLITS), BLOCK_N) * BLOCK_N  # whole steps for each stretch
-    start = begin + split * share
-    stop = tl.minimum(start + share, end)
+    past = tl.load(past_ptr)
+    first_key = 0 if first_key_ptr is None else tl.load(first_key_ptr + b)
+    low, high = visible_keys(past, first_key, window, past + 1, True)
+    share = tl.cdiv(tl.cdiv(high - low, SPLITS), BLOCK_N) * BLOCK_N  # whole steps for each stretch
+    start = low + split * share
+    stop = tl.minimum(start + share, high)
 
     m = tl.full([BLOCK_G], -1e30, tl.float32)  # not -inf: exp(-inf - -inf) would be no number
-    l = tl.zeros([BLOCK_G], tl.float32)  # noqa: E741
+    l = tl.zeros([BLOCK_G], tl.float32)
     acc = tl.zeros([BLOCK_G, BLOCK_D], tl.float32)
     for j in range(start, stop, BLOCK_N):
-        real = (j + n < stop)[:, None] & (c < d)[None, :]
-        at = (pair * room + j + n[:, None]) * d + c[None, :]
-        k = tl.load(k_ptr + at, mask=real, other=0.0)  # (BLOCK_N, BLOCK_D)
-        v = tl.load(v_ptr + at, mask=real, other=0.0)  # (BLOCK_N, BLOCK_D)
+        real = j + n < stop  # (BLOCK_N,)
+        at = (pair * room + j + n[:, None]) * d + c  # (BLOCK_N, BLOCK_D)
+        k = tl.load(k_ptr + at, mask=real[:, None] & (c < d), other=0.0)  # (BLOCK_N, BLOCK_D)
+        v = tl.load(v_ptr + at, mask=real[:, None] & (c < d), other=0.0)  # (BLOCK_N, BLOCK_D)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale  # (BLOCK_G, BLOCK_N)
-        scores = tl.where((j + n < stop)[None, :], scores, float("-inf"))
-        m, l, acc = online_softmax(m, l, acc, scores, v)  # noqa: E741
-    part = (b * K * GROUP + head) * SPLITS + split  # (BLOCK_G,)
+        m, l, acc = online_softmax(m, l, acc, tl.where(real[None, :], scores, float("-inf")), v)
+    part = (pair * GROUP + g) * SPLITS + split  # (BLOCK_G,)
     tl.store(m_ptr + part, m, mask=g < GROUP)
     tl.store(l_ptr + part, l, mask=g < GROUP)
-    tl.store(acc_ptr + part[:, None] * d + c[None, :], acc, mask=(g < GROUP)[:, None] & (c < d)[None, :])
+    tl.store(acc_ptr + part[:, None] * d + c, acc, mask=ours)
 
 
 @triton.jit
 def join_kernel(
-    m_ptr, l_ptr, acc_ptr,  # what decode_kernel wrote
+    m_ptr, l_ptr, acc_ptr,  # (B, H, SPLITS), (B, H, SPLITS), (B, H, SPLITS, d): what decode_kernel wrote
     out_ptr,  # (B, H, d)
     SPLITS: tl.constexpr, d: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -87,9 +82,9 @@ def join_kernel(
     c = tl.arange(0, BLOCK_D)  # (BLOCK_D,)
     m = tl.load(m_ptr + s)  # (SPLITS,)
     weight = tl.exp2(m - tl.max(m, 0))  # (SPLITS,)
-    l = tl.sum(weight * tl.load(l_ptr + s), 0)  # noqa: E741
+    l = tl.sum(weight * tl.load(l_ptr + s), 0)  # one number
     acc = tl.load(acc_ptr + s[:, None] * d + c[None, :], mask=(c < d)[None, :], other=0.0)  # (SPLITS, BLOCK_D)
-    tl.store(out_ptr + head * d + c, tl.sum(weight[:, None] * acc, 0) / l, mask=c < d)
+    tl.store(out_ptr + head * d + c, tl.sum(weight[:, None] * acc, 0) / l, mask=c < d)  # (BLOCK_D,)
 
 
 def decode_attention(
@@ -100,27 +95,21 @@ def decode_attention(
     `past` (1,) int32 counts the tokens before this one, `first_key` (B,) int32 says where each row's left padding
     ends. Raises ValueError for shapes, dtypes, devices or gradients it cannot serve.
     """
-    check_tensors(q=q, k=k, v=v)
-    (B, H, _, d), (K, room) = q.shape, k.shape[1:3]
+    B, H, K, _, room, d = check_attention(q, k, v, first_key)
     check_shape("q", q, B, H, 1, d)
-    check_shape("k", k, B, K, room, d)
-    check_shape("v", v, B, K, room, d)
-    if H % K or d > 256:
-        raise ValueError(f"{H} heads of width {d} on {K} key heads: they must divide, and be at most 256 wide")
+    check_int32("past", past, 1, q.device)
     if not (k.is_contiguous() and v.is_contiguous()):
         raise ValueError("k and v must be contiguous: pass the cache as it is")
-    check_int32("past", past, 1, q.device)
-    if first_key is not None:
-        check_int32("first_key", first_key, B, q.device)
     # Some 512 programs fill the largest GPU of today; a stretch shorter than a step would have nothing to do.
     SPLITS = min(triton.next_power_of_2(triton.cdiv(512, B * K)), triton.next_power_of_2(triton.cdiv(room, 64)), 64)
-    m, l = torch.empty(2, B, H, SPLITS, dtype=torch.float32, device=q.device)  # noqa: E741
+    m, l = torch.empty(2, B, H, SPLITS, dtype=torch.float32, device=q.device)
     acc = torch.empty(B, H, SPLITS, d, dtype=torch.float32, device=q.device)
     out = torch.empty(B, H, 1, d, dtype=q.dtype, device=q.device)
     BLOCK_D, BLOCK_G, BLOCK_N = max(16, triton.next_power_of_2(d)), max(16, triton.next_power_of_2(H // K)), 64
     decode_kernel[(B * K, SPLITS)](
-        q, q.stride(0), q.stride(1), q.stride(3), k, v, past, first_key, m, l, acc, room, window or 0, LOG2E / d**0.5,
-        K, H // K, window is not None, SPLITS, d, BLOCK_D, BLOCK_G, BLOCK_N, num_warps=4, num_stages=2,
+        q, q.stride(0), q.stride(1), q.stride(3), k, v, past, first_key, m, l, acc, room,
+        room if window is None else window, LOG2E / d**0.5, K, H // K, SPLITS, d, BLOCK_D, BLOCK_G, BLOCK_N,
+        num_warps=4, num_stages=2,
     )  # fmt: skip
     join_kernel[(B * H,)](m, l, acc, out, SPLITS, d, BLOCK_D, num_warps=4)
     return out

@@ -32,17 +32,17 @@ def int8_kernel(
     BLOCK_IN: tl.constexpr,  # and reads so many weights of each at a time
 ):  # fmt: skip
     row = tl.arange(0, ROWS)[:, None, None]  # (ROWS, 1, 1)
-    out = (tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_OUT))[None, :, None]  # (1, BLOCK_OUT, 1)
+    out = (tl.program_id(0).to(tl.int64) * BLOCK_OUT + tl.arange(0, BLOCK_OUT))[None, :, None]  # (1, BLOCK_OUT, 1)
     i = tl.arange(0, BLOCK_IN)[None, None, :]  # (1, 1, BLOCK_IN)
-    acc = tl.zeros([ROWS, BLOCK_OUT, BLOCK_IN], tl.float32)  # sums that are still spread over the threads
+    acc = tl.zeros([ROWS, BLOCK_OUT, BLOCK_IN], tl.float32)  # one number of each sum for each place of a step
     for start in range(0, IN, BLOCK_IN):
         inside = start + i < IN
         x = tl.load(x_ptr + row * IN + start + i, mask=(row < rows) & inside, other=0.0)  # (ROWS, 1, BLOCK_IN)
-        q = tl.load(q_ptr + out.to(tl.int64) * IN + start + i, mask=(out < OUT) & inside, other=0)
+        q = tl.load(q_ptr + out * IN + start + i, mask=(out < OUT) & inside, other=0)  # (1, BLOCK_OUT, BLOCK_IN)
         acc += x.to(tl.float32) * q.to(tl.float32)  # (ROWS, BLOCK_OUT, BLOCK_IN)
     y = tl.sum(acc, 2)  # (ROWS, BLOCK_OUT)
     row, out = tl.arange(0, ROWS)[:, None], tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)[None, :]
-    y *= tl.load(scale_ptr + out, mask=out < OUT, other=0.0).to(tl.float32)
+    y *= tl.load(scale_ptr + out, mask=out < OUT, other=0.0).to(tl.float32)  # (1, BLOCK_OUT)
     tl.store(y_ptr + row * OUT + out, y, mask=(row < rows) & (out < OUT))
 
 

@@ -2,9 +2,9 @@
 
     y = x / sqrt(mean(x^2) + eps) * weight            Zhang & Sennrich 2019, equation 4
 
-A GPU multiplies far faster than it reads, so the time of this is the time of its bytes. Plain PyTorch launches six
-kernels, and each sends the rows through memory, mostly in float32: 36 bytes a number in bfloat16. Here a program keeps
-its row in registers: 4 bytes a number, read once and written once. With the addition it is 8 bytes instead of 42.
+A GPU multiplies far faster than it reads, so the time of this is the time of its bytes. Plain PyTorch launches eight
+kernels, and most send the rows through memory, in float32: 36 bytes a number in bfloat16. Here a program keeps its row
+in registers: 4 bytes a number, read once and written once. With the addition it is 8 bytes instead of 42.
 
 The reference is llama.RMSNorm. Forward only.
 """
@@ -24,10 +24,9 @@ def rms_norm_kernel(
     weight_ptr,  # (D,)
     sum_ptr,  # (rows, D), where x + added is written; or None
     y_ptr,  # (rows, D), the result
-    D,  # numbers in a row
-    eps,
+    D, eps,  # numbers in a row; what keeps a row of zeros from a division by zero
     BLOCK: tl.constexpr,  # D rounded up to a power of two, as tl.arange wants it
-):
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * D  # one program a row; 64 bits, for many rows make a long way
     i = tl.arange(0, BLOCK)  # (BLOCK,)
     inside = i < D
@@ -37,7 +36,7 @@ def rms_norm_kernel(
         tl.store(sum_ptr + row + i, x, mask=inside)
     x32 = x.to(tl.float32)  # squares of half-precision numbers overflow
     x32 *= tl.rsqrt(tl.sum(x32 * x32) / D + eps)
-    weight = tl.load(weight_ptr + i, mask=inside, other=0.0)
+    weight = tl.load(weight_ptr + i, mask=inside, other=0.0)  # (BLOCK,)
     y = weight * x32.to(x.dtype)  # rounding back before the weight is Llama's order
     tl.store(y_ptr + row + i, y, mask=inside)
 
@@ -58,6 +57,7 @@ def add_rms_norm(x: Tensor, added: Tensor, weight: Tensor, eps: float) -> tuple[
 
 
 def launch(x: Tensor, added: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor | None, Tensor]:
+    """x + added, or None without `added`, and the norm; all (..., D)."""
     x, D = x.contiguous(), x.shape[-1]
     y, total = torch.empty_like(x), None if added is None else torch.empty_like(x)
     if rows := x.numel() // D:  # a grid must not be empty

@@ -25,14 +25,14 @@ def swiglu_kernel(
     gate_stride,  # numbers from one row to the next
     up_stride,
     N,  # numbers in a row
-    BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr,  # numbers of a program
 ):
     row = tl.program_id(0).to(tl.int64)  # a program for each row and each BLOCK of it
     i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)  # (BLOCK,)
     inside = i < N
     gate = tl.load(gate_ptr + row * gate_stride + i, mask=inside, other=0.0).to(tl.float32)  # (BLOCK,)
     up = tl.load(up_ptr + row * up_stride + i, mask=inside, other=0.0)  # (BLOCK,)
-    y = (gate * tl.sigmoid(gate)).to(up.dtype) * up  # rounded where plain PyTorch rounds
+    y = (gate * tl.sigmoid(gate)).to(up.dtype) * up  # (BLOCK,), rounded where plain PyTorch rounds
     tl.store(y_ptr + row * N + i, y, mask=inside)
 
 
