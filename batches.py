@@ -22,7 +22,7 @@ from clip import open_image
 from emoji_world import wording
 from llava import LlavaProcessor
 
-TURNS = 6  # questions and answers in a conversation about a scene
+TURNS = 3  # questions and answers in a conversation about a scene
 NAME_TOKENS = 4  # in a thing's name, at most; a shorter one is said again
 PARTS, PART_BYTES = 5, 24  # of a scene: four things and the ground, and the longest name of one
 ROLES = {"human": "user", "gpt": "assistant"}

@@ -63,7 +63,7 @@ class SpeltOutLoss(NextTokenLoss):
 
 
 class ContrastiveLoss(nn.Module):
-    """CLIP's loss (Radford et al. 2021, figure 3), part by part: find each part's own words in the batch, and back.
+    """CLIP's loss (Radford et al. 2021, figure 3), patch by patch: find the words of what lies there, and back.
 
     CLIP matches whole pictures with whole captions, 400 million of them, and where things are comes out by itself.
     Here the parts are told: the patches under a thing against its name, those of the ground against its colour. And a
