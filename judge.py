@@ -17,7 +17,7 @@ from batches import messages
 from llava import LlavaForConditionalGeneration, LlavaProcessor
 
 UNSEEN = 10**9  # the first seed of the scenes kept for judging
-STAGES = {"before alignment": "before-alignment", "after alignment": "after-alignment", "after tuning": None}
+KEPT = {"before alignment": "before-alignment", "after alignment": "after-alignment", "after tuning": None}
 
 
 def answers(
@@ -67,16 +67,20 @@ def evaluate_stages(folder: Path, n_scenes: int, device: str = "cpu") -> None:
     processor = LlavaProcessor.from_pretrained(folder)
     kept = next((stages for stages in (folder / "stages", folder.parent / "stages") if stages.is_dir()), folder)
     columns, final = {}, snapshot(model)
-    for title, name in STAGES.items():
+    for title, name in KEPT.items():
         if name and not (kept / f"{name}.safetensors").is_file():
             continue
-        model.load_state_dict(final)
-        if name:  # what alignment changed is told as a difference to what was before it
-            for file in dict.fromkeys(("before-alignment", name)):
-                model.load_state_dict(load_file(kept / f"{file}.safetensors"), strict=False)
+        load_stage(model, final, kept, name)
         columns[title] = evaluate(model, processor, n_scenes)
         columns[title]["all, on pairs never shown together"] = evaluate(model, processor, n_scenes, apart=True)["all"]
     print(table(columns))
+
+
+def load_stage(model: nn.Module, final: dict[str, Tensor], kept: Path, name: str | None) -> None:
+    """Make the model what it was after a stage: one of KEPT's files, or the final one for None."""
+    model.load_state_dict(final)
+    for file in dict.fromkeys(("before-alignment", name)) if name else ():  # the second on top of the first
+        model.load_state_dict(load_file(kept / f"{file}.safetensors"), strict=False)
 
 
 def table(columns: dict[str, dict[str, tuple[int, int]]]) -> str:
