@@ -10,6 +10,7 @@ What a person can mend ends in one sentence on stderr and exit code 2; a closed 
 
 import argparse
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Callable
@@ -126,6 +127,7 @@ def run(work: Callable[[], None]) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     """`python llava.py ...`"""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a KeyboardInterrupt again, as chat.py needs it
     warnings.simplefilter("ignore")  # Pillow's and PyTorch's, on odd files: they are for programmers
     for stream in (sys.stdin, sys.stdout):
         with suppress(AttributeError):  # what cannot be read or shown as text becomes a mark, not an error

@@ -11,13 +11,16 @@ there on nothing knows that it is looking at a picture. Liu et al. 2023, "Visual
 
     B batch    T tokens    D width of the decoder    P patches of a picture    V vocabulary
 
-`python llava.py --image x.jpg` answers about a picture. The classes and their arguments are named as in Hugging Face
-transformers, whose basic example runs here with its import line changed.
+`python llava.py --image x.jpg` answers about a picture. Classes and arguments have Hugging Face transformers' names.
 
 Left out: gradient checkpointing, LLaVA-1.6's tiles, and pictures of other sizes than the tower was trained for.
 """
 
-import sys
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the slow imports in silence; command.py takes it back
+
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -347,5 +350,4 @@ def flatten(images) -> list[Image.Image]:
 
 if __name__ == "__main__":
     from command import main  # imports this file again, by its name: there the command finds the classes
-
-    sys.exit(main())
+    raise SystemExit(main())

@@ -511,6 +511,13 @@ def test_it_ends_quietly(small, tmp_path, how):
     assert err == "No picture given: the prompt is answered by itself.\n"
 
 
+def test_ctrl_c_while_pytorch_is_imported_is_silent(tmp_path):
+    (tmp_path / "torch.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    done = subprocess.run([sys.executable, ROOT / "llava.py"], capture_output=True, env=environment, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, b"", b"")  # a shell says 130
+
+
 def test_an_error_of_several_lines_is_said_in_one(capsys):
     def work():
         raise ValueError("one\n  two")
