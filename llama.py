@@ -199,7 +199,7 @@ class KVCache:
 class Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:  # (..., in) -> (..., out)
         if x.numel() == self.in_features and x.device.type == "cpu" and self.bias is None and not x.requires_grad:
-            return torch.mv(self.weight, x.flatten()).view(*x.shape[:-1], -1)   # for one row
+            return torch.mv(self.weight, x.flatten()).view(*x.shape[:-1], -1)  # faster for one row
         return F.linear(x, self.weight, self.bias)
 
 

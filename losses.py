@@ -104,7 +104,7 @@ class ContrastiveLoss(nn.Module):
 
     @staticmethod
     def count(batch: dict[str, Tensor]) -> Tensor:
-        return torch.ones((), device=batch["words"].device)  # a mean already, the same on every process
+        return torch.ones((), device=batch["words"].device)  # a mean already
 
 
 def world_size() -> int:
