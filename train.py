@@ -142,7 +142,7 @@ class Stage:
 
 STAGES = [
     Stage("tower", ("vision_tower",), World.parts, ContrastiveLoss, steps=4500, batch=256, lr=1.5e-3),
-    Stage("decoder", ("language_model", "lm_head"), World.text, SpeltOutLoss, steps=12000, batch=16, lr=5e-4),
+    Stage("decoder", ("language_model", "lm_head"), World.text, SpeltOutLoss, steps=10000, batch=16, lr=5e-4),
     Stage("align", ("multi_modal_projector",), World.captions, NextTokenLoss, steps=3000, batch=16, lr=1e-3),
     Stage(
         "tune",
