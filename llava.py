@@ -191,9 +191,11 @@ class LlavaForConditionalGeneration(nn.Module):
         return self.multi_modal_projector(torch.cat([hidden_states[layer][:, first:] for layer in layers], dim=-1))
 
     def embed(self, input_ids: Tensor) -> Tensor:  # (B, T) -> (B, T, D)
-        table, (least, most) = self.language_model.embed_tokens, input_ids.aminmax()
-        if least < 0 or most >= table.num_embeddings:
-            raise ValueError(f"the ids {least} to {most} do not fit a vocabulary of {table.num_embeddings}")
+        table = self.language_model.embed_tokens
+        if input_ids.shape[1] > 1:  # generation's single tokens fit; to look would make a GPU wait, which no graph can
+            least, most = input_ids.aminmax()
+            if least < 0 or most >= table.num_embeddings:
+                raise ValueError(f"the ids {least} to {most} do not fit a vocabulary of {table.num_embeddings}")
         return table(input_ids)
 
     def merge(self, input_ids: Tensor | None, inputs_embeds: Tensor | None, image_features: Tensor | None) -> Tensor:

@@ -114,27 +114,6 @@ class Tokenizer:
         return input_ids, attention_mask
 
 
-class TextStream:
-    """Ids to text one at a time, to show an answer as it is made: half a character is held back until it is whole."""
-
-    def __init__(self, tokenizer: Tokenizer):
-        self.tokenizer, self.held, self.started = tokenizer, [], False
-
-    def put(self, token_id: int) -> str:
-        self.held.append(token_id)
-        text = self.tokenizer.join(self.held, skip_special_tokens=True)
-        return "" if text.endswith("\ufffd") else self.release(text)
-
-    def end(self) -> str:
-        return self.release(self.tokenizer.join(self.held, skip_special_tokens=True))
-
-    def release(self, text: str) -> str:
-        self.held.clear()
-        if text and not self.started:
-            self.started, text = True, text.removeprefix(" ")
-        return text
-
-
 # --- Prompts ---------------------------------------------------------------------------------------------------------
 
 

@@ -5,6 +5,7 @@ are for benchmarks/gpu.py, on a GPU.
 """
 
 import contextlib
+import copy
 import json
 import os
 import subprocess
@@ -400,6 +401,15 @@ def test_a_decode_step_reads_its_place_on_the_device(model):
                 cache.length = length
     assert torch.equal(torch.stack(scores[False]), torch.stack(scores[True]))
     assert not DecodeGraph.fits(cache)  # a graph is for a GPU
+
+
+@kind("llama")
+def test_a_decode_step_waits_for_no_value(model, plain):
+    """On the meta device tensors have no values, so whatever looked at one would fail here, as it would in a graph."""
+    model, text = copy.deepcopy(model).to("meta"), model.config.text_config
+    cache = llama.KVCache(text, 2, 20, FP32, "meta")
+    ids = torch.zeros(2, dtype=torch.long, device="meta")
+    assert plain(generate.decode_one_token, model, ids, ids[:, None], cache).shape == (2, text.vocab_size)
 
 
 def test_the_graph_is_given_each_token_and_its_place(monkeypatch):

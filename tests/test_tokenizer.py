@@ -11,7 +11,8 @@ from tokenizers_at_hand import NAMES, tokenizers
 from transformers import AutoTokenizer
 
 from save_checkpoint import jinja, write_tokenizer
-from tokenizer import TEMPLATES, TextStream, Tokenizer
+from text_watcher import TextStream
+from tokenizer import TEMPLATES, Tokenizer
 
 SPECIAL = ["<unk>", "<s>", "</s>", "<image>", "<pad>"]
 ODD = ["  ", "\n", "\t", "\0", "\x7f", "\r\n", "\u00a0", "\u200b", "\ufeff", "\u2581", "e\u0301", "ﬁ", "𝔘", "🤗"]
