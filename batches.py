@@ -23,8 +23,8 @@ from emoji_world import wording
 from llava import LlavaProcessor
 
 TURNS = 3  # questions and answers in a conversation about a scene
-NAME_TOKENS = 4  # in a thing's name, at most; a shorter one is said again
-PARTS, PART_BYTES = 5, 24  # of a scene: four things and the ground, and the longest name of one
+NAME_TOKENS = 4  # that spell a patch: a shorter name is said again, a longer one is cut
+PARTS, PART_BYTES = 5, 24  # of a scene: four things and the ground; room for the words of each
 ROLES = {"human": "user", "gpt": "assistant"}
 
 
@@ -48,10 +48,10 @@ def tokenize_conversation(turns: list[dict], processor: LlavaProcessor) -> tuple
     template = processor.template
     for question, answer in zip(turns[::2], turns[1::2], strict=True):
         prompt = template.render(messages([question])).replace("<image>", "<image>" * processor.image_seq_length)
-        prompt = tokenizer.encode(prompt, add_special_tokens=not ids)
-        answer = [*tokenizer.encode(answer["value"], add_special_tokens=False), tokenizer.eos_token_id]
-        ids += prompt + answer
-        labels += [-100] * len(prompt) + answer
+        prompt_ids = tokenizer.encode(prompt, add_special_tokens=not ids)
+        answer_ids = [*tokenizer.encode(answer["value"], add_special_tokens=False), tokenizer.eos_token_id]
+        ids += prompt_ids + answer_ids
+        labels += [-100] * len(prompt_ids) + answer_ids
         template = replace(template, system="")  # it opens a conversation only once
     return ids, labels
 
@@ -76,7 +76,7 @@ def collate(rows: Iterable[tuple[list[int], list[int]]], pad: int) -> dict[str, 
 
 @dataclass
 class World:
-    """Sample n is the scene with seed n."""
+    """Sample n is the scene with seed n; the tower's scenes are fuller (see parts)."""
 
     sprites: dict
     processor: LlavaProcessor
@@ -89,17 +89,18 @@ class World:
     def pad(self) -> int:
         return self.processor.tokenizer.pad_token_id
 
-    def pictures(self, seeds: range, at_least: int = 0) -> tuple[Tensor, list[dict]]:  # -> (B, 3, side, side), truths
-        drawn = [emoji_world.make_scene(self.sprites, n, self.side, at_least=at_least * (n % 4 > 0)) for n in seeds]
+    def pictures(self, seeds: range, full: bool = False) -> tuple[Tensor, list[dict]]:  # -> (B, 3, side, side), truths
+        fewest = {n: 4 if full and n % 4 else 0 for n in seeds}  # three full pictures in four have all four things
+        drawn = [emoji_world.make_scene(self.sprites, n, self.side, at_least=fewest[n]) for n in seeds]
         return self.processor.image_processor([picture for picture, _ in drawn]), [truth for _, truth in drawn]
 
     def parts(self, seeds: range) -> dict[str, Tensor]:
         """Pictures, and for each of up to PARTS parts the share of each patch in it and the bytes of its words.
 
         pixel_values (B, 3, side, side), where (B, PARTS, P), words (B, PARTS, PART_BYTES); unused parts are zeros.
-        Three pictures in four are full: a picture costs the same, and teaches the tower as much as it shows.
+        Most pictures are full: one costs the same, and teaches the tower as much as it shows.
         """
-        pixel_values, truths = self.pictures(seeds, at_least=4)
+        pixel_values, truths = self.pictures(seeds, full=True)
         columns = round(self.processor.image_seq_length**0.5)
         centres = (torch.arange(columns) + 0.5) / columns
         y, x = (grid.flatten() for grid in torch.meshgrid(centres, centres, indexing="ij"))

@@ -63,7 +63,7 @@ GROUNDS = {
 }
 GRIDS = ((1, 1), (1, 1), (2, 2), (1, 2), (2, 1), (5, 5), (40, 40), (1, 14), (14, 1), (8, 8))  # patterns of a ground
 HOW_MANY = (3, 25, 29, 24, 19)  # how often a picture has 0, 1, 2, 3, 4 things, in percent
-SIZES = ((), (0.36, 0.8), (0.35, 0.52), (0.33, 0.46), (0.31, 0.43))  # and between which sides they are then drawn
+SIZES = ((), (0.36, 0.8), (0.35, 0.52), (0.33, 0.46), (0.31, 0.43))  # and their smallest and largest side then
 NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 SHORT = "\nAnswer the question using a single word or phrase."
 SIDES = {"left": "on the left", "right": "on the right", "top": "at the top", "bottom": "at the bottom",
@@ -84,7 +84,7 @@ QUESTIONS = {
 OPPOSITE = {"left": "right", "right": "left", "top": "bottom", "bottom": "top"}
 IRREGULAR = {"mouse": "mice", "sheep": "sheep", "deer": "deer", "fish": "fish", "knife": "knives", "die": "dice",
              "scarf": "scarves", "snowman": "snowmen",
-             "tooth": "teeth", "food": "foods", "piece of clothing": "pieces of clothing"}
+             "tooth": "teeth", "tomato": "tomatoes", "piece of clothing": "pieces of clothing"}
 
 
 # --- Pictures --------------------------------------------------------------------------------------------------------
@@ -231,7 +231,7 @@ def plural(name: str) -> str:
         return IRREGULAR[name]
     if name.endswith("y") and name[-2] not in "aeiou":
         return name[:-1] + "ies"
-    return name + ("es" if name.endswith(("s", "x", "ch", "sh", "ato")) else "s")
+    return name + ("es" if name.endswith(("s", "x", "ch", "sh")) else "s")
 
 
 def number(count: int, name: str) -> str:
@@ -291,14 +291,14 @@ def relations(truth: dict) -> list[tuple[str, str, str]]:
 
 # --- Questions and answers -------------------------------------------------------------------------------------------
 
-# A fact is (kind, what its question is filled with, the answer in a sentence, in a word or phrase if there is one).
+# A fact is (kind, the blanks of its question, the answer as a sentence, the answer as a word or phrase or None).
 # A kind is the key in QUESTIONS and, after colons, what it is about: exists:NAME, how many:NAME, which:KIND,
 # beside:SIDE:OTHER (what is to the left of the cat?), is beside:SIDE:ONE:OTHER (is the dog to the left of the cat?).
 Fact = tuple[str, dict, str, str | None]
 
 
 def facts(truth: dict, rng: random.Random) -> list[Fact]:
-    """Everything worth asking about a picture."""
+    """What is asked about a picture."""
     names, ground = left_to_right(truth), truth["ground"]
     n = len(names)
     found = [("describe", {}, f"The picture shows {things(names)} on {a(ground)} background.", None),
@@ -339,7 +339,7 @@ def facts_of_kinds(truth: dict, rng: random.Random) -> list[Fact]:
 
 
 def facts_beside(truth: dict, rng: random.Random) -> list[Fact]:
-    """Up to three facts about where things are of each other."""
+    """Up to three facts about where things are relative to each other."""
     known, found = relations(truth), []
     for side, other in sorted({(side, other) for _, side, other in known}):
         names = [one for one, *place in known if place == [side, other]]
@@ -357,7 +357,7 @@ def facts_beside(truth: dict, rng: random.Random) -> list[Fact]:
 
 
 def questions(truth: dict, rng: random.Random, short: bool | None = None) -> list[tuple[str, str, str]]:
-    """Everything worth asking, as (kind, question, answer); short: words, sentences, or None for either."""
+    """What is asked, as (kind, question, answer). short: True for words, False for sentences, None for either."""
     asked = []
     for kind, filling, sentence, word in facts(truth, rng):
         question = rng.choice(QUESTIONS[kind.partition(":")[0]]).format(**filling)
@@ -367,7 +367,7 @@ def questions(truth: dict, rng: random.Random, short: bool | None = None) -> lis
 
 
 def wording(seed: int) -> random.Random:
-    """The chance behind the words about picture `seed`. Were it the picture's own, the words would give it away."""
+    """The chance behind the words about picture `seed`. Were it the one that drew it, the words would tell of it."""
     return random.Random(f"words {seed}")
 
 
@@ -435,7 +435,8 @@ def score(kind: str, answer: str, truth: dict) -> bool:
     if family in ("exists", "is beside"):
         return verdict(family, about, text, truth) and not (family == "exists" and set(named) - set(about))
     if family in SIDES:
-        return not no and named == Counter([on_side(truth, family)]) and (family in text or not mentioned(SIDES, text))
+        said = mentioned(SIDES, text)
+        return not no and named == Counter([on_side(truth, family)]) and (family in said or not said)
     if family == "beside":
         side, other = about
         right = Counter(one for one, *place in relations(truth) if place == [side, other])

@@ -1,7 +1,7 @@
 """How good a model is at the emoji world: questions about unseen scenes, and the share of right answers as a table.
 
-`python train.py --evaluate` judges a model after each stage of its training. Beside the final checkpoint lie small
-files with the tensors that were other then, stages/before-alignment.safetensors and stages/after-alignment.safetensors.
+`python train.py --evaluate` judges a model after each stage of its training. In its folder (of the bundled one, beside
+it) small files keep the tensors that were other then: stages/before-alignment.safetensors and after-alignment.
 """
 
 import sys
@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import emoji_world
+from arguments import BUNDLED
 from batches import messages
 from llava import LlavaForConditionalGeneration, LlavaProcessor
 
@@ -37,7 +38,7 @@ def evaluate(
     sprites: dict | None = None,
     apart: bool = False,
 ) -> dict[str, tuple[int, int]]:
-    """Kind of question -> (right, asked), over unseen scenes, half of the questions asking for a word or phrase.
+    """Kind of question -> (right, asked), over unseen scenes; about half of the questions ask for a word or phrase.
 
     `sprites` may be of another artist; with `apart`, every scene shows two things that training never shows together.
     """
@@ -57,7 +58,8 @@ def evaluate(
                 tally[row][0] += emoji_world.score(kind, answer, truth)
                 tally[row][1] += 1
         if sys.stderr.isatty():
-            print(f"\r{start + len(part)} of {len(todo)} questions", end="", file=sys.stderr)
+            end = "\n" if start + len(part) == len(todo) else ""
+            print(f"\r{start + len(part)} of {len(todo)} questions", end=end, file=sys.stderr)
     return {row: (right, n) for row, (right, n) in tally.items()}
 
 
@@ -65,7 +67,7 @@ def evaluate_stages(folder: Path, n_scenes: int, device: str = "cpu") -> None:
     """Print the table of a model, with a column for each of its stages that is kept."""
     model = LlavaForConditionalGeneration.from_pretrained(folder, torch.float32, device)
     processor = LlavaProcessor.from_pretrained(folder)
-    kept = next((stages for stages in (folder / "stages", folder.parent / "stages") if stages.is_dir()), folder)
+    kept = (folder.parent if folder.resolve() == BUNDLED.resolve() else folder) / "stages"
     columns, final = {}, snapshot(model)
     for title, name in KEPT.items():
         if name and not (kept / f"{name}.safetensors").is_file():

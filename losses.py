@@ -1,8 +1,9 @@
 """What the stages of train.py want: a loss for each, as a module that holds the model and what it needs besides.
 
-All of them give the same loss, and so the same gradients, however a step's samples are shared between processes.
+`forward` gives a sum over `count(batch)` things; train.backward divides it by the count of all processes, so a step is
+the same however its samples are shared. The contrast is a mean over everything already, and counts as one.
 
-    B batch    T tokens    P patches    D width
+    B batch    N pictures of all processes    P patches    D width
 """
 
 import math
@@ -34,13 +35,13 @@ class NextTokenLoss(nn.Module):
 
     def forward(self, batch: dict[str, Tensor]) -> Tensor:
         loss = self.model(**batch).loss * self.count(batch)
-        if "pixel_values" not in batch:  # the projector has no part in it, and no gradient would be waited for for ever
+        if "pixel_values" not in batch:  # the projector gets no gradient, for which the other processes would wait
             loss = loss + 0 * sum(part.sum() for part in self.model.multi_modal_projector.parameters())
         return loss
 
     @staticmethod
     def count(batch: dict[str, Tensor]) -> Tensor:
-        return (batch["labels"][:, 1:] >= 0).sum()  # nothing comes before the first word to foretell it
+        return (batch["labels"][:, 1:] >= 0).sum()  # the first token is foretold by nothing
 
 
 class SpeltOutLoss(NextTokenLoss):
@@ -53,7 +54,8 @@ class SpeltOutLoss(NextTokenLoss):
     def __init__(self, model: LlavaForConditionalGeneration):
         super().__init__(model)
         side, table = round(model.config.image_seq_length**0.5), model.language_model.embed_tokens.weight
-        self.rows, self.columns = (nn.Parameter(torch.randn(side, table.shape[1]) * table.std()) for _ in range(2))
+        size = table.std().item()  # of a word
+        self.rows, self.columns = (nn.Parameter(torch.randn(side, table.shape[1]) * size) for _ in range(2))
 
     def forward(self, batch: dict[str, Tensor]) -> Tensor:
         words = self.model.language_model.embed_tokens(batch["spelt"]).mean(2)  # (B, P, D)
@@ -88,19 +90,19 @@ class ContrastiveLoss(nn.Module):
         seen = everywhere(F.normalize(self.from_picture(patches).float(), dim=-1))  # (N, P, width), of all processes
         where, words = everywhere(batch["where"]), everywhere(batch["words"]).flatten(0, 1)  # (N, parts, P); bytes
         used = words[:, 0] > 0
-        words, own = torch.unique(words[used], dim=0, return_inverse=True)  # all that a name names share it
-        last = (words > 0).sum(-1) - 1  # the last byte has read all others
-        read = self.from_text(self.text(self.text.embed_tokens(words))[torch.arange(len(words)), last])
-        scores = self.log_scale.exp().clamp(max=100) * seen @ F.normalize(read.float(), dim=-1).T  # (N, P, words)
-        # Every patch of a part is to know the part's words by itself: a decoder reads patch by patch. The other way, a
-        # word is to find the parts it names, each by the mean of its patches.
-        to_words, to_parts = ((where @ x).flatten(0, 1)[used] for x in (scores.log_softmax(-1), scores))
-        theirs = F.one_hot(own, len(words)).float()
-        contrast = (F.nll_loss(to_words, own) + F.cross_entropy(to_parts.T, (theirs / theirs.sum(0)).T)) / 2
+        names, own = torch.unique(words[used], dim=0, return_inverse=True)  # a name said twice is one column
+        last = (names > 0).sum(-1) - 1  # the last byte has read all others
+        read = self.from_text(self.text(self.text.embed_tokens(names))[torch.arange(len(names)), last])
+        scores = self.log_scale.exp().clamp(max=100) * seen @ F.normalize(read.float(), dim=-1).T  # (N, P, names)
+        # Every patch of a part is to know the part's name by itself: a decoder reads patch by patch. The other way, a
+        # name is to find the parts it names, each by the mean of its patches.
+        by_patch, by_part = ((where @ x).flatten(0, 1)[used] for x in (scores.log_softmax(-1), scores))  # (used, names)
+        theirs = F.one_hot(own, len(names)).float()
+        contrast = (F.nll_loss(by_patch, own) + F.cross_entropy(by_part.T, (theirs / theirs.sum(0)).T)) / 2
         rows, columns = self.place(patches).flatten(0, 1).chunk(2, dim=-1)  # (B * P, side) each
-        column = torch.arange(self.side, device=rows.device).expand(len(patches), self.side, self.side)
-        row = column.transpose(1, 2)
-        return contrast + F.cross_entropy(rows, row.flatten()) + F.cross_entropy(columns, column.flatten())
+        at = torch.arange(self.side, device=rows.device)
+        row, column = at.repeat_interleave(self.side).repeat(len(patches)), at.repeat(self.side * len(patches))
+        return contrast + F.cross_entropy(rows, row) + F.cross_entropy(columns, column)
 
     @staticmethod
     def count(batch: dict[str, Tensor]) -> Tensor:

@@ -31,8 +31,11 @@ HUB = [
 def save(model: LlavaForConditionalGeneration, processor: LlavaProcessor, folder: str | Path, shard_bytes=5e9) -> None:
     """Write a whole checkpoint. Nothing in `folder` changes before all of it is written.
 
-    (Loaded from LLaVA's authors, a model has no embedding for <image>; transformers would want that row.)
+    One exception to what is said above: a model from LLaVA's authors has no embedding for <image>, which transformers
+    would want. Raises ValueError for a model in int8, which has no form in a checkpoint.
     """
+    if any(name.endswith(".q") for name, _ in model.named_parameters()):
+        raise ValueError("a model in int8 cannot be saved: load it without quantize")
     with replaced_files(Path(folder)) as scratch:
         write_weights(model, scratch, shard_bytes)
         dtype = str(model.dtype).removeprefix("torch.")

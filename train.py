@@ -15,8 +15,6 @@
 
 The pictures are drawn as they are needed: picture n is the scene with seed n, so no picture is seen twice in a stage,
 and a run that resumes at a step sees what it would have seen. Seeds from judge.UNSEEN up are for judging only.
-
-    B batch    T tokens    P patches    D width
 """
 
 import argparse
@@ -33,6 +31,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import sentencepiece
@@ -58,10 +57,21 @@ from tokenizer import TEMPLATES, Tokenizer
 
 SIDE = 112  # pixels
 KEEP_EVERY, REPORT_EVERY = 100, 20  # steps
-VISION = CLIPVisionConfig(192, 768, 192, 6, 3, image_size=SIDE, patch_size=14, hidden_act="gelu")
-# With one table for reading and saying words, a decoder that has learnt to repeat one word can repeat them all.
+VISION = CLIPVisionConfig(
+    hidden_size=192,
+    intermediate_size=768,
+    num_hidden_layers=6,
+    num_attention_heads=3,
+    image_size=SIDE,
+    patch_size=14,
+    hidden_act="gelu",
+)
 TEXT = LlamaConfig(
-    hidden_size=256, intermediate_size=704, num_hidden_layers=4, num_attention_heads=4, tie_word_embeddings=True
+    hidden_size=256,
+    intermediate_size=704,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    tie_word_embeddings=True,  # one table to read and to say: a decoder that can repeat one word can repeat them all
 )
 
 
@@ -82,7 +92,7 @@ def train_tokenizer(scenes: int = 20000) -> Tokenizer:
         sentence_iterator=iter(text),
         model_writer=model,
         model_type="bpe",
-        vocab_size=1300,  # enough for every thing's name to be a token
+        vocab_size=1300,  # enough for every word of a thing's name to be a token
         byte_fallback=True,  # what is not in the vocabulary is spelt in bytes
         normalization_rule_name="identity",
         remove_extra_whitespaces=False,
@@ -102,8 +112,9 @@ def new_model(tokenizer: Tokenizer) -> LlavaForConditionalGeneration:
         LlavaConfig(VISION, text, image_token_index=tokenizer.image_token_id, vision_feature_layer=-1)
     )
     init_weights(model)
-    # A word must outlast what the layers add to it, or repeating words is learnt late. The second line is GPT-2's.
+    # Words large enough to outlast what the layers add to them, or repeating a word is learnt late.
     nn.init.normal_(model.language_model.embed_tokens.weight, std=0.05)
+    # The more layers, the less each adds: GPT-2's way.
     for layer in model.language_model.layers:
         for matrix in (layer.self_attn.o_proj.weight, layer.mlp.down_proj.weight):
             matrix.data /= (2 * text.num_hidden_layers) ** 0.5
@@ -118,7 +129,7 @@ def start_projector(model: LlavaForConditionalGeneration, pixel_values: Tensor) 
     random projector they would drown what tells a cat from a dog.
     """
     first, second = model.multi_modal_projector.linear_1, model.multi_modal_projector.linear_2
-    features = model.vision_tower(pixel_values)[-1][:, 1:].flatten(0, 1)  # (patches, D)
+    features = model.vision_tower(pixel_values)[-1][:, 1:].flatten(0, 1)  # (B * P, D), of the layer that is read
     nn.init.normal_(first.weight, std=features.shape[1] ** -0.5)
     first.weight /= features.std(0)
     first.bias.copy_(-first.weight @ features.mean(0))
@@ -169,12 +180,12 @@ def learning_rate(step: int, stage: Stage) -> float:
 
 @dataclass
 class Place:
-    """Where a run happens: its folder, its device, and its share of the work."""
+    """Where and how a run happens: its folder, its device, its share of the work."""
 
     folder: Path
     device: str = "cpu"
     rank: int = 0
-    source: str = "the emoji world"  # of what is learnt
+    source: str = "the emoji world"  # what it learns from: a stopped run goes on with the same or not at all
     accumulate: int = 1  # batches that one step is learnt from, one after the other, to save memory
     workers: int = 0  # processes that draw
     compile: bool = False  # let PyTorch write faster code, which takes it a minute a stage
@@ -309,58 +320,53 @@ def plot(log: Path, picture: Path) -> None:
 
 def train_from_nothing(args: argparse.Namespace, place: Place) -> None:
     stages = [replace(stage, steps=4, batch=4) for stage in STAGES] if args.quick else STAGES
+    for stage in stages:  # fails here, and not after hours, if its samples cannot be shared
+        Steps(None, stage.batch, 0, stage.steps, 0, world_size(), place.pieces(stage))
     if args.quick and place.rank == 0:  # nothing to resume, everything to see
-        for stage in stages:
-            (place.folder / f"{stage.name}.pt").unlink(missing_ok=True)
+        (place.folder / f"{stages[0].name}.pt").unlink(missing_ok=True)
     wait_for_all()
     tokenizer = train_tokenizer(1000 if args.quick else 20000)
+    place.source += f", vocabulary {hashlib.sha256(tokenizer.sp.serialized_model_proto()).hexdigest()[:12]}"
     side = {"height": SIDE, "width": SIDE}
     processor = LlavaProcessor(ImageProcessor({"shortest_edge": SIDE}, side), tokenizer, VISION.num_patches, "v1")
     model, world = new_model(tokenizer).to(place.device), World(emoji_world.load_sprites(), processor)
-    known = {}
+    after = {}
     for i, stage in enumerate(stages):
         if place.rank == 0 and not (place.folder / f"{stage.name}.pt").is_file():  # later ones are of another run
-            for later in stages[i:]:
+            for later in stages[i + 1 :]:
                 (place.folder / f"{later.name}.pt").unlink(missing_ok=True)
         wait_for_all()
         if stage.name == "align":
             start_projector(model, world.pictures(range(64))[0].to(place.device))
-        run_stage(stage, model, Draw(world, stage.data), place)
-        known[stage.name] = snapshot(model)
+            start = snapshot(model)
+        run_stage(stage, model, partial(stage.data, world), place)
+        after[stage.name] = snapshot(model)
     if place.rank == 0:
         save(model.to(torch.bfloat16), processor, place.folder)
-        save_stage(known["decoder"], known["tune"], place.folder / "stages" / "before-alignment.safetensors")
-        save_stage(known["align"], known["decoder"], place.folder / "stages" / "after-alignment.safetensors")
+        save_stage(start, after["tune"], place.folder / "stages" / "before-alignment.safetensors")
+        save_stage(after["align"], start, place.folder / "stages" / "after-alignment.safetensors")
         plot(place.folder / "log.csv", place.folder / "log.png")
         print(f"saved to {place.folder}: python llava.py --model {place.folder} --image images/cat-and-apple.jpg")
         if args.quick:
             print("(it has learnt next to nothing: an empty or senseless answer is what to expect)")
 
 
-@dataclass
-class Draw:
-    """A stage's batches of a world; a class and not a lambda, so that drawing processes can be handed one."""
-
-    world: World
-    batch: Callable[[World, range], dict[str, Tensor]]
-
-    def __call__(self, seeds: range) -> dict[str, Tensor]:
-        return self.batch(self.world, seeds)
-
-
 def train_on_records(args: argparse.Namespace, place: Place) -> None:
     """LLaVA's second stage on a file of conversations, starting from any checkpoint in the hub's layout."""
-    model = LlavaForConditionalGeneration.from_pretrained(args.model, torch.float32, place.device)
-    processor = LlavaProcessor.from_pretrained(args.model)
+    checkpoint, batch = args.model or BUNDLED, args.batch or 16
+    model = LlavaForConditionalGeneration.from_pretrained(checkpoint, torch.float32, place.device)
+    model.config.ignore_index = -100  # as batches.py writes it
+    processor = LlavaProcessor.from_pretrained(checkpoint)
     longest = model.config.text_config.max_position_embeddings
     records = Records(args.data, args.images or args.data.parent, processor, longest)
     records.conversations(range(1))  # fails here, in a sentence, if nothing can be opened
     digest = hashlib.sha256(args.data.read_bytes()).hexdigest()[:12]
-    place.source = f"{args.data} (sha256 {digest}), on {args.model}"
-    steps = args.steps or -(-len(records.records) // args.batch)
-    stage = replace(STAGES[-1], steps=steps, batch=args.batch, lr=args.lr)
+    place.source = f"{args.data} (sha256 {digest}), on {checkpoint}"
+    steps = args.steps or -(-len(records.records) // batch)
+    stage = replace(STAGES[-1], steps=steps, batch=batch, lr=2e-5 if args.lr is None else args.lr)
     if place.rank == 0:
-        print(*(f"skipped: {line}" for line in records.skipped), sep="\n", end="\n" if records.skipped else "")
+        for line in records.skipped:
+            print(f"skipped: {line}")
         print(f"{len(records.records)} conversations, {steps} steps of {stage.batch}")
     run_stage(stage, model, records.conversations, place)
     if place.rank == 0:
@@ -405,15 +411,19 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--scenes", type=positive, default=300, help="how many unseen scenes to judge by")
     parser.add_argument("--data", type=Path, help="a LLaVA-format JSON file to tune on")
     parser.add_argument("--images", type=Path, help="the folder of its pictures (default: the file's own)")
-    parser.add_argument("--model", type=Path, default=BUNDLED, help="the checkpoint that --data starts from")
+    parser.add_argument("--model", type=Path, help="the checkpoint that --data starts from (default: the bundled one)")
     parser.add_argument("--steps", type=positive, help="with --data (default: once through the file)")
-    parser.add_argument("--batch", type=positive, default=16, help="with --data: conversations a step")
-    parser.add_argument("--lr", type=float, default=2e-5, help="with --data: the highest learning rate")
+    parser.add_argument("--batch", type=positive, help="with --data: conversations a step (default: 16)")
+    parser.add_argument("--lr", type=float, help="with --data: the highest learning rate (default: 2e-5)")
     parser.add_argument("--accumulate", type=positive, default=1, help="pieces of a step, to save memory")
     parser.add_argument("--compile", action="store_true", help="faster by half, after a minute's work")
     parser.add_argument("--seed", type=int, default=0, help="of the first weights")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    return parser.parse_args()
+    args = parser.parse_args()
+    for flag in ("--images", "--model", "--steps", "--batch", "--lr"):
+        if not args.data and getattr(args, flag.strip("-")) is not None:
+            raise ValueError(f"{flag} goes with --data: what the recipe itself takes stands in train.STAGES")
+    return args
 
 
 def main() -> None:

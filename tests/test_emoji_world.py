@@ -302,6 +302,12 @@ def test_captions_are_true():
     assert all(" above " in said or " below " in said for said in (caption(above, random.Random(i)) for i in range(9)))
 
 
+def test_a_laptop_is_not_at_the_top_by_its_name():
+    truth = {"ground": "blue", "things": [{"name": "laptop", "x": 0.5, "y": 0.2, "size": 0.4}]}
+    assert score("top", "There is a laptop at the top.", truth) and score("top", "A laptop.", truth)
+    assert not score("top", "There is a laptop at the bottom.", truth)
+
+
 def test_numbers_reach_beyond_the_largest_scene():
     assert len(NUMBERS) > max(len(truth["things"]) for truth in TRUTHS)
 

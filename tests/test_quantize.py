@@ -10,6 +10,7 @@ from command import BUNDLED
 from llama import FusedLinear, Linear
 from llava import LlavaForConditionalGeneration, LlavaProcessor
 from quantize import Int8Linear, quantize_rows
+from save_checkpoint import save
 
 
 def rounded(linear: Linear) -> Int8Linear:
@@ -67,6 +68,13 @@ def test_a_tied_head_stays_as_it_is(tmp_path):
 def test_only_int8_is_known():
     with pytest.raises(ValueError, match="int8"):
         LlavaForConditionalGeneration.from_pretrained(BUNDLED, quantize="int4")
+
+
+def test_a_model_in_int8_is_not_saved(tmp_path):
+    model = LlavaForConditionalGeneration.from_pretrained(BUNDLED, quantize="int8")
+    with pytest.raises(ValueError, match="without quantize"):
+        save(model, LlavaProcessor.from_pretrained(BUNDLED), tmp_path / "model")
+    assert not (tmp_path / "model").exists()
 
 
 def test_the_bundled_model_is_as_good_in_int8():

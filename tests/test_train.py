@@ -8,6 +8,7 @@ import random
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -139,7 +140,7 @@ def test_steps_are_shared_without_gap_or_overlap():
 
 
 def test_a_world_can_be_handed_to_a_drawing_process(world):
-    copy = pickle.loads(pickle.dumps(train.Draw(world, World.captions)))  # as macOS and Windows do
+    copy = pickle.loads(pickle.dumps(partial(World.captions, world)))  # as macOS and Windows do
     batch, same = world.captions(range(3)), copy(range(3))
     assert all(torch.equal(batch[name], same[name]) for name in batch)
 
@@ -198,7 +199,7 @@ def test_the_contrast_at_the_start_is_that_of_guessing_and_a_tower_that_knows_al
 def test_a_stage_changes_its_own_parts_and_nothing_else(world, stage, tmp_path):
     model = fresh_model(world)
     before = judge.snapshot(model)
-    train.run_stage(replace(stage, steps=2, batch=3), model, train.Draw(world, stage.data), train.Place(tmp_path))
+    train.run_stage(replace(stage, steps=2, batch=3), model, partial(stage.data, world), train.Place(tmp_path))
     changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
     assert changed and all(name.startswith(stage.trainable) for name in changed)
     assert {name.partition(".")[0] for name in changed} == set(stage.trainable)
@@ -374,6 +375,13 @@ def test_wrong_arguments_are_refused_in_a_sentence(tmp_path, wrong):
     assert done.returncode == 2 and "Traceback" not in done.stderr and "error: " in done.stderr
 
 
+@pytest.mark.parametrize("wrong", [["--steps", "100"], ["--model", "x"], ["--accumulate", "3"]])
+def test_what_the_recipe_does_not_take_is_refused_before_it_begins(tmp_path, wrong):
+    command = [sys.executable, ROOT / "train.py", "--out", tmp_path / "out", *wrong]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("content", ["{", "{}", "[]", '["a"]', "[1]", "\xff"])
 def test_a_file_without_records_is_refused_in_a_sentence(tmp_path, content):
     (tmp_path / "my.json").write_bytes(content.encode("latin-1"))
@@ -385,7 +393,7 @@ def test_a_file_without_records_is_refused_in_a_sentence(tmp_path, content):
 
 def test_a_run_with_other_settings_is_not_gone_on_with(world, tmp_path):
     stage = replace(DECODER, steps=1, batch=2)
-    train.run_stage(stage, fresh_model(world), train.Draw(world, stage.data), train.Place(tmp_path))
+    train.run_stage(stage, fresh_model(world), partial(stage.data, world), train.Place(tmp_path))
     for other, place in ((replace(stage, lr=1.0), train.Place(tmp_path)), (stage, train.Place(tmp_path, source="b"))):
         with pytest.raises(ValueError, match="--out"):
-            train.run_stage(other, fresh_model(world), train.Draw(world, stage.data), place)
+            train.run_stage(other, fresh_model(world), partial(stage.data, world), place)
