@@ -6,6 +6,7 @@ it) small files keep the tensors that were other then: stages/before-alignment.s
 
 import sys
 from collections import defaultdict
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -64,18 +65,23 @@ def evaluate(
 
 
 def evaluate_stages(folder: Path, n_scenes: int, device: str = "cpu") -> None:
-    """Print the table of a model, with a column for each of its stages that is kept."""
-    model = LlavaForConditionalGeneration.from_pretrained(folder, torch.float32, device)
-    processor = LlavaProcessor.from_pretrained(folder)
+    """Print the table of a model: a column for each of its stages that is kept, and one for its weights in int8."""
+    load = partial(LlavaForConditionalGeneration.from_pretrained, folder, torch.float32, device)
+    model, processor = load(), LlavaProcessor.from_pretrained(folder)
     kept = (folder.parent if folder.resolve() == BUNDLED.resolve() else folder) / "stages"
     columns, final = {}, snapshot(model)
     for title, name in KEPT.items():
         if name and not (kept / f"{name}.safetensors").is_file():
             continue
         load_stage(model, final, kept, name)
-        columns[title] = evaluate(model, processor, n_scenes)
-        columns[title]["all, on pairs never shown together"] = evaluate(model, processor, n_scenes, apart=True)["all"]
+        columns[title] = evaluate_all(model, processor, n_scenes)
+    columns["in int8"] = evaluate_all(load(quantize="int8"), processor, n_scenes)
     print(table(columns))
+
+
+def evaluate_all(model, processor, n_scenes: int) -> dict[str, tuple[int, int]]:
+    apart = {"all, on pairs never shown together": evaluate(model, processor, n_scenes, apart=True)["all"]}
+    return evaluate(model, processor, n_scenes) | apart
 
 
 def load_stage(model: nn.Module, final: dict[str, Tensor], kept: Path, name: str | None) -> None:

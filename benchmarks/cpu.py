@@ -4,11 +4,15 @@
     python benchmarks/cpu.py --also FOLDER         and another checkpoint, such as random_weights.py's 7B
 
 Both models stand in one process and take turns, theirs on views of our weights, so that noise hits both and a 7B fits.
-Times are medians of --rounds. What only a process of its own can tell (from its start to the first token, its peak
-memory, loading) is measured in such processes, also in turns.
+What only a process of its own can tell is measured in such processes, also in turns. Who begins changes every round.
 
-    first token    the whole prompt, picture included, to the first word
-    decode         each further word, of every row of the batch at once
+    first token      from pixels and ids to the scores of the first word: tower, projector, the whole prompt
+    decode           each further word, of every row of the batch at once
+    start to first   from the start of a process to the end of the first token, imports and loading included
+    load to first    from the start of loading; cold: the files must come from the disk
+    peak             the most memory that the process had, files it maps included (VmHWM)
+
+In float32 both must give the same tokens, or there is no table.
 """
 
 import argparse
@@ -21,41 +25,42 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import defaultdict
 from pathlib import Path
+
+import torch
+import transformers  # before our folder is in the path: it would take our kernels/ for a package that it knows
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import torch
-import transformers
 from random_weights import make
 
 from clip import open_image
 from command import BUNDLED, fast_dtype, run
 from llava import LlavaForConditionalGeneration, LlavaProcessor
 from load_weights import named_parts
+from memory import cache_bytes
 
 ROOT = Path(__file__).parent.parent
 IMAGE = ROOT / "images" / "cat-and-apple.jpg"
+PROMPT = "USER: <image>\nDescribe the picture. ASSISTANT:"
 NEW = 17  # tokens of an answer: one from the prompt, the others decoded
-THEIR_NAMES = [("language_model.", "model.language_model."), ("vision_tower.", "model.vision_tower."),
-               ("multi_modal_projector.", "model.multi_modal_projector.")]  # fmt: skip
-# The same lines for both libraries: a process that loads, answers with one token, and says what it took.
+# The same lines for both libraries: a process that loads, answers with one token, and says when it had it.
 ALONE = """
 import json, pathlib, time
 import torch
 from PIL import Image
 from {library} import AutoProcessor, LlavaForConditionalGeneration
 torch.set_num_threads({threads})
-start = time.monotonic()
+start = time.time()
 processor = AutoProcessor.from_pretrained({folder!r})
 model = LlavaForConditionalGeneration.from_pretrained({folder!r}, dtype=torch.{dtype}{options})
-prompt = "USER: <image>\\nDescribe the picture. ASSISTANT:"
-inputs = processor(images=Image.open({image!r}), text=prompt, return_tensors="pt")
+inputs = processor(images=Image.open({image!r}), text={prompt!r}, return_tensors="pt")
 inputs["pixel_values"] = inputs["pixel_values"].to(torch.{dtype})
 model.generate(**inputs, max_new_tokens=1, do_sample=False)
-load = time.monotonic() - start
+end = time.time()
 peak = pathlib.Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]  # in kB; Linux knows it
-print(json.dumps({{"load": load, "peak": int(peak) * 1024}}))
+print(json.dumps({{"start": start, "end": end, "peak": int(peak) * 1024}}))
 """
 
 
@@ -67,11 +72,10 @@ def rival(ours: LlavaForConditionalGeneration, folder: Path) -> torch.nn.Module:
     config = transformers.AutoConfig.from_pretrained(folder)
     with torch.device("meta"):
         theirs = transformers.LlavaForConditionalGeneration._from_config(config, dtype=ours.dtype)
-    tensors = {}
-    for name, tensor in named_parts(ours):
-        prefix = next((pair for pair in THEIR_NAMES if name.startswith(pair[0])), ("", ""))
-        tensors[prefix[1] + name.removeprefix(prefix[0])] = tensor.detach()
-    theirs.load_state_dict(tensors, strict=False, assign=True)
+    tensors = {("" if name.startswith("lm_head") else "model.") + name: t.detach() for name, t in named_parts(ours)}
+    missing, unknown = theirs.load_state_dict(tensors, strict=False, assign=True)
+    if unknown or set(missing) - {"lm_head.weight"}:
+        raise ValueError(f"transformers names other weights: it lacks {missing}, and does not know {unknown}")
     theirs.tie_weights()
     for part in theirs.modules():  # what is computed and not stored still lies on the meta device
         if hasattr(part, "inv_freq"):
@@ -82,38 +86,38 @@ def rival(ours: LlavaForConditionalGeneration, folder: Path) -> torch.nn.Module:
     return theirs.to(ours.device).eval()
 
 
-def time_answer(model: torch.nn.Module, inputs: dict, **stop) -> tuple[float, float]:
-    """Seconds to the first token, and for each further one."""
+def time_answer(model: torch.nn.Module, inputs: dict, **stop) -> tuple[float, float, list]:
+    """Seconds to the first token and, as a median, for each further one; and the ids."""
     clock = []
     hook = model.lm_head.register_forward_hook(lambda *_: clock.append(time.perf_counter()))
     start = time.perf_counter()
     with torch.no_grad():
-        model.generate(**inputs, max_new_tokens=NEW, do_sample=False, **stop)
+        ids = model.generate(**inputs, max_new_tokens=NEW, do_sample=False, **stop).tolist()
     hook.remove()
-    steps = [after - before for before, after in itertools.pairwise(clock)]
-    return clock[0] - start, statistics.median(steps)
+    if len(clock) != NEW:
+        raise ValueError(f"an answer took {len(clock)} runs of the head, not {NEW}: its times mean nothing")
+    return clock[0] - start, statistics.median(b - a for a, b in itertools.pairwise(clock)), ids
 
 
 def bytes_a_token(model: LlavaForConditionalGeneration, context: int) -> int:
     """What a decoded token must read at least: the decoder, the head, and the keys and values of the context."""
-    text = model.config.text_config
-    table = 0 if model.config.tie_word_embeddings else model.language_model.embed_tokens.weight.nbytes
-    weights = sum(p.nbytes for part in (model.language_model, model.lm_head) for p in part.parameters()) - table
-    if model.config.tie_word_embeddings:
-        weights -= model.lm_head.weight.nbytes  # counted twice
-    cache = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * context * model.dtype.itemsize
-    return weights + cache
+    parts = {id(p): p.nbytes for part in (model.language_model, model.lm_head) for p in part.parameters()}
+    if not model.config.tie_word_embeddings:  # a row of the table is all that is read of it
+        del parts[id(model.language_model.embed_tokens.weight)]
+    return sum(parts.values()) + context * cache_bytes(model.config, model.dtype)
 
 
-def read_speed() -> float:
-    """Bytes a second of summing a gigabyte, the best of five: what this memory gives."""
-    numbers = torch.ones(2**28)
-    times = []
-    for _ in range(5):
-        start = time.perf_counter()
-        numbers.sum()
-        times.append(time.perf_counter() - start)
-    return numbers.nbytes / min(times)
+def read_speed(numbers: torch.Tensor) -> float:
+    """Bytes a second of a plain sum, which does nothing but read."""
+    start = time.perf_counter()
+    numbers.sum()
+    return numbers.nbytes / (time.perf_counter() - start)
+
+
+def turns(names, i: int) -> list:
+    """The names in an order that begins with another one every round."""
+    names = list(names)
+    return names[i % len(names) :] + names[: i % len(names)]
 
 
 def in_turns(folder: Path, dtype: torch.dtype, rounds: int) -> list[dict]:
@@ -122,48 +126,69 @@ def in_turns(folder: Path, dtype: torch.dtype, rounds: int) -> list[dict]:
     models = {"theirs": rival(ours, folder), "ours": ours}
     if dtype == torch.bfloat16:
         models["int8"] = LlavaForConditionalGeneration.from_pretrained(folder, dtype, quantize="int8")
-    processor, rows = LlavaProcessor.from_pretrained(folder), []
+    processor, rows, memory = LlavaProcessor.from_pretrained(folder), [], torch.ones(2**28)
     for batch in (1, 4):
-        prompt = "USER: <image>\nDescribe the picture. ASSISTANT:"
-        inputs = processor(images=[open_image(IMAGE)] * batch, text=[prompt] * batch).to("cpu", dtype)
-        times = {name: [] for name in models}
-        for _ in range(rounds + 1):  # the first is to warm up
-            for name, model in models.items():
-                times[name].append(
-                    time_answer(model, dict(inputs), **({} if name == "theirs" else {"eos_token_id": -1}))
-                )
+        inputs = processor(images=[open_image(IMAGE)] * batch, text=[PROMPT] * batch).to("cpu", dtype)
+        found, speeds = defaultdict(list), []
+        for i in range(rounds + 1):
+            for name in turns(models, i):
+                stop = {} if name == "theirs" else {"eos_token_id": -1}
+                found[name].append(time_answer(models[name], dict(inputs), **stop))
+            speeds.append(read_speed(memory))
+        if dtype == torch.float32 and found["ours"][0][2] != found["theirs"][0][2]:
+            raise ValueError(f"{folder.name}: transformers' tokens are others, so there is nothing to compare")
         for i, what in enumerate(("first token", "decode")):
-            seconds = {name: [pair[i] for pair in pairs[1:]] for name, pairs in times.items()}
-            rows.append({"what": what, "batch": batch, "dtype": str(dtype).removeprefix("torch."), "seconds": seconds})
+            values = {name: [answer[i] for answer in answers[1:]] for name, answers in found.items()}  # 0 warmed up
+            rows.append({"what": what, "batch": batch, "values": values})
         if batch == 1:
             context = inputs["input_ids"].shape[1] + NEW // 2
             rows[-1]["bytes"] = {name: bytes_a_token(m, context) for name, m in models.items() if name != "theirs"}
-            rows[-1]["read speed"] = read_speed()
+            rows[-1]["read speed"] = speeds[1:]
     return rows
 
 
 # --- In processes of their own ---------------------------------------------------------------------------------------
 
 
+def forget(folder: Path) -> None:
+    """Let the system drop what it keeps of a checkpoint's files in memory (not known on macOS)."""
+    for file in folder.glob("*.safetensors"):
+        with open(file, "rb") as opened:
+            os.fsync(opened.fileno())  # what is not written yet would stay
+            os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def answer_alone(library: str, options: str, folder: Path, dtype: torch.dtype, empty: str) -> dict[str, float]:
+    """Seconds and bytes of one process."""
+    script = ALONE.format(library=library, threads=torch.get_num_threads(), folder=str(folder), options=options,
+                          dtype=str(dtype).removeprefix("torch."), image=str(IMAGE), prompt=PROMPT)  # fmt: skip
+    settings = {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
+    settings |= {"PYTHONPATH": str(ROOT)} if library == "llava" else {}
+    begun = time.time()
+    done = subprocess.run([sys.executable, "-c", script], check=True, stdout=subprocess.PIPE, text=True, cwd=empty,
+                          env=os.environ | settings)  # fmt: skip
+    told = json.loads(done.stdout.splitlines()[-1])
+    return {"start": told["end"] - begun, "load": told["end"] - told["start"], "peak": told["peak"]}
+
+
 def alone(folder: Path, dtype: torch.dtype, rounds: int) -> list[dict]:
-    """Rows for load with the first answer, process start to first token, and peak memory."""
+    """Rows for process start to first token, loading to first token warm and cold, and peak memory."""
     kinds = {"theirs": ("transformers", ""), "ours": ("llava", "")}
     if dtype == torch.bfloat16:
         kinds["int8"] = ("llava", ', quantize="int8"')
-    found = {what: {name: [] for name in kinds} for what in ("load and first answer", "start to first token", "peak")}
-    for _ in range(rounds):
-        for name, (library, options) in kinds.items():
-            script = ALONE.format(library=library, threads=torch.get_num_threads(), folder=str(folder), options=options,
-                                  dtype=str(dtype).removeprefix("torch."), image=str(IMAGE))  # fmt: skip
-            start = time.perf_counter()
-            done = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True,
-                                  cwd=ROOT, env=os.environ | {"TRANSFORMERS_VERBOSITY": "error"})  # fmt: skip
-            told = json.loads(done.stdout.splitlines()[-1])
-            found["start to first token"][name].append(time.perf_counter() - start)
-            found["load and first answer"][name].append(told["load"])
-            found["peak"][name].append(told["peak"])
-    dtype = str(dtype).removeprefix("torch.")
-    return [{"what": what, "batch": 1, "dtype": dtype, "seconds": seconds} for what, seconds in found.items()]
+    found = defaultdict(lambda: defaultdict(list))
+    with tempfile.TemporaryDirectory() as empty:
+        for i in range(rounds + 1):
+            for name in turns(kinds, i):
+                warm = answer_alone(*kinds[name], folder, dtype, empty)
+                forget(folder)
+                cold = answer_alone(*kinds[name], folder, dtype, empty)
+                if i:  # the first is to warm up
+                    found["start to first"][name].append(warm["start"])
+                    found["load to first"][name].append(warm["load"])
+                    found["load to first, cold"][name].append(cold["load"])
+                    found["peak"][name].append(max(warm["peak"], cold["peak"]))
+    return [{"what": what, "batch": 1, "values": values} for what, values in found.items()]
 
 
 # --- The table -------------------------------------------------------------------------------------------------------
@@ -182,61 +207,75 @@ def machine() -> str:
 def show(value: float, what: str) -> str:
     if what == "peak":
         return f"{value / 1e9:.2f} GB"
-    return f"{value:.2f} s" if value >= 1 else f"{value * 1000:.3g} ms"
+    return f"{value:.2f} s" if value >= 0.9995 else f"{value * 1000:.3g} ms"
+
+
+def line(row: dict) -> str:
+    """Medians; a ratio is theirs over ours of the same round, its median and, in brackets, the smallest and largest."""
+    cells, theirs = [row["model"], row["dtype"], row["what"], str(row["batch"])], row["values"]["theirs"]
+    cells.append(show(statistics.median(theirs), row["what"]))
+    for name in ("ours", "int8"):
+        if name not in row["values"]:
+            cells += ["", ""]
+            continue
+        ours = row["values"][name]
+        ratios = sorted(a / b for a, b in zip(theirs, ours, strict=True))
+        cells.append(show(statistics.median(ours), row["what"]))
+        cells.append(f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})")
+    return "| " + " | ".join(cells) + " |"
+
+
+def bandwidth(row: dict) -> list[str]:
+    """How near decoding comes to the speed of memory, for models that no cache holds."""
+    told, plain = [], statistics.median(row["read speed"])
+    for name, n in row["bytes"].items():
+        if n > 1e8:
+            kind, speed = row["dtype"] if name == "ours" else name, n / statistics.median(row["values"][name])
+            share = f"{speed / plain:.0%} of the {plain / 1e9:.1f} GB/s of a plain sum"
+            told.append(f"{row['model']} in {kind} reads {speed / 1e9:.1f} GB/s while it decodes, {share}.")
+    return told
 
 
 def table(rows: list[dict]) -> str:
-    """Medians; "times" is theirs over ours in the same round, its median and, in brackets, its spread."""
-    lines = [
-        "| model | dtype | what | batch | transformers | ours | times faster | int8 | times faster |",
-        "|---" * 9 + "|",
-    ]
-    for row in rows:
-        cells, theirs = [row["model"], row["dtype"], row["what"], str(row["batch"])], row["seconds"]["theirs"]
-        cells.append(show(statistics.median(theirs), row["what"]))
-        for name in ("ours", "int8"):
-            if name not in row["seconds"]:
-                cells += ["", ""]
-                continue
-            times = row["seconds"][name]
-            ratios = sorted(a / b for a, b in zip(theirs, times, strict=True))
-            cells.append(show(statistics.median(times), row["what"]))
-            cells.append(f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})")
-        lines.append("| " + " | ".join(cells) + " |")
-    for row in rows:
-        for name, n in row.get("bytes", {}).items():
-            speed = n / statistics.median(row["seconds"][name])
-            kind, plain = row["dtype"] if name == "ours" else name, row["read speed"]
-            share = f"{speed / plain:.0%} of a plain sum's {plain / 1e9:.1f}"
-            lines.append(f"\n{row['model']} in {kind} reads {speed / 1e9:.1f} GB/s while it decodes, {share}.")
-    return "\n".join(lines)
+    head = "| model | dtype | what | batch | transformers | ours | theirs / ours | int8 | theirs / int8 |"
+    lines = [head, "|---" * 9 + "|", *map(line, rows)]
+    return "\n".join(lines) + "\n\n" + "\n".join(text for row in rows if "bytes" in row for text in bandwidth(row))
 
 
-def main() -> None:
+def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Time this project and transformers on the same weights.")
     parser.add_argument("--also", type=Path, action="append", default=[], help="one more checkpoint, in bfloat16")
     parser.add_argument("--only", action="store_true", help="nothing but what --also names")
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--json", type=Path, help="where every single time is written")
+    parser.add_argument("--rounds", type=int, default=7, help="of answers; of processes, half as many")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--json", type=Path, help="where every single value is written")
     args = parser.parse_args()
+    if args.rounds < 1 or (args.only and not args.also):
+        raise ValueError("--rounds must be 1 at least, and --only needs --also")
+    return args
+
+
+def main() -> None:
+    args = parse_arguments()
     torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
     transformers.logging.set_verbosity_error()
     rows = []
     with tempfile.TemporaryDirectory() as scratch:
-        todo = [(folder, folder.name, [torch.bfloat16]) for folder in args.also]
+        todo = [(folder.resolve(), folder.name, [torch.bfloat16]) for folder in args.also]
         if not args.only:
             make("161M", Path(scratch))
             both = [torch.float32, torch.bfloat16] if fast_dtype("cpu") == torch.bfloat16 else [torch.float32]
             todo = [(BUNDLED, "tiny", both), (Path(scratch), "161M", both), *todo]
         for folder, name, dtypes in todo:
             for dtype in dtypes:
-                for row in in_turns(folder, dtype, args.rounds) + alone(folder, dtype, max(1, args.rounds // 2)):
-                    rows.append({"model": name, **row})
-                    print(table(rows[-1:]).splitlines()[-1], file=sys.stderr, flush=True)
+                for work, rounds in ((in_turns, args.rounds), (alone, -(-args.rounds // 2))):
+                    for row in work(folder, dtype, rounds):
+                        rows.append({"model": name, "dtype": str(dtype).removeprefix("torch."), **row})
+                        print(line(rows[-1]), file=sys.stderr, flush=True)
+                    if args.json:
+                        args.json.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1))
     print(f"{machine()}\n\n{table(rows)}")
-    if args.json:
-        args.json.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1))
 
 
 if __name__ == "__main__":

@@ -290,7 +290,7 @@ def test_every_stage_runs_from_the_command(tmp_path):
     assert len(judge.answers(model, processor, [picture], ["Describe the picture."])) == 1
     command = [sys.executable, ROOT / "train.py", "--evaluate", tmp_path, "--scenes", "2"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=170)
-    assert done.stdout.startswith("| question | before alignment | after alignment | after tuning | asked |")
+    assert done.stdout.startswith("| question | before alignment | after alignment | after tuning | in int8 | asked |")
     assert "| all, on pairs never shown together |" in done.stdout
 
 
