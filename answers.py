@@ -23,6 +23,7 @@ from PIL import Image
 
 from clip import open_image
 from generate import GenerationConfig
+from text_watcher import TextWatcher
 
 
 @dataclass
@@ -74,12 +75,13 @@ def ask(
     config = GenerationConfig.merged(model.generation_config, options)
     eos = {config.eos_token_id} if isinstance(config.eos_token_id, int) else set(config.eos_token_id)
     answers = []
-    for row, n_prompt in zip(ids.tolist(), inputs.attention_mask.sum(-1).tolist(), strict=True):
-        end = next((i + 1 for i, token in enumerate(row) if token in eos), len(row))
-        text = processor.decode(row[:end], skip_special_tokens=True)
-        stopped = row[end - 1] in eos or any(stop in text for stop in args.stop or ())
-        reason = "stop" if stopped else "context" if limit == context - T else "length"
-        answers.append(Answer(text, n_prompt, end, reason, round(seconds, 3)))
+    watcher = TextWatcher(processor.tokenizer, len(ids), None, args.stop)
+    for row, (answer, n_prompt) in enumerate(zip(ids.tolist(), inputs.attention_mask.sum(-1).tolist(), strict=True)):
+        ends = (i for i, token in enumerate(answer, 1) if watcher.put(row, token, last=token in eos) or token in eos)
+        end = next(ends, None)  # what follows is padding
+        text = processor.decode(answer[:end], skip_special_tokens=True)
+        reason = "stop" if end else "context" if limit == context - T else "length"
+        answers.append(Answer(text, n_prompt, end or len(answer), reason, round(seconds, 3)))
     return answers
 
 

@@ -423,6 +423,18 @@ def test_one_question_too_long_does_not_stop_the_others(ask, small, folder, tmp_
     assert code == 2 and "2 of 4 have no answer" in err
 
 
+def test_a_row_that_a_stop_string_ended_is_counted_up_to_there(ask, small, tmp_path):
+    """The other row of the batch goes on, and the ended one is filled up."""
+    (tmp_path / "list.txt").write_text('{"image": [], "prompt": "Why?"}\n{"image": [], "prompt": "And how?"}\n')
+    options = ["--model", small, "--images", "list.txt", "--max-new-tokens", 8, "--temperature", 5, "--seed", 1]
+    said = lambda *more: [json.loads(line) for line in ask(*options, *more)[1].splitlines()]  # noqa: E731
+    words, others = (record["text"].split() for record in said())
+    assert words[2] not in {*words[:2], *others}
+    for record, right, reason in zip(said("--stop", words[2]), (words[:3], others), ("stop", "length"), strict=True):
+        assert record["text"].split() == right
+        assert (record["completion_tokens"], record["finish_reason"]) == (len(right), reason)
+
+
 LINES = ['{"image"', "{}", '{"image": 5}', '{"image": ["a", 5]}', '{"image": "a", "prompt": 1}']
 
 

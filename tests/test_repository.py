@@ -51,7 +51,7 @@ MAY_IMPORT = {
     "llava": {"clip", "checkpoint", "tokenizer", "kernels", "llama", "generate", "load_weights"},
     "explain": {"generate", "tokenizer"},
     "chat": {"clip", "generate", "llama", "text_watcher"},
-    "answers": {"clip", "generate"},
+    "answers": {"clip", "generate", "text_watcher"},
     "arguments": {"tokenizer"},
     "memory": {"llava", "quantize"},
 }
