@@ -88,7 +88,8 @@ def ask(
 def line(model: str, paths: list[str], prompt: str, said: Answer | Exception) -> str:
     record = {"model": Path(model).name, "image": paths[0] if len(paths) == 1 else paths, "prompt": prompt}
     record |= asdict(said) if isinstance(said, Answer) else {"error": str(said)}
-    return json.dumps(record, ensure_ascii=False)
+    # In a file name's bytes that are no UTF-8 Python sees half surrogate pairs: they are written as JSON's \udcff.
+    return json.dumps(record, ensure_ascii=False).encode("utf-8", "backslashreplace").decode()
 
 
 def answer_one(model, processor, images: list[Image.Image], args: Namespace) -> None:

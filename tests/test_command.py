@@ -473,6 +473,16 @@ def test_a_run_that_was_stopped_goes_on(ask, small, folder, monkeypatch):
     assert len(Path("out.jsonl").read_text().splitlines()) == 8
 
 
+@pytest.mark.skipif(sys.platform == "darwin", reason="its file names are UTF-8")
+def test_a_file_name_that_is_no_text_is_answered_and_known_again(ask, small, tmp_path):
+    COLOUR.save(os.fsdecode(name := b"\xff.png"))
+    options = ["--model", small, "--images", ".", "--out", "out.jsonl", "--max-new-tokens", 2]
+    assert ask(*options)[0] == 0
+    record = json.loads(Path("out.jsonl").read_text("utf-8"))
+    assert os.fsencode(record["image"]) == name
+    assert "1 of 1 are answered already" in ask(*options)[2]
+
+
 def test_a_file_that_is_not_ours_is_left_alone(ask, small, folder):
     for content in ("my notes", "my notes\n", '{"image": "x"}\n', "[1]\n", "\xff\n"):
         Path("out.jsonl").write_text(content)
