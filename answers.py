@@ -115,7 +115,7 @@ def read_questions(source: Path, prompt: str) -> list[Question]:
         questions = [((str(file),), prompt) for file in names]
     else:
         try:
-            lines = source.read_text("utf-8-sig").splitlines()
+            lines = source.read_text("utf-8-sig").split("\n")  # splitlines cuts at U+2028 too, which JSON may hold
         except UnicodeDecodeError as error:
             raise ValueError(f"{source} is neither a folder nor a list of pictures, a path a line") from error
         numbered = [(i, text.strip()) for i, text in enumerate(lines, 1)]
