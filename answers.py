@@ -110,7 +110,7 @@ Question = tuple[tuple[str, ...], str]  # paths of pictures, prompt
 def read_questions(source: Path, prompt: str) -> list[Question]:
     """A folder's pictures, or a list: a path a line, or {"image": path or list of paths, "prompt": "..."} a line."""
     if source.is_dir():
-        known = Image.registered_extensions()
+        known = Image.registered_extensions().keys() - {".pdf", ".palm"}  # two that Pillow only writes
         names = [file for file in sorted(source.iterdir()) if file.suffix.lower() in known and file.name[0] != "."]
         questions = [((str(file),), prompt) for file in names]
     else:

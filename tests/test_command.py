@@ -374,6 +374,7 @@ def folder(tmp_path):
         COLOUR.rotate(20 * i).save(tmp_path / "pictures" / name)
     (tmp_path / "pictures" / "a.jpg").write_bytes(b"broken")
     (tmp_path / "pictures" / "notes.txt").write_text("mine")
+    (tmp_path / "pictures" / "notes.pdf").write_text("Pillow writes such files and opens none")
     (tmp_path / "pictures" / "._b.jpg").write_text("a Mac's")
     return tmp_path / "pictures"
 
