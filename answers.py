@@ -142,9 +142,11 @@ def read_question(where: str, text: str, prompt: str) -> Question:
 def answered(out: Path, model: str) -> set[Question]:
     """The questions of the lines that a results file has. Half a line, left by a run that was killed, is cut off.
 
-    Raises ValueError where the file is none of ours, or its answers are another model's.
+    Raises ValueError where the file is none of ours, cannot be written, or its answers are another model's.
     """
-    if not out.exists():
+    if out.is_dir() or not os.access(out if out.exists() else out.parent, os.W_OK):
+        raise ValueError(f"{out} cannot be written: give --out a file in a folder that you may write to")
+    if not out.is_file():  # or a pipe, or /dev/null: there is nothing to go on from
         return set()
     content = out.read_bytes()
     whole = content.rfind(b"\n") + 1

@@ -176,7 +176,6 @@ def refused(done: tuple[int, str, str], *words: str) -> None:
         (["--images", ROOT, "--image", ROCKET], "--images asks about many pictures"),
         (["--out", "x.jsonl"], "--out needs --images"),
         (["--images", ROOT / "images", "--out", ROCKET], "not a file of answers"),
-        (["--images", ROOT / "images", "--out", "no/such/folder/x.jsonl"], "no/such/folder"),
         (["--chat", "--prompt", "x"], "--chat takes its questions from you"),
     ],
     ids=lambda value: str(value)[:80],
@@ -489,6 +488,18 @@ def test_a_file_that_is_not_ours_is_left_alone(ask, small, folder):
         Path("out.jsonl").write_text(content)
         refused(ask("--model", small, "--images", folder, "--out", "out.jsonl"), "not a file of answers")
         assert Path("out.jsonl").read_text() == content
+
+
+@pytest.mark.parametrize("out", ["no/such/folder/x.jsonl", "."])
+def test_a_file_that_cannot_be_written_is_refused_before_loading(ask, small, folder, monkeypatch, out):
+    monkeypatch.setattr(command, "load", lambda *_: pytest.fail("loaded for nothing"))
+    refused(ask("--model", small, "--images", folder, "--out", out), f"{out} cannot be written")
+
+
+def test_answers_can_go_where_nothing_is_kept(ask, small, folder):
+    (folder / "a.jpg").unlink()
+    options = ["--model", small, "--max-new-tokens", 2]
+    assert ask("--images", folder, "--out", os.devnull, *options) == (0, "", "")
 
 
 def test_answers_of_another_model_are_not_mixed_with_these(ask, small, folder):
