@@ -169,7 +169,7 @@ def unanswered(questions: list[Question], out: Path | None, model: str) -> list[
     done = set() if out is None else answered(out, model)
     left = [question for question in questions if question not in done]
     if len(left) < len(questions):
-        print(f"{len(questions) - len(left)} of {len(questions)} are answered already.", file=sys.stderr)
+        print(f"{len(questions) - len(left)} of {len(questions)} have a line already.", file=sys.stderr)
     return left
 
 

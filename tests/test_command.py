@@ -462,13 +462,13 @@ def test_a_run_that_was_stopped_goes_on(ask, small, folder, monkeypatch):
         out.write('{"image": "half a li')
     monkeypatch.setattr(answers, "ask", lambda *arguments: asked_about.append(arguments[2]) or real(*arguments))
     code, out, err = ask(*options)
-    assert (code, out) == (0, "") and "2 of 4 are answered already" in err
+    assert (code, out) == (0, "") and "2 of 4 have a line already" in err
     records = [json.loads(line) for line in Path("out.jsonl").read_text().splitlines()]
     assert [Path(record["image"]).name for record in records] == ["b.jpg", "c.webp", "d.PNG", "e.png"]
     assert len(asked_about) == 4
     with monkeypatch.context() as patch:
         patch.setattr(command, "load", lambda *_: pytest.fail("loaded for nothing"))
-        assert "4 of 4 are answered already" in ask(*options)[2]
+        assert "4 of 4 have a line already" in ask(*options)[2]
     assert ask(*options, "--prompt", "Another?")[0] == 0
     assert len(Path("out.jsonl").read_text().splitlines()) == 8
 
@@ -480,7 +480,7 @@ def test_a_file_name_that_is_no_text_is_answered_and_known_again(ask, small, tmp
     assert ask(*options)[0] == 0
     record = json.loads(Path("out.jsonl").read_text("utf-8"))
     assert os.fsencode(record["image"]) == name
-    assert "1 of 1 are answered already" in ask(*options)[2]
+    assert "1 of 1 have a line already" in ask(*options)[2]
 
 
 def test_a_file_that_is_not_ours_is_left_alone(ask, small, folder):
