@@ -86,7 +86,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def read_prompt(given: str | None) -> str:
     """The prompt given, or standard input where it is "-" or where nothing is given and a pipe comes in."""
-    with suppress(OSError, ValueError, AttributeError):  # there may be no standard input at all
+    with suppress(OSError, ValueError):  # standard input may have no number, in a notebook say
         if given is None and stat.S_ISFIFO(os.fstat(sys.stdin.fileno()).st_mode):
             if not select.select([sys.stdin], [], [], PATIENCE)[0]:
                 print("Waiting for a prompt from standard input; --prompt would give it here.", file=sys.stderr)

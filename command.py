@@ -105,6 +105,9 @@ def answer(args: argparse.Namespace) -> None:
 
 def run(work: Callable[[], None]) -> int:
     """Do the work of a command; an error that the user can mend becomes one sentence and exit code 2."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # the caller has closed it: as good as empty
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115  (it stays open)
     try:
         work()
         sys.stdout.flush()

@@ -545,6 +545,16 @@ def test_it_ends_quietly(small, tmp_path, how):
     assert err == "No picture given: the prompt is answered by itself.\n"
 
 
+@pytest.mark.parametrize(("number", "code"), [(0, 2), (1, 0), (2, 0)])
+def test_a_closed_stream_is_as_good_as_empty(small, number, code):
+    """Standard input, where the prompt should be, standard output, standard error."""
+    options = ["--model", small, "--prompt", "-" if number == 0 else "x", "--max-new-tokens", 2]
+    done = llava(*options, preexec_fn=lambda: os.close(number))
+    assert done.returncode == code and "Traceback" not in done.stderr
+    assert done.stdout.count("\n") == (number == 2)
+    assert ("standard input has no prompt" in done.stderr) == (number == 0)
+
+
 def test_ctrl_c_while_pytorch_is_imported_is_silent(tmp_path):
     (tmp_path / "torch.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
     environment = os.environ | {"PYTHONPATH": str(tmp_path)}
