@@ -10,7 +10,6 @@ time. Is the hottest patch on the named thing? A blind guess is right as often a
 
 import argparse
 import itertools
-import re
 import sys
 from pathlib import Path
 
@@ -42,9 +41,10 @@ def has_two(truth: dict) -> bool:
 def tokens_of(name: str, ids: list[int], tokenizer) -> list[int]:
     """Which tokens of an answer spell the first place where it says `name`; none if it does not."""
     ends = [len(tokenizer.decode(ids[: i + 1], skip_special_tokens=True)) for i in range(len(ids))]
-    found = re.search(rf"\b{re.escape(name)}\b", tokenizer.decode(ids, skip_special_tokens=True).lower())
+    spoken_of = emoji_world.A_THING.finditer(tokenizer.decode(ids, skip_special_tokens=True).lower())
+    found = next((match for match in spoken_of if emoji_world.SINGULAR[match[2]] == name), None)
     starts = [0, *ends]
-    return [i for i, end in enumerate(ends) if found and starts[i] < found.end() and end > found.start()]
+    return [i for i, end in enumerate(ends) if found and starts[i] < found.end(2) and end > found.start(2)]
 
 
 def covered(thing: dict, side: int) -> Tensor:  # -> (P,) booleans
@@ -62,7 +62,8 @@ def measure(model, processor, n: int) -> tuple[list[Tensor], list[float]]:
     for picture, truth in scenes(n, vision.image_size):
         watch = Recorder(model)
         inputs = processor(text=prompt, images=picture)
-        answer = watch.generate(**inputs, max_new_tokens=60)[0, inputs.input_ids.shape[1] :].tolist()
+        ids = watch.generate(**inputs, max_new_tokens=60, do_sample=False)
+        answer = ids[0, inputs.input_ids.shape[1] :].tolist()
         found = study(watch)
         heat = found.attentions[..., found.patches].float().mean(1)  # (L, N, P)
         heat = torch.cat([heat.mean(0, keepdim=True), heat])
