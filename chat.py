@@ -127,6 +127,8 @@ class Chat:
 
     def remember(self, text: str, answer: list[int]) -> None:
         said = self.processor.tokenizer.decode(answer, skip_special_tokens=True)
+        for name in self.processor.tokenizer.special_tokens:  # text here, but not to who reads the file: < image>
+            text, said = (part.replace(name, f"{name[0]} {name[1:]}") for part in (text, said))
         self.turns.append({"from": "human", "value": "<image>\n" * len(self.pictures) + text})
         self.turns.append({"from": "gpt", "value": said})
         self.shown += [path for path, _ in self.pictures]

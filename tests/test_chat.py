@@ -9,6 +9,7 @@ import torch
 from small import small
 
 import chat
+from batches import Records
 from chat import Chat
 from clip import open_image
 from command import main
@@ -209,6 +210,16 @@ def test_commands(model, monkeypatch, capsys, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["said.json"]
     converse(talk, monkeypatch, capsys, "/clear")
     assert (talk.ids, talk.cache, talk.turns, talk.pictures) == ([], None, [], [])
+
+
+def test_what_is_saved_can_be_trained_on_whatever_was_typed(model, tmp_path):
+    talk, file = begin(model), tmp_path / "said.json"
+    talk.show(PICTURES[0])
+    say(talk, "what does <image> mean, or </s>?")
+    talk.save(file)
+    records = Records(file, ROOT / "images", talk.processor, longest=400)
+    assert talk.turns == records.records[0][1]["conversations"] and not records.skipped
+    assert talk.turns[0]["value"] == "<image>\nwhat does < image> mean, or < /s>?"
 
 
 @pytest.mark.parametrize(
