@@ -139,7 +139,7 @@ class Chat:
         record = {"conversations": self.turns}
         if self.shown:
             record["image"] = self.shown[0] if len(self.shown) == 1 else self.shown
-        unfinished = Path(f"{path}.unfinished")
+        unfinished = Path(path).with_name(f".chat-{os.getpid()}.json")
         try:
             unfinished.write_text(json.dumps([record], ensure_ascii=False, indent=1) + "\n", "utf-8")
             os.replace(unfinished, path)

@@ -212,6 +212,13 @@ def test_commands(model, monkeypatch, capsys, tmp_path):
     assert (talk.ids, talk.cache, talk.turns, talk.pictures) == ([], None, [], [])
 
 
+def test_saving_leaves_other_files_alone(model, tmp_path):
+    (tmp_path / "said.json.unfinished").write_text("mine")
+    begin(model).save(str(tmp_path / "said.json"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["said.json", "said.json.unfinished"]
+    assert (tmp_path / "said.json.unfinished").read_text() == "mine"
+
+
 def test_what_is_saved_can_be_trained_on_whatever_was_typed(model, tmp_path):
     talk, file = begin(model), tmp_path / "said.json"
     talk.show(PICTURES[0])
