@@ -80,6 +80,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         parser.error("--chat takes its questions from you, without --prompt and --json")
     if args.explain is not None and (args.chat or args.images):
         parser.error("--explain is for one answer about one picture, without --chat and --images")
+    if "" in (args.stop or ()):
+        parser.error("--stop needs a text: every answer has an empty one, at its first word")
     args.prompt = None if args.chat else read_prompt(args.prompt)
     return args
 

@@ -163,6 +163,7 @@ def refused(done: tuple[int, str, str], *words: str) -> None:
         (["--device", "meta"], "no device 'meta'"),
         (["--dtype", "float8"], "--dtype: invalid choice: 'float8'"),
         (["--template", "alpaca"], "--template"),
+        (["--stop", "x", "--stop", ""], "--stop needs a text"),
         (["--quantize", "int2"], "--quantize"),
         (["--tempature", 1], "--tempature"),
         (["--prompt", "<image> where?"], "has <image> 1 times, but the number of pictures is 0"),
