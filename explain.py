@@ -40,6 +40,8 @@ TEMPLATE = Path(__file__).with_suffix(".html")
 class Recorder:
     """Stands in for a model while generation drives it: notes the seconds of each step and what the projector made."""
 
+    times_each_step = True  # so no step may come from a CUDA graph: see decode_graph.py
+
     def __init__(self, model):
         self.model, self.seconds = model, []
 

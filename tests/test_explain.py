@@ -83,6 +83,16 @@ def test_the_answer_is_that_of_generate_with_chance_too():
     assert len(watch.seconds) == 2 + watch.ids.shape[1] - inputs.input_ids.shape[1]
 
 
+def test_no_step_comes_from_a_cuda_graph(monkeypatch):
+    """On a GPU a graph fits, but waiting for the step's end is not allowed while one is recorded."""
+    monkeypatch.setattr("generate.DecodeGraph.fits", lambda cache: True)
+    monkeypatch.setattr("generate.DecodeGraph.record", lambda *_: pytest.fail("a graph was recorded"))
+    model, processor = LlavaForConditionalGeneration.from_pretrained(BUNDLED), LlavaProcessor.from_pretrained(BUNDLED)
+    watch = Recorder(model)
+    watch.generate(**processor(text="<image>", images=Image.open(PICTURE)), max_new_tokens=5, eos_token_id=[])
+    assert len(watch.seconds) == 2 + 5
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_numbers_are_the_references(family, tmp_path):
     """On random checkpoints: attention of each head, probabilities, the guess after each layer, the nearest words."""
