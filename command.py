@@ -25,7 +25,7 @@ import explain
 from arguments import BUNDLED, parse_arguments
 from checkpoint import find_checkpoint, read_config
 from clip import open_image
-from llava import LlavaForConditionalGeneration, LlavaProcessor
+from llava import LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
 from load_weights import survey
 from memory import check_memory
 from tokenizer import TEMPLATES
@@ -58,8 +58,9 @@ def check_device(name: str) -> None:
         raise ValueError(f"there is no device {name!r} here: use --device cpu")
 
 
-def load(args: argparse.Namespace, pictures: int) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
-    """The model and the processor that the arguments ask for, if the memory is enough for `pictures` at a time."""
+def load(args: argparse.Namespace, rows: int, pictures: int) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
+    """The model and the processor that the arguments ask for, if the memory is enough for a batch of so many rows, each
+    with so many pictures and an answer of --max-new-tokens."""
     device = choose_device(args.device)
     if args.model == BUNDLED:
         print(
@@ -70,7 +71,10 @@ def load(args: argparse.Namespace, pictures: int) -> tuple[LlavaForConditionalGe
     dtype = fast_dtype(device) if args.dtype == "auto" else getattr(torch, args.dtype)
     folder = find_checkpoint(args.model)
     processor = LlavaProcessor.from_pretrained(folder)
-    check_memory(read_config(folder), dtype, device, args.quantize, pictures * processor.image_seq_length)
+    settings = read_config(folder)
+    context = LlavaConfig.from_dict(settings).text_config.max_position_embeddings
+    tokens = rows * min(pictures * processor.image_seq_length + args.max_new_tokens, context)
+    check_memory(settings, dtype, device, args.quantize, tokens)
     model = LlavaForConditionalGeneration.from_pretrained(folder, dtype, device, args.quantize, args.kernels)
     if args.template:
         processor.template = TEMPLATES[args.template]
@@ -81,7 +85,8 @@ def answer(args: argparse.Namespace) -> None:
     if args.images:
         left = answers.unanswered(answers.read_questions(args.images, args.prompt), args.out, args.model)
         if left:
-            answers.answer_many(*load(args, args.batch_size), left, args)
+            rows, pictures = min(args.batch_size, len(left)), max(len(paths) for paths, _ in left)
+            answers.answer_many(*load(args, rows, pictures), left, args)
         return
     images = [open_image(path) for path in args.image]
     if args.explain is not None:
@@ -90,7 +95,7 @@ def answer(args: argparse.Namespace) -> None:
         answers.check_places(args.prompt, len(images))
         if not images:
             print("No picture given: the prompt is answered by itself.", file=sys.stderr)
-    model, processor = load(args, len(images))
+    model, processor = load(args, 1, len(images))
     if args.chat:
         talk = chat.Chat(model, processor, args.system, args.stop, args.seed, **answers.sampling(args))
         talk.pictures = list(zip(args.image, images, strict=True))

@@ -2,7 +2,8 @@
 
     needed = the weights in the dtype and form they will have + the KV cache of the tokens to come
 
-The rest of a process, PyTorch and what flows through the model, is a few hundred megabytes more: ALSO.
+The rest of a process, PyTorch and what flows through the model, is a few hundred megabytes more: ALSO. The words of
+the prompts, which are short beside pictures and answers, are left to it.
 """
 
 import os
@@ -60,7 +61,7 @@ def check_memory(settings: dict, dtype: torch.dtype, device: str, quantize: str 
         return
     half = dtype if dtype.itemsize == 2 else torch.bfloat16
     flags = "" if dtype == half else "--dtype bfloat16"
-    fitting = "no flag makes it fit: it takes a smaller model, or a computer with more memory"
+    fitting = "it takes a smaller model, --batch-size or --max-new-tokens, or a computer with more memory"
     for how, flag in ((None, flags), ("int8", f"{flags} --quantize int8".strip())):
         smaller = needed_bytes(settings, half, how, tokens)
         if smaller < needed and smaller <= free:

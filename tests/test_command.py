@@ -573,11 +573,11 @@ def test_an_error_of_several_lines_is_said_in_one(capsys):
 def test_what_cannot_fit_is_said_before_loading(ask, small, monkeypatch):
     settings = command.read_config(small)
     needs = {
-        (dtype, how): memory.needed_bytes(settings, dtype, how, 0)
+        (dtype, how): memory.needed_bytes(settings, dtype, how, 200)  # the context: an answer may be longer than it
         for dtype in (torch.float32, torch.bfloat16)
         for how in (None, "int8")
     }
-    sizes = {name: needs[name] - memory.ALSO for name in needs}
+    sizes = {name: memory.needed_bytes(settings, *name, 0) - memory.ALSO for name in needs}
     assert sizes[torch.float32, None] == 2 * sizes[torch.bfloat16, None] == 4 * sum(
         parameter.numel() for parameter in LlavaForConditionalGeneration.from_pretrained(small).parameters()
     )
@@ -588,13 +588,23 @@ def test_what_cannot_fit_is_said_before_loading(ask, small, monkeypatch):
     for free, words in (
         (whole - 1, "--dtype bfloat16 needs"),
         (half - 1, "--dtype bfloat16 --quantize int8 needs"),
-        (eighth - 1, "no flag makes it fit"),
+        (eighth - 1, "it takes a smaller model"),
     ):
         monkeypatch.setattr(memory, "free_bytes", lambda device, free=free: free)
         refused(ask(*arguments), "this model needs 0.3 GB of memory in float32", "GB free", words)
     monkeypatch.setattr(memory, "free_bytes", lambda device: half - 1)
     refused(ask(*arguments, "--dtype", "bfloat16"), ": --quantize int8 needs")
     refused(ask(*arguments, "--dtype", "float16"), ": --quantize int8 needs")
+
+
+def test_the_cache_of_every_row_is_counted(ask, small, folder, monkeypatch):
+    """Its pictures and its answer, as far as the context goes."""
+    counted, picture = [], LlavaProcessor.from_pretrained(small).image_seq_length
+    monkeypatch.setattr(command, "check_memory", lambda *given: counted.append(given[-1]))
+    for arguments in (["--images", folder, "--batch-size", 3], ["--images", folder], ["--image", ROCKET, ROCKET]):
+        ask("--model", small, "--max-new-tokens", 2, *arguments)
+    ask("--model", small, "--max-new-tokens", 1000, "--prompt", "x")
+    assert counted == [3 * (picture + 2), 5 * (picture + 2), 2 * picture + 2, 200]
 
 
 def test_free_memory_is_a_sensible_number():
