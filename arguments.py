@@ -13,7 +13,7 @@ from tokenizer import TEMPLATES
 
 BUNDLED = Path(__file__).parent / "checkpoints" / "tiny-llava"
 PROMPT = "Describe the picture."
-PATIENCE = 2  # seconds until a pipe that says nothing is spoken of
+PATIENCE = 2  # seconds until the user is told that a pipe is waited for
 
 
 class Parser(argparse.ArgumentParser):
@@ -44,7 +44,8 @@ def add_first_options(parser: argparse.ArgumentParser) -> None:
     add("--out", type=Path, metavar="FILE", help="with --images: where the answers go, as JSON lines; resumes")
     add("--model", default=BUNDLED, metavar="PATH", help="checkpoint folder or hub id (default: the bundled tiny one)")
     add("--max-new-tokens", type=number(int, 1, 10**9), default=256, metavar="N", help="longest answer (default: 256)")
-    add("--temperature", type=number(float, 0, 1e4), default=0.0, metavar="T", help="0: likeliest word; 1: by chance")
+    how = "0 (default): the likeliest word; 1: drawn by the model's own probabilities"
+    add("--temperature", type=number(float, 0, 1e4), default=0.0, metavar="T", help=how)
     add("--dtype", choices=["auto", "float32", "float16", "bfloat16"], default="auto", help="default: the fast one")
     add("--quantize", choices=["int8"], help="the decoder's weights in a byte each: half the memory of bfloat16")
 

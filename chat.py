@@ -81,7 +81,8 @@ class Chat:
 
     def make_room(self, length: int) -> None:
         """A cache for so many tokens, with all that the old one holds."""
-        old, room = self.cache, 0 if self.cache is None else self.cache.attention_mask.shape[1]
+        old = self.cache
+        room = 0 if old is None else old.attention_mask.shape[1]
         if length > room:
             room = min(max(length, 2 * room), self.context)
             self.cache = KVCache(self.model.config.text_config, 1, room, self.model.dtype, self.model.device)

@@ -32,7 +32,7 @@ from tokenizer import TEMPLATES
 
 
 def fast_dtype(device: str) -> torch.dtype:
-    """bfloat16 where the hardware multiplies matrices in it, else float16 on a GPU and float32 on a CPU."""
+    """bfloat16 where the hardware multiplies matrices in it, else float16 on a CUDA GPU and float32 elsewhere."""
     kind = torch.device(device).type
     if kind == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
@@ -135,7 +135,7 @@ def run(work: Callable[[], None]) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     """`python llava.py ...`"""
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a KeyboardInterrupt again, as chat.py needs it
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # llava.py had switched it off; chat.py needs it
     warnings.simplefilter("ignore")  # Pillow's and PyTorch's, on odd files: they are for programmers
     for stream in (sys.stdin, sys.stdout):
         with suppress(AttributeError):  # what cannot be read or shown as text becomes a mark, not an error

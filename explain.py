@@ -1,6 +1,6 @@
 """How an answer came about, as one HTML page that needs no network: `python llava.py --image x.jpg --explain x.html`.
 
-    Recorder drives the answer -> study runs prompt and answer once more -> write fills explain.html
+    Recorder watches the answer -> study runs prompt and answer once more -> write fills explain.html
 
 For each token of the answer the page shows the attention of the position before it, whose output became the token:
 there the model looked when it chose it. Beside it stand the likeliest tokens of that moment, and the same guess read
