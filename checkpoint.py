@@ -78,8 +78,9 @@ def check_range(name: str, value: object, file: Path) -> None:
         fits = isinstance(number, (int, float) if kind is float else kind)
         fits = fits and isinstance(number, bool) == (kind is bool) and low <= number <= high
         if not fits and not (number is None and name in MAY_BE_NULL):
-            what = {int: "a whole number", float: "a number", bool: "true or false,"}[kind]
-            raise ValueError(f"{file}: {name} must be {what} from {low} to {high}, not {str(number)[:80]!r}")
+            span = f"number from {low} to {high}"
+            what = {int: f"a whole {span}", float: f"a {span}", bool: "true or false"}[kind]
+            raise ValueError(f"{file}: {name} must be {what}, not {str(number)[:80]!r}")
     if value == [] and name == "vision_feature_layer":
         raise ValueError(f"{file}: {name} names no layer")
 

@@ -1,11 +1,14 @@
 """The whole model against the reference: the same checkpoint, the same inputs, the same numbers."""
 
+from pathlib import Path
+
 import pytest
 import torch
 import transformers
 from reference import prompts, reference_and_ours, reference_model
 from torch.testing import assert_close
 
+from checkpoint import check_ranges
 from llava import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 from load_weights import named_parts, our_name
 
@@ -267,5 +270,7 @@ def test_unknown_settings_are_plain_errors():
         LlavaConfig(projector_hidden_act="swish")
     with pytest.raises(ValueError, match="hidden_act 'elu' is unknown"):
         LlavaConfig(vision_config={"hidden_act": "elu"})
+    with pytest.raises(ValueError, match="tie_word_embeddings must be true or false, not 'yes'"):
+        check_ranges({"tie_word_embeddings": "yes"}, Path("config.json"))
     with pytest.raises(ValueError, match="6 heads cannot share 4"):
         LlavaConfig(text_config={"num_attention_heads": 6, "num_key_value_heads": 4})
