@@ -160,7 +160,7 @@ STAGES = [
         ("multi_modal_projector", "language_model", "lm_head"),
         World.conversations,
         NextTokenLoss,
-        steps=9000,
+        steps=8000,
         batch=16,
         lr=3e-4,
     ),
