@@ -44,7 +44,7 @@ def check_outputs(notebook: nbformat.NotebookNode) -> None:
 
 def test_the_readme_lists_them_all():
     listed = re.findall(r"\]\(notebooks/(.*?\.ipynb)\)", (ROOT / "README.md").read_text())
-    assert listed == [path.name for path in NOTEBOOKS] and len(listed) >= 9
+    assert listed == [path.name for path in NOTEBOOKS] and len(listed) >= 10
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
