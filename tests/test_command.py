@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 import signal
 import struct
 import subprocess
@@ -570,8 +571,12 @@ def test_an_error_of_several_lines_is_said_in_one(capsys):
     assert (run(work), capsys.readouterr().err) == (2, "error: one two\n")
 
 
-def test_what_cannot_fit_is_said_before_loading(ask, small, monkeypatch):
-    settings = command.read_config(small)
+def test_what_cannot_fit_is_said_before_loading(ask, small, monkeypatch, tmp_path):
+    deep = shutil.copytree(small, tmp_path / "deep")  # so that the layers are most of it, as in a real model
+    config = json.loads((deep / "config.json").read_text())
+    config["text_config"]["num_hidden_layers"] = 40
+    (deep / "config.json").write_text(json.dumps(config))
+    settings = command.read_config(deep)
     needs = {
         (dtype, how): memory.needed_bytes(settings, dtype, how, 200)  # the context: an answer may be longer than it
         for dtype in (torch.float32, torch.bfloat16)
@@ -579,19 +584,19 @@ def test_what_cannot_fit_is_said_before_loading(ask, small, monkeypatch):
     }
     sizes = {name: memory.needed_bytes(settings, *name, 0) - memory.ALSO for name in needs}
     assert sizes[torch.float32, None] == 2 * sizes[torch.bfloat16, None] == 4 * sum(
-        parameter.numel() for parameter in LlavaForConditionalGeneration.from_pretrained(small).parameters()
+        parameter.numel() for parameter in LlavaForConditionalGeneration.without_weights(settings).parameters()
     )
     assert sizes[torch.bfloat16, "int8"] < sizes[torch.bfloat16, None]
     monkeypatch.setattr(LlavaForConditionalGeneration, "from_pretrained", lambda *_: pytest.fail("it was loaded"))
     whole, half, eighth = needs[torch.float32, None], needs[torch.bfloat16, None], needs[torch.bfloat16, "int8"]
-    arguments = ["--model", small, "--prompt", "x", "--device", "cpu", "--dtype", "float32"]
+    arguments = ["--model", deep, "--prompt", "x", "--device", "cpu", "--dtype", "float32"]
     for free, words in (
         (whole - 1, "--dtype bfloat16 needs"),
         (half - 1, "--dtype bfloat16 --quantize int8 needs"),
         (eighth - 1, "it takes a smaller model"),
     ):
         monkeypatch.setattr(memory, "free_bytes", lambda device, free=free: free)
-        refused(ask(*arguments), "this model needs 0.3 GB of memory in float32", "GB free", words)
+        refused(ask(*arguments), f"this model needs {whole / 1e9:.2g} GB of memory in float32", "GB free", words)
     monkeypatch.setattr(memory, "free_bytes", lambda device: half - 1)
     refused(ask(*arguments, "--dtype", "bfloat16"), ": --quantize int8 needs")
     refused(ask(*arguments, "--dtype", "float16"), ": --quantize int8 needs")
