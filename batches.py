@@ -90,7 +90,7 @@ class World:
         return self.processor.tokenizer.pad_token_id
 
     def pictures(self, seeds: range, full: bool = False) -> tuple[Tensor, list[dict]]:  # -> (B, 3, side, side), truths
-        fewest = {n: 4 if full and n % 4 else 0 for n in seeds}  # three full pictures in four have all four things
+        fewest = {n: 4 if full and n % 4 else 0 for n in seeds}  # of full pictures three in four have four things
         drawn = [emoji_world.make_scene(self.sprites, n, self.side, at_least=fewest[n]) for n in seeds]
         return self.processor.image_processor([picture for picture, _ in drawn]), [truth for _, truth in drawn]
 
