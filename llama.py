@@ -198,14 +198,20 @@ class KVCache:
 
 
 class Linear(nn.Linear):
+    """A matrix. The one row or the few that decoding has are multiplied by what is fastest on a CPU (2 cores, 161M)."""
+
     def forward(self, x: Tensor) -> Tensor:  # (..., in) -> (..., out)
-        if x.numel() == self.in_features and x.device.type == "cpu" and self.bias is None and not x.requires_grad:
-            return torch.mv(self.weight, x.flatten()).view(*x.shape[:-1], -1)  # decodes 1.27 times as fast in bfloat16
+        rows = x.numel() // self.in_features
+        if x.device.type == "cpu" and self.bias is None and not x.requires_grad:
+            if rows == 1:  # decodes 1.27 times as fast in bfloat16
+                return torch.mv(self.weight, x.flatten()).view(*x.shape[:-1], -1)
+            if rows <= 64 and x.dtype == torch.bfloat16:  # four rows decode 1.22 times as fast
+                return (self.weight @ x.flatten(0, -2).T).T.unflatten(0, x.shape[:-1])
         return F.linear(x, self.weight, self.bias)
 
 
 class FusedLinear(Linear):
-    """Matrices that read the same x as one, which decodes 1.04 times as fast in bfloat16.
+    """Matrices that read the same x as one, which decodes 1.04 times as fast in bfloat16; the caller splits the result.
 
     `parts` are their names in a checkpoint and how many rows each has.
     """
@@ -214,26 +220,22 @@ class FusedLinear(Linear):
         super().__init__(in_features, sum(parts.values()), bias)
         self.parts = parts
 
-    def forward(self, x: Tensor) -> tuple[Tensor, ...]:  # (..., in) -> for each part (..., its rows)
-        return super().forward(x).split(tuple(self.parts.values()), dim=-1)
-
 
 class LlamaAttention(nn.Module):
     def __init__(self, config: LlamaConfig, layer: int):
         super().__init__()
         D, H, K, d = config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.head_dim
-        self.layer, self.head_dim, self.window = layer, d, config.sliding_window
+        self.layer, self.n_heads, self.n_kv_heads, self.head_dim, self.window = layer, H, K, d, config.sliding_window
         self.qkv_proj = FusedLinear(D, config.attention_bias, q_proj=H * d, k_proj=K * d, v_proj=K * d)
         self.o_proj = Linear(H * d, D, bias=config.attention_bias)
 
     def forward(self, x, rope, mask=None, cache=None, attentions=None) -> Tensor:  # (B, T, D) -> (B, T, D)
-        q, k, v = (
-            part.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, T, H * d) -> (B, H, T, d)
-            for part in self.qkv_proj(x)
-        )
+        H, K = self.n_heads, self.n_kv_heads
+        qkv = self.qkv_proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, H + K + K, T, d)
         if cache is not None and attentions is None and mask is None and kernels.usable(x):  # all that is below at once
-            return self.o_proj(kernels.attend(q, k, v, *rope, cache, self.layer, self.window))
-        q, k = apply_rope(q, *rope), apply_rope(k, *rope)
+            return self.o_proj(kernels.attend(*qkv.split((H, K, K), dim=1), *rope, cache, self.layer, self.window))
+        qk, v = qkv.split((H + K, K), dim=1)
+        q, k = apply_rope(qk, *rope).split((H, K), dim=1)
         if cache is not None:
             k, v = cache.update(self.layer, k, v)
         if attentions is None:
@@ -244,11 +246,15 @@ class LlamaAttention(nn.Module):
         return self.o_proj(out.transpose(1, 2).flatten(-2))
 
 
-def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """One product decides how much of another passes (Shazeer 2020, equation 6, between its matrices)."""
+def swiglu(gate: Tensor, up: Tensor, overwrite: bool = False) -> Tensor:
+    """One product decides how much of another passes (Shazeer 2020, equation 6, between its matrices).
+
+    What is in `gate` may be lost with `overwrite`: the first token of four pictures comes 1.18 times as fast on a CPU,
+    for less memory is taken from the system and given back.
+    """
     if kernels.usable(gate):
         return kernels.swiglu(gate, up)
-    return F.silu(gate) * up
+    return F.silu(gate, inplace=overwrite) * up
 
 
 class LlamaMLP(nn.Module):
@@ -259,8 +265,8 @@ class LlamaMLP(nn.Module):
         self.down_proj = Linear(inner, D, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up_proj(x)
-        return self.down_proj(swiglu(gate, up))
+        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
+        return self.down_proj(swiglu(gate, up, overwrite=not gate.requires_grad))
 
 
 class LlamaLayer(nn.Module):

@@ -35,20 +35,19 @@ class Int8Linear(nn.Module):
         self.q = nn.Parameter(torch.empty_like(linear.weight, dtype=torch.int8), requires_grad=False)
         self.scale = nn.Parameter(torch.empty_like(linear.weight[:, 0]), requires_grad=False)
 
-    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, ...]:  # (..., in) -> (..., out), in parts where it is fused
+    def forward(self, x: Tensor) -> Tensor:  # (..., in) -> (..., out)
         few = x[..., 0].numel() <= FEW_ROWS
         if few and kernels.usable(x):
-            y = kernels.int8_linear(x, self.q, self.scale)
-        elif few and x.device.type == "cpu":
-            y = torch._weight_int8pack_mm(x.flatten(0, -2), self.q, self.scale).unflatten(0, x.shape[:-1])
-        else:
-            y = F.linear(x, self.written_out(x.dtype))
-        return y.split(tuple(self.parts.values()), dim=-1) if self.parts else y
+            return kernels.int8_linear(x, self.q, self.scale)
+        if few and x.device.type == "cpu":
+            return torch._weight_int8pack_mm(x.flatten(0, -2), self.q, self.scale).unflatten(0, x.shape[:-1])
+        return F.linear(x, self.written_out(x.dtype))
 
     def written_out(self, dtype: torch.dtype) -> Tensor:  # (out, in)
         n, shared = self.q.numel(), Int8Linear.shared
         if shared.numel() < n or shared.dtype != dtype or shared.device != self.q.device:
-            Int8Linear.shared = shared = torch.empty(n, dtype=dtype, device=self.q.device)
+            with torch.inference_mode(False):  # or nobody else could write into it
+                Int8Linear.shared = shared = torch.empty(n, dtype=dtype, device=self.q.device)
         return torch.mul(self.q, self.scale[:, None], out=shared[:n].view_as(self.q))
 
 

@@ -4,11 +4,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 import transformers
 from reference import prompts, reference_and_ours, reference_model
 from torch.testing import assert_close
 
 from checkpoint import check_ranges
+from llama import Linear, swiglu
 from llava import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 from load_weights import named_parts, our_name
 
@@ -185,6 +187,25 @@ def test_gradients_are_the_references(small):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("shape", [(1, 1), (4, 1), (2, 32), (1, 65)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("bias", [False, True])
+@torch.no_grad()
+def test_every_way_to_multiply_gives_the_same(shape, dtype, bias):
+    torch.manual_seed(0)
+    linear, x = Linear(96, 40, bias).to(dtype), torch.randn(*shape, 96).to(dtype)
+    wanted = F.linear(x.double(), linear.weight.double(), linear.bias.double() if bias else None)
+    tolerance = {torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}[dtype]
+    close(linear(x).double(), wanted, tolerance)
+
+
+def test_swiglu_keeps_its_arguments_unless_told_otherwise():
+    gate, up = torch.randn(2, 7), torch.randn(2, 7)
+    kept = gate.clone()
+    wanted = swiglu(gate, up)
+    assert torch.equal(gate, kept) and torch.equal(swiglu(gate, up, overwrite=True), wanted)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_half_precision(dtype, tmp_path):
     reference = reference_model(spread=0.05).to(dtype)

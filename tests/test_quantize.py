@@ -38,11 +38,11 @@ def test_the_product_is_that_of_the_matrix_written_out(rows, dtype):
     linear = FusedLinear(96, False, a=32, b=64).to(dtype)
     int8 = rounded(linear)
     x = torch.randn(1, rows, 96, dtype=dtype)
-    a, b = int8(x)
+    y = int8(x)
     wanted = x.float() @ (int8.q.float() * int8.scale.float()[:, None]).T
-    assert a.shape == (1, rows, 32) and b.shape == (1, rows, 64) and a.dtype == dtype
+    assert y.shape == (1, rows, 96) and y.dtype == dtype
     tolerance = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}[dtype]
-    torch.testing.assert_close(torch.cat([a, b], -1).float(), wanted, atol=tolerance, rtol=tolerance)
+    torch.testing.assert_close(y.float(), wanted, atol=tolerance, rtol=tolerance)
 
 
 @pytest.mark.parametrize("text", [{}, {"num_key_value_heads": 2}, {"attention_bias": True, "mlp_bias": True}])
@@ -54,6 +54,7 @@ def test_a_model_in_int8_says_nearly_the_same(tmp_path, text):
     )
     ids, _ = prompts([40], [0], 16)
     with torch.no_grad():
+        int8.generate(ids, max_new_tokens=1)  # in inference mode; what it leaves behind must serve outside
         logits, wanted = int8(ids).logits, whole(ids).logits
     assert (logits - wanted).std() < 0.05 * wanted.std()
     assert torch.equal(int8.generate(ids, max_new_tokens=5), int8.generate(ids, max_new_tokens=5))
