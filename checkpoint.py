@@ -12,6 +12,7 @@ import re
 from pathlib import Path
 
 import torch
+from torch import nn
 from torch.overrides import TorchFunctionMode
 
 # The numbers a model can be made of, as safetensors spells them.
@@ -240,3 +241,14 @@ class NoInit(TorchFunctionMode):
         if getattr(func, "__module__", "") == "torch.nn.init":
             return args[0] if args else kwargs["tensor"]
         return func(*args, **kwargs)
+
+
+def take_memory(model: nn.Module, device: str) -> None:
+    """From the meta device to another: memory that is not yet filled, and so not yet taken from the system.
+
+    Module.to_empty does the same, but imports sympy for it, which takes longer than to load a tiny model.
+    """
+    for module in model.modules():
+        for name, p in list(module.named_parameters(recurse=False)):
+            empty = torch.empty(p.shape, dtype=p.dtype, device=device)
+            setattr(module, name, nn.Parameter(empty, p.requires_grad))

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import Tensor, nn
 
-import kernels
+import kernels  # for a GPU; elsewhere usable() is False, and the plain line below it is all there is
 
 LARGEST_RESIZE = 200_000_000  # pixels; of a larger result only what the crop keeps is computed, which is not bit-equal
 
@@ -248,7 +248,7 @@ class CLIPVisionModel(nn.Module):
         self.pre_layrnorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.encoder = nn.Module()
         self.encoder.layers = nn.ModuleList(CLIPLayer(config) for _ in range(config.num_hidden_layers))
-        # Only CLIP's own training reads this norm. LLaVA carries it along so that a checkpoint is saved whole.
+        # Read only where a tower is trained (losses.ContrastiveLoss); LLaVA keeps it so that a checkpoint stays whole.
         self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
     def forward(self, pixel_values: Tensor, depth: int | None = None) -> list[Tensor]:

@@ -69,7 +69,7 @@ class GenerationConfig:
 def sample(logits: Tensor, seen: Tensor, config: GenerationConfig, generator: torch.Generator | None) -> Tensor:
     """Scores (B, V) for the next token to the next ids (B,). `seen` (B, V + 1) is True for tokens already there."""
     logits, penalty = logits.float(), config.repetition_penalty
-    if logits.amax().isnan():
+    if logits.amax().isnan():  # a NaN wins; to look at all of them would take ten times as long
         raise ValueError("the scores of the next token are not numbers: try bfloat16, or a weight is broken")
     if penalty != 1:
         logits = torch.where(seen[:, :-1], torch.where(logits < 0, logits * penalty, logits / penalty), logits)
@@ -120,7 +120,6 @@ def generate_tokens(model, input_ids, attention_mask, cache, pixel_values, confi
         position_ids = position_ids + 1
 
 
-@torch.no_grad()
 def generate(
     model,
     input_ids: Tensor,

@@ -137,7 +137,7 @@ class LlavaForConditionalGeneration(nn.Module):
         quantize: str | None = None,
         kernels: str = "auto",
     ) -> "LlavaForConditionalGeneration":
-        """Load a checkpoint: a folder or a hub id. `dtype` is the one config.json names unless given.
+        """Load a checkpoint: a folder or a hub id. `dtype`: config.json's, or the first tensor's, unless given.
 
         `quantize="int8"` keeps the decoder's matrices in a byte a weight (see quantize.py). `kernels`, "auto", "triton"
         or "torch", is for every model of this process (see kernels/__init__.py).
@@ -175,7 +175,7 @@ class LlavaForConditionalGeneration(nn.Module):
         pixel_values: Tensor,
         vision_feature_layer: int | list[int] | None = None,
         vision_feature_select_strategy: str | None = None,
-    ) -> Tensor:  # (pictures, 3, image_size, image_size) -> (pictures, P, D)
+    ) -> Tensor:  # (pictures, 3, image_size, image_size) -> (pictures, P, D), or P + 1 where the strategy is "full"
         """See and project: the tower runs only as deep as the deepest layer that is read."""
         layers = self.config.vision_feature_layer if vision_feature_layer is None else vision_feature_layer
         layers = [layers] if isinstance(layers, int) else layers

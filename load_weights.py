@@ -25,7 +25,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from checkpoint import DTYPES, read_settings, tower_folder, weight_files
+from checkpoint import DTYPES, read_settings, take_memory, tower_folder, weight_files
 from quantize import put_int8, read_int8
 
 # A prefix in a file, and what it becomes. All are tried in this order, so that a name can be changed twice.
@@ -106,7 +106,7 @@ def tensors_in_safetensors(file: Path) -> Iterator[StoredTensor]:
 
 
 def read_tensor(file: Path, offset: int, dtype: str, shape: tuple[int, ...], into: Tensor) -> None:
-    """Straight into the tensor's own memory, where that wants the file's dtype: a map would be held beside it."""
+    """Into the tensor's own memory where dtypes agree (a memory map would stay beside it), else by way of a copy."""
     direct = into.dtype == DTYPES[dtype] and into.device.type == "cpu"
     tensor = into if direct else torch.empty(shape, dtype=DTYPES[dtype])
     with open(file, "rb") as f:
@@ -118,7 +118,7 @@ def read_tensor(file: Path, offset: int, dtype: str, shape: tuple[int, ...], int
 
 
 def named_parts(model: nn.Module, keep_tied: bool = False) -> Iterator[tuple[str, Tensor]]:
-    """The model's parameters under the names of a checkpoint, which knows nothing of fused matrices: their rows."""
+    """The model's parameters by a checkpoint's names: for each part of a FusedLinear a view of its rows."""
     for name, parameter in model.named_parameters(remove_duplicate=not keep_tied):
         module, _, leaf = name.rpartition(".")
         if parts := getattr(model.get_submodule(module), "parts", None):
@@ -161,7 +161,8 @@ def load(
 ) -> None:
     """Fill a model that was built on the meta device, tensor by tensor; `dtype` is the first tensor's unless given.
 
-    With `quantize`, "int8", the decoder's matrices are rounded as they come. Memory peaks at model and largest tensor.
+    With `quantize`, "int8", the decoder's matrices are rounded as they come. Memory peaks at the model and the largest
+    tensor.
     Tied tensors are the caller's to tie again. Raises ValueError, naming the tensor, where anything does not fit.
     """
     found, misfits = survey(model, folder)
@@ -171,7 +172,7 @@ def load(
     dtype = dtype or DTYPES[next(iter(found.values())).dtype]
     if quantize:
         put_int8(model, quantize)
-    model.to(dtype).to_empty(device=device)  # memory that is not yet filled, and so not yet taken
+    take_memory(model.to(dtype), device)
     places = dict(named_parts(model))
     for name, tensor in found.items():
         if name in places:

@@ -2,8 +2,8 @@
 
     needed = the weights in the dtype and form they will have + the KV cache of the tokens to come
 
-The rest of a process, PyTorch and what flows through the model, is a few hundred megabytes more: ALSO. The words of
-the prompts, which are short beside pictures and answers, are left to it.
+The rest of a process, PyTorch and what flows through the model, is a few hundred megabytes more: OVERHEAD. The words
+of the prompts, which are short beside pictures and answers, are left to it.
 """
 
 import os
@@ -14,7 +14,7 @@ import torch
 from llava import LlavaConfig, LlavaForConditionalGeneration
 from quantize import Int8Linear, put_int8
 
-ALSO = 300_000_000  # bytes
+OVERHEAD = 300_000_000  # bytes
 
 
 def cache_bytes(config: LlavaConfig, dtype: torch.dtype) -> int:
@@ -30,7 +30,7 @@ def needed_bytes(settings: dict, dtype: torch.dtype, quantize: str | None, token
         put_int8(model, quantize)
     weights = sum(parameter.nbytes for parameter in model.parameters())
     written_out = max((m.q.numel() * dtype.itemsize for m in model.modules() if isinstance(m, Int8Linear)), default=0)
-    return weights + written_out + tokens * cache_bytes(model.config, dtype) + ALSO
+    return weights + written_out + tokens * cache_bytes(model.config, dtype) + OVERHEAD
 
 
 def free_bytes(device: str) -> int | None:
@@ -65,9 +65,9 @@ def check_memory(settings: dict, dtype: torch.dtype, device: str, quantize: str 
     for how, flag in ((None, flags), ("int8", f"{flags} --quantize int8".strip())):
         smaller = needed_bytes(settings, half, how, tokens)
         if smaller < needed and smaller <= free:
-            fitting = f"{flag} needs {smaller / 1e9:.2g} GB and fits"
+            fitting = f"{flag} needs {smaller / 1e9:.3g} GB and fits"
             break
     kind = str(dtype).removeprefix("torch.") + (f" with {quantize} weights" if quantize else "")
     where = "the GPU" if torch.device(device).type == "cuda" else "the computer"
-    needs = f"this model needs {needed / 1e9:.2g} GB of memory in {kind}"
-    raise ValueError(f"{needs}, and {where} has {free / 1e9:.2g} GB free: {fitting}")
+    needs = f"this model needs {needed / 1e9:.3g} GB of memory in {kind}"
+    raise ValueError(f"{needs}, and {where} has {free / 1e9:.3g} GB free: {fitting}")

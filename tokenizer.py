@@ -7,7 +7,8 @@ written "▁", and a character the vocabulary lacks is spelt in bytes, "<0xE7>".
 
     "USER: <image>\\nWhat is it? ASSISTANT:"  ->  1 3148 1001 29901 29871 32000 29871 13 5618 ...
 
-29871 is a lone "▁": here a space, and there the one that opens every stretch behind a special token.
+29871 is a lone "▁". The first is the space typed in front of <image>; the second is the one that sentencepiece puts
+in front of every stretch of text, here of "\\nWhat is it?".
 
 Left out: truncation, and training a vocabulary (train.py has sentencepiece do it).
 """
@@ -149,7 +150,7 @@ class Template:
 
 
 TEMPLATES = {
-    # what the hub's converted checkpoints come with
+    # what the hub's converted checkpoints come with (theirs has no space at the end of a message without a text)
     "hub": Template("", "USER: ", " ", "ASSISTANT: ", " "),
     # Vicuna's, with which LLaVA-1.5 was trained and evaluated (Liu et al. 2023, https://arxiv.org/abs/2310.03744)
     "v1": Template(

@@ -74,8 +74,6 @@ def attend(
     RoPE, the update of the llama.KVCache and the attention over it. What is padding, the cache knows.
     """
     k_cache, v_cache, end = cache.k[layer], cache.v[layer], cache.length + q.shape[2]
-    if end > (room := k_cache.shape[2]):
-        raise ValueError(f"the cache is full: it has room for {room} tokens, and {end} are needed")
     q = rope_into_cache(q, k, v, cos, sin, k_cache, v_cache, cache.past)
     if q.shape[2] == 1:
         out = decode_attention(q, k_cache, v_cache, cache.past, cache.first_key, window)

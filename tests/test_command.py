@@ -582,7 +582,7 @@ def test_what_cannot_fit_is_said_before_loading(ask, small, monkeypatch, tmp_pat
         for dtype in (torch.float32, torch.bfloat16)
         for how in (None, "int8")
     }
-    sizes = {name: memory.needed_bytes(settings, *name, 0) - memory.ALSO for name in needs}
+    sizes = {name: memory.needed_bytes(settings, *name, 0) - memory.OVERHEAD for name in needs}
     assert sizes[torch.float32, None] == 2 * sizes[torch.bfloat16, None] == 4 * sum(
         parameter.numel() for parameter in LlavaForConditionalGeneration.without_weights(settings).parameters()
     )

@@ -191,7 +191,7 @@ def test_image_tokens_beyond_the_vocabulary_bear_a_repetition_penalty():
 def test_the_cache_checks_what_it_is_given(pair):
     _, model = pair
     config = model.config.text_config
-    cache = KVCache(config, batch=2, length=4, dtype=torch.float32, device="cpu")
+    cache = KVCache(config, batch=2, room=4, dtype=torch.float32, device="cpu")
     good = torch.zeros(2, config.num_key_value_heads, 3, config.head_dim)
     k, _ = cache.update(0, good, good)
     assert k.shape == good.shape
