@@ -5,6 +5,7 @@
 
 Both models stand in one process and take turns, theirs on views of our weights, so that noise hits both and a 7B fits.
 What only a process of its own can tell is measured in such processes, also in turns. Who begins changes every round.
+Where a 7B with int8 weights does not fit beside the two, it takes its turns after them.
 
     first token      from pixels and ids to the scores of the first word: tower, projector, the whole prompt
     decode           each further word, of every row of the batch at once
@@ -35,11 +36,12 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from random_weights import make
 
+from checkpoint import read_config
 from clip import open_image
 from command import BUNDLED, fast_dtype, run
 from llava import LlavaForConditionalGeneration, LlavaProcessor
 from load_weights import named_parts
-from memory import cache_bytes, free_bytes
+from memory import cache_bytes, free_bytes, needed_bytes
 
 ROOT = Path(__file__).parent.parent
 IMAGE = ROOT / "images" / "cat-and-apple.jpg"
@@ -120,32 +122,49 @@ def turns(names, i: int) -> list:
     return names[i % len(names) :] + names[: i % len(names)]
 
 
+def together(folder: Path, dtype: torch.dtype) -> list[list[str]]:
+    """Which models stand in memory at once: all, or where a 7B is too large for it, int8 by itself after the others."""
+    if dtype != torch.bfloat16:
+        return [["theirs", "ours"]]
+    settings, tokens = read_config(folder), 4 * 700  # the cache of four rows
+    needed = needed_bytes(settings, dtype, None, tokens) + needed_bytes(settings, dtype, "int8", 0) + 2**30
+    free = free_bytes("cpu")
+    return [["theirs", "ours", "int8"]] if free is None or needed < free else [["theirs", "ours"], ["int8"]]
+
+
+def load_models(names: list[str], folder: Path, dtype: torch.dtype) -> dict[str, torch.nn.Module]:
+    models = {}
+    if "ours" in names:
+        models["ours"] = LlavaForConditionalGeneration.from_pretrained(folder, dtype)
+        models["theirs"] = rival(models["ours"], folder)
+    if "int8" in names:
+        models["int8"] = LlavaForConditionalGeneration.from_pretrained(folder, dtype, quantize="int8")
+    return models
+
+
 def in_turns(folder: Path, dtype: torch.dtype, rounds: int) -> list[dict]:
     """A row for each of first token and decode at batch 1 and 4: ours, int8 and theirs in turns."""
-    ours = LlavaForConditionalGeneration.from_pretrained(folder, dtype)
-    models = {"theirs": rival(ours, folder), "ours": ours}
-    if dtype == torch.bfloat16:
-        models["int8"] = LlavaForConditionalGeneration.from_pretrained(folder, dtype, quantize="int8")
-    processor, rows, memory = LlavaProcessor.from_pretrained(folder), [], torch.ones(2**28)
+    processor, memory = LlavaProcessor.from_pretrained(folder), torch.ones(2**28)
+    found, speeds, sizes, rows = defaultdict(list), [], {}, []
+    for names in together(folder, dtype):
+        models = load_models(names, folder, dtype)
+        for batch in (1, 4):
+            inputs = processor(images=[open_image(IMAGE)] * batch, text=[PROMPT] * batch).to("cpu", dtype)
+            for i in range(rounds + 1):
+                for name in turns(models, i):
+                    stop = {} if name == "theirs" else {"eos_token_id": -1}
+                    found[batch, name].append(time_answer(models[name], dict(inputs), **stop))
+                speeds.append(read_speed(memory))
+        context = inputs["input_ids"].shape[1] + NEW // 2
+        sizes |= {name: bytes_a_token(model, context) for name, model in models.items() if name != "theirs"}
+        del models  # before the next ones are loaded
     for batch in (1, 4):
-        inputs = processor(images=[open_image(IMAGE)] * batch, text=[PROMPT] * batch).to("cpu", dtype)
-        if (free_bytes("cpu") or 0) < 2 * inputs["input_ids"].numel() * cache_bytes(ours.config, dtype):
-            models.pop("int8", None)  # no room for it beside a 7B in bfloat16, four rows' cache and as much to spare
-        found, speeds = defaultdict(list), []
-        for i in range(rounds + 1):
-            for name in turns(models, i):
-                stop = {} if name == "theirs" else {"eos_token_id": -1}
-                found[name].append(time_answer(models[name], dict(inputs), **stop))
-            speeds.append(read_speed(memory))
-        if dtype == torch.float32 and found["ours"][0][2] != found["theirs"][0][2]:
+        if dtype == torch.float32 and found[batch, "ours"][0][2] != found[batch, "theirs"][0][2]:
             raise ValueError(f"{folder.name}: transformers' tokens are others, so there is nothing to compare")
-        for i, what in enumerate(("first token", "decode")):
-            values = {name: [answer[i] for answer in answers[1:]] for name, answers in found.items()}  # 0 warmed up
+        for i, what in enumerate(("first token", "decode")):  # the answers of round 0 are to warm up
+            values = {name: [answer[i] for answer in answers[1:]] for (b, name), answers in found.items() if b == batch}
             rows.append({"what": what, "batch": batch, "values": values})
-        if batch == 1:
-            context = inputs["input_ids"].shape[1] + NEW // 2
-            rows[-1]["bytes"] = {name: bytes_a_token(m, context) for name, m in models.items() if name != "theirs"}
-            rows[-1]["read speed"] = speeds[1:]
+    rows[1] |= {"bytes": sizes, "read speed": speeds}
     return rows
 
 
