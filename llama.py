@@ -233,12 +233,11 @@ class LlamaAttention(nn.Module):
         self.o_proj = Linear(H * d, D, bias=config.attention_bias)
 
     def forward(self, x, rope, mask=None, cache=None, attentions=None) -> Tensor:  # (B, T, D) -> (B, T, D)
-        H, K = self.n_heads, self.n_kv_heads
         qkv = self.qkv_proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, H + K + K, T, d)
+        q, k, v = qkv.split((self.n_heads, self.n_kv_heads, self.n_kv_heads), dim=1)
         if cache is not None and attentions is None and mask is None and kernels.usable(x):  # all that is below at once
-            return self.o_proj(kernels.attend(*qkv.split((H, K, K), dim=1), *rope, cache, self.layer, self.window))
-        qk, v = qkv.split((H + K, K), dim=1)
-        q, k = apply_rope(qk, *rope).split((H, K), dim=1)
+            return self.o_proj(kernels.attend(q, k, v, *rope, cache, self.layer, self.window))
+        q, k = apply_rope(q, *rope), apply_rope(k, *rope)
         if cache is not None:
             k, v = cache.update(self.layer, k, v)
         if attentions is None:
