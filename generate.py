@@ -105,7 +105,7 @@ def decode_one_token(model, ids: Tensor, position_ids: Tensor, cache: KVCache) -
     return model(ids[:, None], position_ids=position_ids, past_key_values=cache).logits[:, -1]
 
 
-@torch.inference_mode()  # decodes 1.04 times as fast as under no_grad
+@torch.inference_mode()  # decodes 1.03 times as fast as under no_grad
 def generate_tokens(model, input_ids, attention_mask, cache, pixel_values, config, generator) -> Iterator[Tensor]:
     """An answer that never ends, a token per row (B,) at a time; it is in the cache once the next one is asked for."""
     logits = prefill(model, input_ids, attention_mask, cache, pixel_values)
