@@ -596,7 +596,7 @@ def test_what_cannot_fit_is_said_before_loading(ask, small, monkeypatch, tmp_pat
         (eighth - 1, "it takes a smaller model"),
     ):
         monkeypatch.setattr(memory, "free_bytes", lambda device, free=free: free)
-        refused(ask(*arguments), f"this model needs {whole / 1e9:.2g} GB of memory in float32", "GB free", words)
+        refused(ask(*arguments), f"this model needs {whole / 1e9:.3g} GB of memory in float32", "GB free", words)
     monkeypatch.setattr(memory, "free_bytes", lambda device: half - 1)
     refused(ask(*arguments, "--dtype", "bfloat16"), ": --quantize int8 needs")
     refused(ask(*arguments, "--dtype", "float16"), ": --quantize int8 needs")
