@@ -204,8 +204,8 @@ class Linear(nn.Linear):
     """nn.Linear, with a faster product on a CPU for the one row or the few of decoding (161M weights, 2 cores)."""
 
     def forward(self, x: Tensor) -> Tensor:  # (..., in) -> (..., out)
-        rows = x.numel() // self.in_features
-        if x.device.type == "cpu" and x.dtype == self.weight.dtype and self.bias is None and not x.requires_grad:
+        if x.is_cpu and x.dtype == self.weight.dtype and self.bias is None and not x.requires_grad:
+            rows = x.numel() // self.in_features
             if rows == 1:  # decodes 1.30 times as fast in bfloat16
                 return torch.mv(self.weight, x.flatten()).view(*x.shape[:-1], -1)
             if rows <= 64 and x.dtype == torch.bfloat16:  # four rows decode 1.21 times as fast, and 64 gain too
