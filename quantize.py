@@ -1,4 +1,4 @@
-"""int8 weights: half the bytes of bfloat16 for a token to read, so 1.2 to 1.5 times the tokens a second on a CPU.
+"""int8 weights: half the bytes of bfloat16 for a token to read, so 1.3 to 1.6 times the tokens a second on a CPU.
 
 Each row of a matrix is divided by its own scale, its largest number over 127, and rounded: w is about q * scale. Only
 weights are rounded; what flows through the model stays in its dtype. Only the decoder's matrices are: they are nine
