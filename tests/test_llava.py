@@ -186,7 +186,6 @@ def test_gradients_are_the_references(small):
         close(model.get_parameter(ours).grad, wanted)
 
 
-@torch.no_grad()
 @pytest.mark.parametrize("shape", [(1, 1), (4, 1), (2, 32), (1, 65)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("bias", [False, True])
@@ -206,6 +205,7 @@ def test_swiglu_keeps_its_arguments_unless_told_otherwise():
     assert torch.equal(gate, kept) and torch.equal(swiglu(gate, up, overwrite=True), wanted)
 
 
+@torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_half_precision(dtype, tmp_path):
     reference = reference_model(spread=0.05).to(dtype)
