@@ -337,10 +337,10 @@ class Llama(nn.Module):
     @staticmethod
     def padding_mask(mask: Tensor | None, shape: tuple[int, int], cache: KVCache | None) -> Tensor | None:
         """The mask over all keys as a boolean (B, S), or None where no key is padding; the cache keeps it for later."""
-        if cache is not None and len(cache.attention_mask) != shape[0]:
-            raise ValueError(f"the cache is for a batch of {len(cache.attention_mask)}, but the batch is {shape[0]}")
         if cache is not None:
             cache.check_room(shape[1])
+            if (batch := len(cache.attention_mask)) != shape[0]:
+                raise ValueError(f"the cache is for a batch of {batch}, but the batch is {shape[0]}")
         if mask is None:
             return cache.attention_mask[:, : shape[1]] if cache is not None and cache.padded else None
         if mask.shape != shape:

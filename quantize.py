@@ -44,10 +44,10 @@ class Int8Linear(nn.Module):
         self.scale = nn.Parameter(torch.empty(len(w), dtype=w.dtype, device=w.device), requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:  # (..., in) -> (..., out)
-        few = x[..., 0].numel() <= FEW_ROWS
+        few = x.numel() <= FEW_ROWS * x.shape[-1]
         if few and kernels.usable(x):
             return kernels.int8_linear(x, self.q, self.scale)
-        if few and x.device.type == "cpu":
+        if few and x.is_cpu:
             return torch._weight_int8pack_mm(x.flatten(0, -2), self.q, self.scale).unflatten(0, x.shape[:-1])
         return F.linear(x, self.written_out(x.dtype))
 

@@ -15,7 +15,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from checkpoint import NoInit
+from checkpoint import NoInit, take_memory
 from clip import CLIPVisionConfig, ImageProcessor
 from command import BUNDLED, run
 from llama import LlamaConfig
@@ -35,7 +35,7 @@ def random_model(config: LlavaConfig, device: str) -> LlavaForConditionalGenerat
     """A model in bfloat16, its weights drawn on the device."""
     with torch.device("meta"), NoInit():
         model = LlavaForConditionalGeneration(config)
-    model.to(torch.bfloat16).to_empty(device=device)
+    take_memory(model.to(torch.bfloat16), device)
     for name, parameter in model.named_parameters():
         torch.nn.init.normal_(parameter, mean=float("norm" in name and name.endswith("weight")), std=0.02)
     return model.eval()

@@ -252,6 +252,21 @@ def test_a_cache_made_by_forward_says_when_it_is_full(small):
     out = small[1](torch.tensor([[1, 5, 6]]))
     with pytest.raises(ValueError, match="the cache is full: it has room for 515 tokens, and 603 are needed"):
         small[1](torch.ones(1, 600, dtype=torch.long), past_key_values=out.past_key_values)
+    ids = torch.tensor([[5] * 514, [6] * 514])
+    mask = torch.ones_like(ids).index_fill(1, torch.tensor([0]), 0)
+    out = small[1](ids[:, :3], attention_mask=mask[:, :3])
+    for given in (None, torch.ones(2, 517, dtype=torch.long)):
+        with pytest.raises(ValueError, match="the cache is full: it has room for 515 tokens, and 517 are needed"):
+            small[1](ids, attention_mask=given, past_key_values=out.past_key_values)
+
+
+@torch.no_grad()
+def test_a_token_can_be_decoded_under_autocast(small):
+    with torch.autocast("cpu", torch.bfloat16):
+        out = small[1](torch.tensor([[1, 5, 6]]))
+        logits = small[1](torch.tensor([[7]]), past_key_values=out.past_key_values).logits
+    whole = small[1](torch.tensor([[1, 5, 6, 7]])).logits
+    assert (logits[:, -1] - whole[:, -1]).std() < 0.05 * whole[:, -1].std()
 
 
 # --- The page of the reference ---------------------------------------------------------------------------------------
