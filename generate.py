@@ -1,15 +1,15 @@
-"""Writing an answer: run the prompt once, then draw one token at a time and feed it back.
+"""Generation: run the prompt once, then choose one token at a time and feed it back.
 
-    prefill           what the cache lacks of the prompt through the model; its keys and values stay in the cache
-    decode_one_token  one new token per row; everything before it is read from the cache
-    sample            from scores over the vocabulary to the next token
+    prefill          the tokens of the prompt that are not in the cache yet go through the model together
+    model.step       one new token per row goes through the model; the cache has the keys and values of all others
+    sample           scores over the vocabulary become the next token
 
-`generate_tokens` is the loop around the three; `generate` knows when it ends, and returns prompt and answer together,
-as the reference does. chat.py takes the tokens from the same loop, with a cache that lasts.
+`generate_tokens` is the loop around the three; `generate` decides when it ends and returns prompt and answer, as the
+reference does. Chat and other callers that keep a cache from one answer to the next use `generate_tokens` directly.
 
     B batch    T tokens of the prompt    V vocabulary
 
-Left out: beam search, and every other search that keeps more than one answer per prompt.
+Not implemented: beam search and other searches that keep several candidates per prompt.
 """
 
 from collections.abc import Callable, Iterator
@@ -18,33 +18,31 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from decode_graph import DecodeGraph
 from llama import KVCache
-from text_watcher import TextWatcher
 from tokenizer import Tokenizer
 
 
 @dataclass
 class GenerationConfig:
-    """How to choose tokens and when to stop: the fields of generation_config.json that are honoured, and defaults."""
+    """How to choose tokens and when to stop: the supported fields of generation_config.json."""
 
-    max_new_tokens: int | None = None  # 20 where neither this nor max_length is given
-    max_length: int | None = None  # the same limit with the prompt counted in
-    do_sample: bool = False  # False: always the likeliest token (greedy)
-    temperature: float = 1.0  # below 1 sharpens the choice, above 1 flattens it
-    top_k: int = 50  # sample among this many likeliest tokens; 0 for all
-    top_p: float = 1.0  # sample among the likeliest tokens that together have this probability (Holtzman et al. 2019)
-    repetition_penalty: float = 1.0  # above 1: tokens already there become less likely (Keskar et al. 2019)
-    eos_token_id: int | list[int] = 2  # a row that draws one of these is finished; [] for none
-    pad_token_id: int | None = None  # what a finished row is filled up with
+    max_new_tokens: int | None = None  # 20 if neither this nor max_length is given
+    max_length: int | None = None  # the same limit, prompt included
+    do_sample: bool = False  # False: always the most likely token (greedy)
+    temperature: float = 1.0  # below 1 sharpens the distribution, above 1 flattens it
+    top_k: int = 50  # sample among this many most likely tokens; 0 for all
+    top_p: float = 1.0  # sample among the most likely tokens that together have this probability (Holtzman et al. 2019)
+    repetition_penalty: float = 1.0  # above 1: tokens already present become less likely (Keskar et al. 2019)
+    eos_token_id: int | list[int] = 2  # a row that produces one of these is finished; [] for none
+    pad_token_id: int | None = None  # fills finished rows up
 
     def __post_init__(self) -> None:
         if self.max_new_tokens is not None and self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be at least 1, not {self.max_new_tokens}")
-        if self.do_sample and not self.temperature > 0:
-            raise ValueError(f"temperature must be above 0, not {self.temperature}, when sampling")
+        if self.do_sample and not self.temperature >= 1e-6:  # scores divided by less overflow
+            raise ValueError(f"temperature must be at least 1e-6, not {self.temperature}, when sampling")
         if self.do_sample and not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p must lie in (0, 1], not {self.top_p}")
+            raise ValueError(f"top_p must be above 0 and at most 1, not {self.top_p}")
         if not self.repetition_penalty > 0:
             raise ValueError(f"repetition_penalty must be above 0, not {self.repetition_penalty}")
 
@@ -53,7 +51,7 @@ class GenerationConfig:
         if self.max_new_tokens is not None or self.max_length is None:
             return self.max_new_tokens or 20
         if self.max_length <= prompt_length:
-            raise ValueError(f"max_length {self.max_length} leaves no room for an answer behind {prompt_length} tokens")
+            raise ValueError(f"max_length {self.max_length} leaves no room for an answer after {prompt_length} tokens")
         return self.max_length - prompt_length
 
     @classmethod
@@ -66,10 +64,40 @@ class GenerationConfig:
         return cls(**settings | {name: value for name, value in options.items() if value is not None})
 
 
+class TextWatcher:
+    """Decodes answers while they grow: passes new text to a streamer and looks for stop strings.
+
+    A character that takes several tokens is held back until it is complete.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, batch: int, streamer: Callable | None, stop_strings: str | list[str] | None):
+        if tokenizer is None:
+            raise ValueError("streamer and stop_strings need the text: pass tokenizer=processor.tokenizer too")
+        if streamer is not None and batch > 1:
+            raise ValueError("a streamer follows one answer: generate a batch of prompts without it")
+        self.tokenizer, self.streamer = tokenizer, streamer
+        self.stop_strings = [stop_strings] if isinstance(stop_strings, str) else list(stop_strings or [])
+        self.pending: list[list[int]] = [[] for _ in range(batch)]  # tokens not yet shown
+        self.texts: list[str | None] = [None] * batch  # None until there is a first token to show
+
+    def put(self, row: int, token_id: int, last: bool) -> bool:
+        """Add a row's next token; True if the row's text now contains a stop string."""
+        self.pending[row].append(token_id)
+        text = self.tokenizer.join(self.pending[row], skip_special_tokens=True)
+        if text and (last or not text.endswith("\ufffd")):
+            self.pending[row].clear()
+            if self.texts[row] is None:  # encoding put a space in front of the text
+                self.texts[row], text = "", text.removeprefix(" ")
+            self.texts[row] += text
+            if text and self.streamer:
+                self.streamer(text)
+        return any(stop in (self.texts[row] or "") for stop in self.stop_strings)
+
+
 def sample(logits: Tensor, seen: Tensor, config: GenerationConfig, generator: torch.Generator | None) -> Tensor:
-    """Scores (B, V) for the next token to the next ids (B,). `seen` (B, V + 1) is True for tokens already there."""
+    """Choose the next ids (B,) by scores (B, V). `seen` (B, V + 1) is True for tokens already in the text."""
     logits, penalty = logits.float(), config.repetition_penalty
-    if logits.amax().isnan():  # a NaN wins; to look at all of them would take ten times as long
+    if logits.amax().isnan():  # amax propagates NaN and is 10 times cheaper than isnan().any()
         raise ValueError("the scores of the next token are not numbers: try bfloat16, or a weight is broken")
     if penalty != 1:
         logits = torch.where(seen[:, :-1], torch.where(logits < 0, logits * penalty, logits / penalty), logits)
@@ -82,41 +110,35 @@ def sample(logits: Tensor, seen: Tensor, config: GenerationConfig, generator: to
     if config.top_p < 1:
         ascending, order = logits.sort()
         drop = ascending.softmax(-1).cumsum(-1) <= 1 - config.top_p
-        drop[:, -1] = False  # the likeliest stays
+        drop[:, -1] = False  # the most likely token is always kept
         logits = logits.masked_fill(drop.scatter(1, order, drop), -torch.inf)
     return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
 
 
 def tokens_seen(input_ids: Tensor, attention_mask: Tensor, V: int) -> Tensor:  # two (B, T) -> (B, V + 1)
-    """Which tokens a prompt holds. Left padding and ids beyond the vocabulary go to a last column, ignored."""
+    """Which tokens a prompt contains. Padding and ids beyond the vocabulary are counted in an extra, unused column."""
     ids = input_ids.masked_fill(attention_mask.cumsum(-1) == 0, V).clamp(max=V)
     return torch.zeros(len(ids), V + 1, dtype=torch.bool, device=ids.device).scatter(1, ids, True)
 
 
 def prefill(model, input_ids: Tensor, attention_mask: Tensor, cache: KVCache, pixel_values: Tensor | None) -> Tensor:
-    """Run what the cache lacks of the prompt (B, T) through the model; scores (B, V) for the answer's first token."""
-    position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)  # left padding does not count
+    """Run the part of the prompt (B, T) that is not in the cache; returns scores (B, V) for the first new token."""
+    position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)  # left padding has no position
     new, position_ids = input_ids[:, cache.length :], position_ids[:, cache.length :]
     return model(new, pixel_values, attention_mask, position_ids, cache, logits_to_keep=1).logits[:, -1]
 
 
-def decode_one_token(model, ids: Tensor, position_ids: Tensor, cache: KVCache) -> Tensor:
-    """One token per row (B,) at position_ids (B, 1); scores (B, V) for the one after it."""
-    return model(ids[:, None], position_ids=position_ids, past_key_values=cache).logits[:, -1]
-
-
-@torch.inference_mode()  # decodes 1.03 times as fast as under no_grad
+@torch.inference_mode()
 def generate_tokens(model, input_ids, attention_mask, cache, pixel_values, config, generator) -> Iterator[Tensor]:
-    """An answer that never ends, a token per row (B,) at a time; it is in the cache once the next one is asked for."""
+    """Yields the next token of every row (B,) indefinitely; each is written to the cache when the next is requested."""
     logits = prefill(model, input_ids, attention_mask, cache, pixel_values)
     seen = tokens_seen(input_ids, attention_mask, logits.shape[1])
     position_ids = attention_mask.sum(-1, keepdim=True)
-    decode = DecodeGraph(decode_one_token) if DecodeGraph.fits(cache) else decode_one_token
     while True:
         next_ids = sample(logits, seen, config, generator)
         yield next_ids
         seen.scatter_(1, next_ids[:, None], True)
-        logits = decode(model, next_ids, position_ids, cache)
+        logits = model.step(next_ids, position_ids, cache)
         position_ids = position_ids + 1
 
 
@@ -132,11 +154,11 @@ def generate(
     seed: int | None = None,
     **options,
 ) -> Tensor:
-    """Continue prompts (B, T), left-padded where they differ in length, to (B, T + new): prompt and answer.
+    """Continue prompts (B, T), padded on the left if their lengths differ, to (B, T + new): prompt and answer.
 
-    `options` are the fields of GenerationConfig; what they leave open, the checkpoint's generation_config.json says.
-    `streamer` is called with each stretch of text as it is made. A row ends with an eos token or once its text holds a
-    stop string. The same `seed` draws the same tokens. Raises ValueError for options out of range.
+    `options` are the fields of GenerationConfig; the checkpoint's generation_config.json gives the rest. `streamer` is
+    called with each new piece of text. A row ends with an eos token or when its text contains a stop string. The same
+    `seed` gives the same samples. Raises ValueError for options out of range.
     """
     config = GenerationConfig.merged(model.generation_config, options)
     batch, T = input_ids.shape
@@ -152,7 +174,7 @@ def generate(
     ids = torch.full((batch, T + n_new), pad, dtype=input_ids.dtype, device=device)
     ids[:, :T] = input_ids
     finished = torch.zeros(batch, dtype=torch.bool, device=device)
-    cache = KVCache(model.config.text_config, batch, T + n_new, model.dtype, device)
+    cache = model.language_model.new_cache(batch, T + n_new)
     tokens = generate_tokens(model, input_ids, attention_mask, cache, pixel_values, config, generator)
     for end, next_ids in zip(range(T, T + n_new), tokens, strict=False):
         is_last = end == T + n_new - 1

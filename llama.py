@@ -1,25 +1,24 @@
-"""The decoder of Llama and Mistral: vectors in, vectors out.
+"""The decoder of Llama and Mistral: a sequence of vectors in, a sequence of vectors out.
 
     x (B, T, D)  ->  N blocks of  [RMSNorm -> attention with RoPE -> +]  [RMSNorm -> SwiGLU -> +]  ->  RMSNorm
 
-The decoder does not care where its vectors come from: word embeddings and projected picture patches are the same to it,
-and that is all the trick there is to LLaVA. Llama: Touvron et al. 2023, https://arxiv.org/abs/2302.13971. Mistral adds
-shared key/value heads and a sliding window: Jiang et al. 2023, https://arxiv.org/abs/2310.06825.
+The decoder does not know where its input vectors come from: word embeddings and projected image patches are treated
+alike, and LLaVA needs nothing more than that. Llama: Touvron et al. 2023, https://arxiv.org/abs/2302.13971. Mistral
+adds grouped-query attention and a sliding window: Jiang et al. 2023, https://arxiv.org/abs/2310.06825.
 
-    B batch    T new tokens    S tokens so far, the new ones included    D width    H heads    K key/value heads
-    d width of a head
+    B batch    T new tokens    S all tokens so far, new ones included    D width    H heads    K key/value heads
+    d head width
 
-Left out: dropout (neither model uses it), RoPE scaling other than linear, and trimming the cache to Mistral's window.
+Not implemented: dropout (neither model uses it), RoPE scaling other than linear, shrinking the cache to the window.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import kernels
-from clip import known_fields
+from hub.settings import known_fields, rope_settings
 
 
 @dataclass
@@ -28,21 +27,21 @@ class LlamaConfig:
 
     vocab_size: int = 32000  # V
     hidden_size: int = 4096  # D
-    intermediate_size: int = 11008  # width inside the SwiGLU
+    intermediate_size: int = 11008  # width inside the MLP
     num_hidden_layers: int = 32
     num_attention_heads: int = 32  # H
-    num_key_value_heads: int | None = None  # K; as many as heads unless told, which is plain multi-head attention
-    head_dim: int | None = None  # d; D / H unless told
+    num_key_value_heads: int | None = None  # K; None means H, plain multi-head attention
+    head_dim: int | None = None  # d; None means D / H
     hidden_act: str = "silu"
-    max_position_embeddings: int = 2048  # the longest context it was trained on, in tokens
+    max_position_embeddings: int = 2048  # the longest context, in tokens
     rms_norm_eps: float = 1e-6
-    rope_theta: float = 10000.0  # base of RoPE's wavelengths
-    rope_factor: float = 1.0  # positions are divided by it: the `factor` of linear rope_scaling or rope_parameters
+    rope_theta: float = 10000.0  # base of RoPE's frequencies
+    rope_factor: float = 1.0  # linear RoPE scaling: positions are divided by it
     attention_bias: bool = False
     mlp_bias: bool = False
-    sliding_window: int | None = None  # a token sees this many tokens, itself included; None for all before it
+    sliding_window: int | None = None  # a token attends to this many tokens, itself included; None means all
     tie_word_embeddings: bool = False
-    model_type: str = field(default="llama", init=False)
+    model_type: str = "llama"  # or "mistral": the same decoder with other defaults
 
     def __post_init__(self) -> None:
         self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
@@ -51,34 +50,25 @@ class LlamaConfig:
             heads = f"{self.num_attention_heads} heads cannot share {self.num_key_value_heads} key/value heads equally"
             raise ValueError(f"text_config: {heads}")
         if self.hidden_act != "silu":
-            raise ValueError(f"text_config: hidden_act {self.hidden_act!r} is unknown: this decoder's gate is silu")
+            raise ValueError(f"text_config: hidden_act {self.hidden_act!r} is unknown: this decoder uses silu")
 
 
-@dataclass
-class MistralConfig(LlamaConfig):
-    """Mistral: Llama with grouped queries and a sliding window by default."""
-
-    intermediate_size: int = 14336
-    num_key_value_heads: int | None = 8
-    max_position_embeddings: int = 131072
-    sliding_window: int | None = 4096
-    model_type: str = field(default="mistral", init=False)
+# What a Mistral's text_config means where it says nothing.
+MISTRAL = {
+    "intermediate_size": 14336,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 131072,
+    "sliding_window": 4096,
+}
 
 
 def decoder_config(settings: dict) -> LlamaConfig:
-    """A checkpoint's text_config as a LlamaConfig or MistralConfig. Raises ValueError for any other decoder."""
-    families = {"llama": LlamaConfig, "mistral": MistralConfig}
+    """A checkpoint's text_config as a LlamaConfig. Raises ValueError for a decoder that is neither Llama nor Mistral."""
     family = settings.get("model_type", "llama")
-    if family not in families:
+    if family not in ("llama", "mistral"):
         raise ValueError(f"text_config: the decoder family {family!r} is unknown: this code knows llama and mistral")
-    # Old files write rope_theta and rope_scaling, new ones one dictionary rope_parameters.
-    rope = {**(settings.get("rope_scaling") or {}), **(settings.get("rope_parameters") or {})}
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind not in ("default", "linear"):
-        raise ValueError(f"text_config: rope_type {kind!r} is unknown: this code knows default and linear")
-    settings = {**settings, "rope_theta": rope.get("rope_theta", settings.get("rope_theta", 10000.0))}
-    settings["rope_factor"] = rope.get("factor", settings.get("rope_factor", 1.0))
-    return families[family](**known_fields(families[family], settings))
+    defaults = MISTRAL if family == "mistral" else {}
+    return LlamaConfig(**defaults | known_fields(LlamaConfig, settings | rope_settings(settings)))
 
 
 class RMSNorm(nn.Module):
@@ -90,28 +80,20 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:  # (..., D) -> (..., D)
-        if kernels.usable(x):
-            return kernels.rms_norm(x, self.weight, self.eps)
-        x32 = x.float()  # squares of half-precision numbers overflow; rounding back before the weight is Llama's order
+        x32 = x.float()  # a square can overflow float16, and a mean of squares loses precision in bfloat16
         x32 = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)
-        return self.weight * x32.to(x.dtype)
-
-    def after_adding(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:  # (..., D) -> x + y and its norm
-        if kernels.usable(x):
-            return kernels.add_rms_norm(x, y, self.weight, self.eps)
-        x = x + y
-        return x, self(x)
+        return self.weight * x32.to(x.dtype)  # Llama rounds before it multiplies by the weight
 
 
 def rope_angles(config: LlamaConfig, position_ids: Tensor) -> Tensor:  # (B, T) -> (B, T, d / 2), float32
-    """RoPE's angles (Su et al. 2021, section 3.2.2): position times a frequency; each pair of numbers has its own."""
+    """RoPE's angles: position times frequency, with a frequency for each pair of numbers (Su et al. 2021, 3.2.2)."""
     pairs = torch.arange(0, config.head_dim, 2, device=position_ids.device).float() / config.head_dim
     frequencies = 1.0 / (config.rope_theta**pairs * config.rope_factor)
     return position_ids[..., None].float() * frequencies
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:  # (B, H, T, d), two (B, 1, T, d / 2) -> (B, H, T, d)
-    """Turn each pair of numbers by its angle, so that positions enter q . k through their distance only.
+    """Rotate each pair of numbers by its angle, so that q . k depends on positions only through their difference.
 
     The paper pairs neighbours (0, 1), (2, 3), ...; these checkpoints pair number i with number i + d / 2.
     """
@@ -120,16 +102,16 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:  # (B, H, T, d), 
 
 
 def visible_keys(attention_mask: Tensor | None, past: int, T: int, window: int | None, device) -> Tensor | None:
-    """Which of S = past + T keys each of the T new queries sees: a boolean (B or 1, 1, T, S), True where it does.
+    """Which of the S = past + T keys each of the T new queries attends to: (B or 1, 1, T, S), True where it does.
 
-    `attention_mask` is (B, S), False where a key is padding, or None. The result is None where the causal rule is
-    enough: no padding, no window within reach, and no past or a single query.
+    `attention_mask` is (B, S), False where a key is padding, or None. Returns None if the causal rule alone decides and
+    the queries are all tokens or only the last one: `attention` knows these two cases without a mask.
     """
     S = past + T
     if attention_mask is None and (T == 1 or past == 0) and (window is None or S <= window):
         return None
-    i = torch.arange(past, S, device=device)[:, None]
-    j = torch.arange(S, device=device)
+    i = torch.arange(past, S, device=device)[:, None]  # positions of the queries
+    j = torch.arange(S, device=device)  # and of the keys
     mask = (j <= i)[None, None]
     if window is not None:
         mask = mask & (i - j < window)
@@ -139,24 +121,20 @@ def visible_keys(attention_mask: Tensor | None, past: int, T: int, window: int |
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Causal attention of T queries (B, H, T, d) over S keys and values (B, K, S, d) -> (B, H, T, d).
+    """Causal attention of T queries (B, H, T, d) over S keys and values (B, K, S, d): (B, H, T, d).
 
-    Gives what `attention_by_hand` gives, by PyTorch's function, which never holds the T x S weights.
+    PyTorch computes it without storing the T x S weights; eager_attention is the formula.
     """
-    if q.requires_grad and q.device.type == "cpu":  # a small decoder trains faster by the formula
-        return attention_by_hand(q, k, v, mask)[0]
-    if mask is None and kernels.usable(q):
-        return kernels.attention(q, k, v, causal=True)
-    causal = mask is None and q.shape[2] > 1
-    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1])
+    causal, grouped = mask is None and q.shape[2] > 1, q.shape[1] != k.shape[1]
+    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=grouped)
 
 
-def attention_by_hand(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """The formula itself (Vaswani et al. 2017, equation 1), for whoever wants the weights (B, H, T, S) too."""
+def eager_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """softmax(q k^T / sqrt(d)) v (Vaswani et al. 2017, equation 1), and the softmax's weights (B, H, T, S)."""
     T, S = q.shape[2], k.shape[2]
     if mask is None:
         mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
-    groups = q.shape[1] // k.shape[1]  # grouped queries (Ainslie et al. 2023): each key head serves H / K query heads
+    groups = q.shape[1] // k.shape[1]  # H / K query heads share each key head (Ainslie et al. 2023, section 2.2)
     k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)  # (B, K, S, d) -> (B, H, S, d)
     scores = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5  # (B, H, T, S)
     scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
@@ -165,110 +143,79 @@ def attention_by_hand(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = Non
 
 
 class KVCache:
-    """The keys and values of every token so far, so that a new token costs one token's work and not the whole text's.
+    """The keys and values of all tokens so far, so that a new token needs work for one token and not for the whole text.
 
-    `k[layer]` and `v[layer]` are (B, K, room, d); the first `length` places are filled. The room is taken once and not
-    copied for every token: so one row decodes 1.06 times as fast, and four 1.22 times (161M weights, bf16, 2 cores).
-    `attention_mask` (B, room) is False where a key is padding and must never be seen.
-    The kernels read what they need of this on the device: `past` (1,) is `length`, `first_key` (B,) is where each row's
-    left padding ends. They know no other padding: with `holes` in the mask the model takes the plain path.
+    `k[layer]` and `v[layer]` are (B, K, capacity, d), of which the first `length` places are filled. `attention_mask`
+    is (B, tokens), False where one of the first tokens is padding, or None if none is. Make one with Llama.new_cache.
     """
 
-    def __init__(self, config: LlamaConfig, batch: int, room: int, dtype: torch.dtype, device) -> None:
-        shape = (batch, config.num_key_value_heads, room, config.head_dim)
+    def __init__(self, config: LlamaConfig, batch: int, capacity: int, dtype: torch.dtype, device):
+        shape = (batch, config.num_key_value_heads, capacity, config.head_dim)
         self.k = [torch.empty(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
         self.v = [torch.empty(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
-        self.attention_mask = torch.ones(batch, room, dtype=torch.bool, device=device)
-        self.first_key = torch.zeros(batch, dtype=torch.int32, device=device)
-        self.past = torch.zeros(1, dtype=torch.int32, device=device)
-        self.padded = self.holes = False
-        self.length = 0
+        self.batch, self.capacity, self.length = batch, capacity, 0
+        self.attention_mask: Tensor | None = None
 
-    def check_room(self, needed: int) -> None:
-        if needed > (room := self.attention_mask.shape[1]):
-            raise ValueError(f"the cache is full: it has room for {room} tokens, and {needed} are needed")
+    def check(self, batch: int, tokens: int) -> None:
+        """Raise ValueError unless the cache is for this batch and has room for so many tokens, those in it included."""
+        if batch != self.batch:
+            raise ValueError(f"the cache is for a batch of {self.batch}, but the batch is {batch}")
+        if tokens > self.capacity:
+            raise ValueError(f"the cache is full: it has room for {self.capacity} tokens, and {tokens} are needed")
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:  # (B, K, T, d) -> (B, K, S, d)
-        """Write one layer's new keys and values behind the old ones and return all of them, as views."""
+        """Append one layer's new keys and values to the earlier ones; returns all of them, as views."""
         batch, heads, _, width = self.k[layer].shape
         if k.shape != v.shape or k.shape[:2] != (batch, heads) or k.shape[3] != width:
             raise ValueError(f"the cache holds [{batch}, {heads}, tokens, {width}], but it was given {list(k.shape)}")
         end = self.length + k.shape[2]
-        self.check_room(end)
+        self.check(batch, end)
         self.k[layer][:, :, self.length : end] = k
         self.v[layer][:, :, self.length : end] = v
         return self.k[layer][:, :, :end], self.v[layer][:, :, :end]
 
 
-class Linear(nn.Linear):
-    """nn.Linear, with a faster product on a CPU for the one row or the few of decoding (161M weights, 2 cores)."""
-
-    def forward(self, x: Tensor) -> Tensor:  # (..., in) -> (..., out)
-        if x.is_cpu and x.dtype == self.weight.dtype and self.bias is None and not x.requires_grad:
-            rows = x.numel() // self.in_features
-            if rows == 1:  # decodes 1.30 times as fast in bfloat16
-                return torch.mv(self.weight, x.flatten()).view(*x.shape[:-1], -1)
-            if rows <= 64 and x.dtype == torch.bfloat16:  # four rows decode 1.21 times as fast, and 64 gain too
-                return (self.weight @ x.flatten(0, -2).T).T.unflatten(0, x.shape[:-1])
-        return F.linear(x, self.weight, self.bias)
-
-
-class FusedLinear(Linear):
-    """Matrices that read the same x as one, which decodes 1.04 times as fast in bfloat16; the caller splits the result.
-
-    `parts` are their names in a checkpoint and how many rows each has.
-    """
-
-    def __init__(self, in_features: int, bias: bool, **parts: int):
-        super().__init__(in_features, sum(parts.values()), bias)
-        self.parts = parts
-
-
 class LlamaAttention(nn.Module):
+    attention = staticmethod(attention)
+
     def __init__(self, config: LlamaConfig, layer: int):
         super().__init__()
         D, H, K, d = config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.head_dim
-        self.layer, self.n_heads, self.n_kv_heads, self.head_dim, self.window = layer, H, K, d, config.sliding_window
-        self.qkv_proj = FusedLinear(D, config.attention_bias, q_proj=H * d, k_proj=K * d, v_proj=K * d)
-        self.o_proj = Linear(H * d, D, bias=config.attention_bias)
+        self.layer, self.n_heads, self.n_kv_heads, self.head_dim = layer, H, K, d
+        self.q_proj = nn.Linear(D, H * d, bias=config.attention_bias)
+        self.k_proj = nn.Linear(D, K * d, bias=config.attention_bias)
+        self.v_proj = nn.Linear(D, K * d, bias=config.attention_bias)
+        self.o_proj = nn.Linear(H * d, D, bias=config.attention_bias)
+
+    def qkv(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # (B, T, D) -> (B, H, T, d) and two (B, K, T, d)
+        projections = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        return tuple(y.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for y in projections)
 
     def forward(self, x, rope, mask=None, cache=None, attentions=None) -> Tensor:  # (B, T, D) -> (B, T, D)
-        qkv = self.qkv_proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, H + K + K, T, d)
-        q, k, v = qkv.split((self.n_heads, self.n_kv_heads, self.n_kv_heads), dim=1)
-        if cache is not None and attentions is None and mask is None and kernels.usable(x):  # all that is below at once
-            return self.o_proj(kernels.attend(q, k, v, *rope, cache, self.layer, self.window))
+        q, k, v = self.qkv(x)
         q, k = apply_rope(q, *rope), apply_rope(k, *rope)
         if cache is not None:
-            k, v = cache.update(self.layer, k, v)
+            k, v = cache.update(self.layer, k, v)  # (B, K, S, d)
         if attentions is None:
-            out = attention(q, k, v, mask)
+            out = self.attention(q, k, v, mask)
         else:
-            out, weights = attention_by_hand(q, k, v, mask)
+            out, weights = eager_attention(q, k, v, mask)
             attentions.append(weights)
         return self.o_proj(out.transpose(1, 2).flatten(-2))
 
 
-def swiglu(gate: Tensor, up: Tensor, overwrite: bool = False) -> Tensor:
-    """One product decides how much of another passes (Shazeer 2020, equation 6, between its matrices).
-
-    What is in `gate` may be lost with `overwrite`: the first token of four pictures comes 1.14 times as fast on a CPU,
-    for less memory is taken from the system and given back.
-    """
-    if kernels.usable(gate):
-        return kernels.swiglu(gate, up)
-    return F.silu(gate, inplace=overwrite) * up
-
-
 class LlamaMLP(nn.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x)) (Shazeer 2020, equation 6)."""
+
     def __init__(self, config: LlamaConfig):
         super().__init__()
         D, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
-        self.gate_up_proj = FusedLinear(D, bias, gate_proj=inner, up_proj=inner)
-        self.down_proj = Linear(inner, D, bias=bias)
+        self.gate_proj = nn.Linear(D, inner, bias=bias)
+        self.up_proj = nn.Linear(D, inner, bias=bias)
+        self.down_proj = nn.Linear(inner, D, bias=bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
-        return self.down_proj(swiglu(gate, up, overwrite=not gate.requires_grad))
+    def forward(self, x: Tensor) -> Tensor:  # (B, T, D) -> (B, T, D)
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
 class LlamaLayer(nn.Module):
@@ -280,14 +227,14 @@ class LlamaLayer(nn.Module):
         self.mlp = LlamaMLP(config)
 
     def forward(self, x, rope, mask=None, cache=None, attentions=None) -> Tensor:  # (B, T, D) -> (B, T, D)
-        """`rope`: cos and sin for apply_rope, `mask`: what visible_keys gives, `attentions`: a list to fill or None."""
-        y = self.self_attn(self.input_layernorm(x), rope, mask, cache, attentions)
-        x, normed = self.post_attention_layernorm.after_adding(x, y)
-        return x + self.mlp(normed)
+        """`rope`: cos and sin for apply_rope; `mask`: from visible_keys; `attentions`: a list to append to, or None."""
+        x = x + self.self_attn(self.input_layernorm(x), rope, mask, cache, attentions)
+        x = x + self.mlp(self.post_attention_layernorm(x))
+        return x
 
 
 class Llama(nn.Module):
-    """The decoder without its head. Its modules are named as the checkpoints name them."""
+    """The decoder without its output head. Modules have the names of the checkpoints' tensors."""
 
     def __init__(self, config: LlamaConfig):
         super().__init__()
@@ -295,6 +242,10 @@ class Llama(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(LlamaLayer(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def new_cache(self, batch: int, capacity: int) -> KVCache:
+        """An empty cache for `batch` sequences of up to `capacity` tokens each."""
+        return KVCache(self.config, batch, capacity, self.norm.weight.dtype, self.norm.weight.device)
 
     def forward(
         self,
@@ -305,22 +256,20 @@ class Llama(nn.Module):
         hidden_states: list[Tensor] | None = None,
         attentions: list[Tensor] | None = None,
     ) -> Tensor:  # (B, T, D) -> (B, T, D)
-        """Run T new tokens, given as vectors, behind the `cache.length` tokens that the cache holds.
+        """Run T new tokens, given as vectors, after the `cache.length` tokens in the cache.
 
-        `attention_mask` is (B, S), zero or False for padding; without it the cache's own counts.
-        `position_ids` (B or 1, T) count on from the cache unless given. A list given as `hidden_states` receives the
-        input of each layer and the final output; one given as `attentions`, each layer's weights (B, H, T, S).
+        `attention_mask` (B, S) is zero or False on padding; without it the mask kept in the cache applies.
+        `position_ids` (B or 1, T) continue from the cache unless given. Appends the input of each layer and the final
+        output to the list `hidden_states`, and each layer's weights (B, H, T, S) to the list `attentions`, if given.
         """
-        batch, T, _ = x.shape
+        B, T, _ = x.shape
         past = cache.length if cache is not None else 0
-        attention_mask = self.padding_mask(attention_mask, (batch, past + T), cache)
+        attention_mask = self.padding_mask(attention_mask, B, past + T, cache)
+        mask = visible_keys(attention_mask, past, T, self.config.sliding_window, x.device)
         if position_ids is None:
             position_ids = torch.arange(past, past + T, device=x.device)[None]
         angles = rope_angles(self.config, position_ids)[:, None]  # (B, 1, T, d / 2): the same for all heads
         rope = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
-        mask = None
-        if cache is None or cache.holes or attentions is not None or not kernels.usable(x):  # the kernels ask the cache
-            mask = visible_keys(attention_mask, past, T, self.config.sliding_window, x.device)
 
         for layer in self.layers:
             if hidden_states is not None:
@@ -331,23 +280,20 @@ class Llama(nn.Module):
             hidden_states.append(x)
         if cache is not None:
             cache.length += T
-            cache.past += T
         return x
 
     @staticmethod
-    def padding_mask(mask: Tensor | None, shape: tuple[int, int], cache: KVCache | None) -> Tensor | None:
-        """The mask over all keys as a boolean (B, S), or None where no key is padding; the cache keeps it for later."""
+    def padding_mask(mask: Tensor | None, B: int, S: int, cache: KVCache | None) -> Tensor | None:
+        """The mask over all keys as a boolean (B, S), or None if no key is padding. The cache keeps it for later."""
         if cache is not None:
-            cache.check_room(shape[1])
-            if (batch := len(cache.attention_mask)) != shape[0]:
-                raise ValueError(f"the cache is for a batch of {batch}, but the batch is {shape[0]}")
+            cache.check(B, S)
+            if mask is None and cache.attention_mask is not None:  # tokens after the prompt are never padding
+                return F.pad(cache.attention_mask, (0, S - cache.attention_mask.shape[1]), value=True)
         if mask is None:
-            return cache.attention_mask[:, : shape[1]] if cache is not None and cache.padded else None
-        if mask.shape != shape:
-            raise ValueError(f"attention_mask is {list(mask.shape)}, but batch and tokens so far are {list(shape)}")
-        mask, padded = mask.bool(), not bool(mask.all())
+            return None
+        if mask.shape != (B, S):
+            raise ValueError(f"attention_mask is {list(mask.shape)}, but batch and tokens so far are {[B, S]}")
+        mask = None if mask.all() else mask.bool()
         if cache is not None:
-            cache.attention_mask[:, : shape[1]], cache.padded = mask, padded
-            cache.first_key[:] = mask.int().argmax(-1)
-            cache.holes = bool((cache.first_key + mask.sum(-1) < shape[1]).any())
-        return mask if padded else None
+            cache.attention_mask = mask
+        return mask

@@ -1,25 +1,24 @@
-"""LLaVA: CLIP's eyes, Llama's voice, and two matrices between them.
+"""LLaVA: CLIP's vision tower, Llama's decoder, and a projector of two matrices between them.
 
     picture -> clip.py -> (P, 1024) patches -> projector -> (P, 4096) vectors  \\
-                                                                               merge -> llama.py -> the next word
+                                                                               merge -> llama.py -> scores of next token
     prompt  -> tokenizer.py -> (T,) ids -> embedding -> (T, 4096) vectors      /
 
-The prompt holds one <image> token for every patch; the merge writes the projected patches over their embeddings. From
-there on nothing knows that it is looking at a picture. Liu et al. 2023, "Visual Instruction Tuning"
+The prompt contains one <image> token for every patch, and the merge replaces their embeddings by the projected patches.
+From there on the decoder treats patches and words alike. Liu et al. 2023, "Visual Instruction Tuning"
 (https://arxiv.org/abs/2304.08485) and "Improved Baselines with Visual Instruction Tuning", which is LLaVA-1.5
 (https://arxiv.org/abs/2310.03744).
 
     B batch    T tokens    D width of the decoder    P patches of a picture    V vocabulary
 
-`python llava.py --image x.jpg` answers about a picture. Classes and arguments have Hugging Face transformers' names.
-
-Left out: gradient checkpointing, LLaVA-1.6's tiles, and pictures of other sizes than the tower was trained for.
+`python llava.py --image x.jpg` answers about a picture. Classes and arguments have the names of Hugging Face
+transformers. Not implemented: gradient checkpointing, and pictures of other sizes than the tower was trained on.
 """
 
 import signal
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the slow imports in silence; command.py takes it back
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the slow imports prints no traceback; cli sets it back
 
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -30,14 +29,15 @@ from PIL import Image
 from torch import Tensor, nn
 
 import generate
-from checkpoint import NoInit, find_checkpoint, read_config, read_generation_settings, read_processor_settings
-from clip import ACTIVATIONS, CLIPVisionConfig, CLIPVisionModel, ImageProcessor, known_fields
-from kernels import choose_kernels
-from llama import KVCache, Linear, Llama, LlamaConfig, decoder_config
+from clip import ACTIVATIONS, CLIPVisionConfig, CLIPVisionModel, ImageProcessor
+from hub.device import no_weights
+from hub.files import find_checkpoint
+from hub.settings import known_fields, read_config, read_generation_settings, read_processor_settings
+from llama import KVCache, Llama, LlamaConfig, decoder_config
 from load_weights import load
 from tokenizer import TEMPLATES, Tokenizer
 
-ROOM = 512  # tokens that a cache made by `forward` can take beyond those it was made with
+EXTRA_CAPACITY = 512  # tokens that fit into a cache made by `forward`, beyond those it was called with
 
 
 @dataclass
@@ -50,8 +50,8 @@ class LlavaConfig:
     image_token_index: int = 32000  # the id of <image>
     projector_hidden_act: str = "gelu"
     vision_feature_select_strategy: str = "default"  # "default" drops the tower's class token, "full" keeps it
-    vision_feature_layer: int | list[int] = -2  # which of the tower's hidden states is read; several are concatenated
-    vocab_size: int = 32000  # old files have it; the decoder's own takes its place
+    vision_feature_layer: int | list[int] = -2  # the tower's hidden state that is used; several are concatenated
+    vocab_size: int = 32000  # in older files; the decoder's own is used
     multimodal_projector_bias: bool = True
     tie_word_embeddings: bool = False  # the head shares the embedding's matrix
 
@@ -76,12 +76,12 @@ class LlavaConfig:
             raise ValueError(f"config.json does not describe a model ({error})") from error
 
     @property
-    def image_seq_length(self) -> int:  # how many tokens a picture takes in the prompt
+    def image_seq_length(self) -> int:  # tokens a picture takes in the prompt
         return self.vision_config.num_patches + (self.vision_feature_select_strategy == "full")
 
 
 class LlavaMultiModalProjector(nn.Module):
-    """Two matrices with a GELU between: what the tower sees, as what the decoder reads (LLaVA-1.5, section 3)."""
+    """Two matrices with a GELU between them map the tower's features to vectors of the decoder's width."""
 
     def __init__(self, config: LlavaConfig):
         super().__init__()
@@ -98,14 +98,14 @@ class LlavaMultiModalProjector(nn.Module):
 
 @dataclass
 class LlavaCausalLMOutputWithPast:
-    """What `forward` returns. Everything that was not asked for is None."""
+    """What `forward` returns. Entries that were not asked for are None."""
 
     loss: Tensor | None = None  # one number
     logits: Tensor | None = None  # (B, T, V)
     past_key_values: KVCache | None = None
     hidden_states: tuple[Tensor, ...] | None = None  # layers + 1 of (B, T, D), the last one after the final norm
     attentions: tuple[Tensor, ...] | None = None  # layers of (B, H, T, S)
-    image_hidden_states: Tensor | None = None  # (pictures * P, D), what the projector made
+    image_hidden_states: Tensor | None = None  # (pictures * P, D), the projector's output
 
     def to_tuple(self) -> tuple:
         return tuple(value for f in fields(self) if (value := getattr(self, f.name)) is not None)
@@ -121,7 +121,7 @@ class LlavaForConditionalGeneration(nn.Module):
         self.vision_tower = CLIPVisionModel(config.vision_config)
         self.multi_modal_projector = LlavaMultiModalProjector(config)
         self.language_model = Llama(config.text_config)
-        self.lm_head = Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         self.tie_weights()
 
     def tie_weights(self) -> None:
@@ -137,27 +137,37 @@ class LlavaForConditionalGeneration(nn.Module):
         quantize: str | None = None,
         kernels: str = "auto",
     ) -> "LlavaForConditionalGeneration":
-        """Load a checkpoint: a folder or a hub id. `dtype`: config.json's, or the first tensor's, unless given.
+        """Load a checkpoint from a folder or a hub id.
 
-        `quantize="int8"` keeps the decoder's matrices in a byte a weight (see quantize.py). `kernels`, "auto", "triton"
-        or "torch", is for every model of this process (see kernels/__init__.py).
-        Raises FileNotFoundError or ValueError, naming the file or tensor, for a checkpoint that is not whole.
+        `dtype`: default is that of config.json, or else the embedding's. `quantize="int8"` stores the decoder's matrices
+        in a byte per weight (quantize.py). `kernels`: "auto" replaces modules by faster ones with the same results where
+        there are any, "torch" keeps the plain model of these files, "triton" insists on a GPU's (kernels/__init__.py).
+        Raises FileNotFoundError or ValueError, naming the file or tensor, for an incomplete checkpoint.
         """
-        choose_kernels(kernels, device)
         folder = find_checkpoint(path)
         settings = read_config(folder)
         model = cls.without_weights(settings)
-        load(model, folder, dtype or settings["dtype"], device, quantize)
+        load(model, folder)
         model.tie_weights()
+        dtype = dtype or settings["dtype"] or model.dtype
+        if quantize:
+            from quantize import quantize_model
+
+            quantize_model(model, quantize, dtype)
+        model.to(device=device, dtype=dtype).eval()
         model.generation_config = read_generation_settings(folder)
-        return model.eval()
+        if kernels != "torch":
+            from kernels import accelerate
+
+            accelerate(model, kernels)
+        return model
 
     @classmethod
     def without_weights(cls, settings: dict) -> "LlavaForConditionalGeneration":
         """The model that a config.json describes, on the meta device: shapes without memory, for `load` to fill."""
         config = LlavaConfig.from_dict(settings)
         try:
-            with torch.device("meta"), NoInit():
+            with no_weights():
                 return cls(config)
         except (TypeError, RuntimeError, ArithmeticError) as error:
             raise ValueError(f"config.json does not describe a model ({str(error).splitlines()[0]})") from error
@@ -176,7 +186,7 @@ class LlavaForConditionalGeneration(nn.Module):
         vision_feature_layer: int | list[int] | None = None,
         vision_feature_select_strategy: str | None = None,
     ) -> Tensor:  # (pictures, 3, image_size, image_size) -> (pictures, P, D), or P + 1 where the strategy is "full"
-        """See and project: the tower runs only as deep as the deepest layer that is read."""
+        """Encode and project pictures. The tower runs only up to the deepest layer that is used."""
         layers = self.config.vision_feature_layer if vision_feature_layer is None else vision_feature_layer
         layers = [layers] if isinstance(layers, int) else layers
         strategy = vision_feature_select_strategy or self.config.vision_feature_select_strategy
@@ -187,19 +197,19 @@ class LlavaForConditionalGeneration(nn.Module):
             raise ValueError(f"vision_feature_layer must lie from {-n - 1} to {n}, not {layers}")
         layers = [layer % (n + 1) for layer in layers]  # -2 is the output of the last layer but one
         hidden_states = self.vision_tower(pixel_values, depth=max(layers))
-        first = 1 if strategy == "default" else 0  # 1: without the class token
+        first = 1 if strategy == "default" else 0  # 1 drops the class token
         return self.multi_modal_projector(torch.cat([hidden_states[layer][:, first:] for layer in layers], dim=-1))
 
     def embed(self, input_ids: Tensor) -> Tensor:  # (B, T) -> (B, T, D)
         table = self.language_model.embed_tokens
-        if input_ids.shape[1] > 1:  # generation's single tokens fit; to look would make a GPU wait, which no graph can
+        if input_ids.shape[1] > 1:  # generated ids are in range, and on a GPU a look at them would wait for the result
             least, most = input_ids.aminmax()
             if least < 0 or most >= table.num_embeddings:
                 raise ValueError(f"the ids {least} to {most} do not fit a vocabulary of {table.num_embeddings}")
         return table(input_ids)
 
     def merge(self, input_ids: Tensor | None, inputs_embeds: Tensor | None, image_features: Tensor | None) -> Tensor:
-        """Embed the prompt and write the picture's vectors (pictures * P, D) where <image> stands: (B, T, D)."""
+        """Embed the prompt and replace its <image> tokens by the picture's vectors (pictures * P, D): (B, T, D)."""
         image_token = self.config.image_token_index
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
@@ -239,7 +249,7 @@ class LlavaForConditionalGeneration(nn.Module):
         x = self.merge(input_ids, inputs_embeds, features)
         cache = past_key_values
         if cache is None and (use_cache or (use_cache is None and not self.training)):
-            cache = KVCache(self.config.text_config, len(x), x.shape[1] + ROOM, x.dtype, x.device)
+            cache = self.language_model.new_cache(len(x), x.shape[1] + EXTRA_CAPACITY)
         hidden_states = [] if output_hidden_states else None
         attentions = [] if output_attentions else None
         x = self.language_model(x, attention_mask, position_ids, cache, hidden_states, attentions)
@@ -254,13 +264,17 @@ class LlavaForConditionalGeneration(nn.Module):
         )
         return out if return_dict else out.to_tuple()
 
+    def step(self, input_ids: Tensor, position_ids: Tensor, cache: KVCache) -> Tensor:
+        """Run one new token per row: ids (B,) at position_ids (B, 1). Scores (B, V) for the token after it."""
+        return self(input_ids[:, None], position_ids=position_ids, past_key_values=cache).logits[:, -1]
+
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:  # (B, T, V), (B, T) -> one number
         """Mean cross-entropy of each label under the scores at the position before it, in float32."""
         logits, labels = logits[:, :-1].float(), labels[:, 1:]
         return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=self.config.ignore_index)
 
     def generate(self, input_ids: Tensor, pixel_values: Tensor | None = None, **options) -> Tensor:
-        """Prompt and answer as ids (B, T + new). All arguments: see generate.generate."""
+        """Prompt and answer as ids (B, T + new). The arguments are those of generate.generate."""
         return generate.generate(self, input_ids, pixel_values, **options)
 
 
@@ -268,7 +282,7 @@ class LlavaForConditionalGeneration(nn.Module):
 
 
 class Inputs(dict):
-    """What the processor returns: tensors by name, `inputs.input_ids` or `inputs["input_ids"]`."""
+    """What the processor returns: tensors by name, as `inputs.input_ids` or `inputs["input_ids"]`."""
 
     def __getattr__(self, name: str) -> Tensor:
         if name not in self:
@@ -276,18 +290,18 @@ class Inputs(dict):
         return self[name]
 
     def to(self, device, dtype: torch.dtype | None = None) -> "Inputs":
-        """Move all tensors; only those of floating-point numbers change their dtype."""
+        """Move all tensors; only floating-point tensors change their dtype."""
         return Inputs({k: v.to(device, dtype if v.is_floating_point() else None) for k, v in self.items()})
 
 
 class LlavaProcessor:
-    """Tokenizer and image processor in one: prompts and pictures in, the model's inputs out."""
+    """Tokenizer and image processor together: from prompts and pictures to the model's inputs."""
 
     def __init__(
         self, image_processor: ImageProcessor | None, tokenizer: Tokenizer, image_seq_length=576, template="hub"
     ):
         self.image_processor, self.tokenizer = image_processor, tokenizer
-        self.image_seq_length = image_seq_length  # <image> tokens a picture
+        self.image_seq_length = image_seq_length  # <image> tokens per picture
         self.template = TEMPLATES[template]
         self.batch_decode, self.decode = tokenizer.batch_decode, tokenizer.decode
 
@@ -351,5 +365,6 @@ def flatten(images) -> list[Image.Image]:
 
 
 if __name__ == "__main__":
-    from command import main  # imports this file again, by its name: there the command finds the classes
-    raise SystemExit(main())
+    import cli
+
+    raise SystemExit(cli.main(LlavaForConditionalGeneration, LlavaProcessor))

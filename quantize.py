@@ -1,80 +1,76 @@
-"""int8 weights: half the bytes of bfloat16 for a token to read, so 1.3 to 1.6 times the tokens a second on a CPU.
+"""int8 weights: half the bytes of bfloat16, so a decoded token reads half as much memory.
 
-Each row of a matrix is divided by its own scale, its largest number over 127, and rounded: w is about q * scale. Only
-weights are rounded; what flows through the model stays in its dtype. Only the decoder's matrices are: they are nine
-tenths of the bytes, and a token reads all of them. A picture or a prompt has hundreds of rows to multiply at once; then
-arithmetic is the limit, so the matrix is first written out in the model's dtype, into memory that all of them share.
+Each row of a matrix is divided by its own scale, its largest absolute value over 127, and rounded: w is about q * scale.
+Only weights are rounded, activations keep their dtype; and only the decoder's matrices, which are nine tenths of the
+bytes and are all read for every token. A prompt multiplies hundreds of rows at once: then arithmetic is the limit, and
+the matrix is first written out in the model's dtype.
 
-Left out: int8 activations, 4 bits, scales for groups of a row.
+Not implemented: int8 activations, 4 bits, scales for groups within a row.
 """
+
+import threading
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import kernels
-from llama import Linear
-
-FEW_ROWS = 4  # up to here PyTorch's int8 product is the faster one
+FEW_ROWS = 4  # up to here PyTorch's int8 product is faster than writing the matrix out
 
 
 def rows_at_once(matrix: Tensor) -> int:
-    """So many rows as stay in a CPU's cache from one step to the next: on whole matrices each is 3 times as slow."""
+    """Rows that stay in a CPU's cache between one step and the next, which is 3 times as fast as whole matrices."""
     return max(1, 2**18 // matrix.shape[1]) if matrix.device.type == "cpu" else len(matrix)
 
 
-def quantize_rows(weight: Tensor, q: Tensor, scale: Tensor) -> None:  # (out, in) -> (out, in) int8, (out,)
-    """Fill `q` and `scale` so that q * scale, row by row, is as near to `weight` as int8 comes."""
-    n = rows_at_once(q)
+def quantize_rows(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:  # (out, in) -> (out, in), (out,)
+    """q in int8 and scale in `dtype`, such that q * scale, row by row, is as near to `weight` in `dtype` as possible."""
+    q = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
+    scale = torch.empty(len(weight), dtype=dtype, device=weight.device)
+    n = rows_at_once(weight)
     for rows, q_rows, scale_rows in zip(weight.split(n), q.split(n), scale.split(n), strict=True):
-        rows = rows.float()  # a bfloat16 above 64 is a multiple of 1/2, and would be rounded twice
+        rows = rows.to(dtype).float()  # float: a bfloat16 above 64 is a multiple of 1/2, and would be rounded twice
         scale_rows.copy_(rows.abs().amax(-1).clamp(min=1e-12) / 127)
-        q_rows.copy_((rows / scale_rows[:, None]).round_().clamp_(-127, 127))  # by the scale as its dtype rounded it
+        q_rows.copy_((rows / scale_rows[:, None]).round_().clamp_(-127, 127))  # divided by the scale as it is stored
+    return q, scale
 
 
 class Int8Linear(nn.Module):
-    """A matrix of the decoder in int8, without bias: q (out, in) and scale (out,)."""
+    """A matrix in int8, without bias: q (out, in) and scale (out,)."""
 
-    shared = torch.empty(0)  # where a whole matrix is written out
+    shared = threading.local()  # each thread has a buffer for the matrix that it has written out
 
-    def __init__(self, linear: Linear):
+    def __init__(self, weight: Tensor, dtype: torch.dtype):
         super().__init__()
-        self.parts, w = getattr(linear, "parts", None), linear.weight
-        self.q = nn.Parameter(torch.empty(w.shape, dtype=torch.int8, device=w.device), requires_grad=False)
-        self.scale = nn.Parameter(torch.empty(len(w), dtype=w.dtype, device=w.device), requires_grad=False)
+        q, scale = quantize_rows(weight.detach(), dtype)
+        self.q, self.scale = nn.Parameter(q, requires_grad=False), nn.Parameter(scale, requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:  # (..., in) -> (..., out)
-        few = x.numel() <= FEW_ROWS * x.shape[-1]
-        if few and kernels.usable(x):
-            return kernels.int8_linear(x, self.q, self.scale)
-        if few and x.is_cpu:
+        if x.is_cpu and x.numel() <= FEW_ROWS * x.shape[-1]:
             return torch._weight_int8pack_mm(x.flatten(0, -2), self.q, self.scale).unflatten(0, x.shape[:-1])
-        return F.linear(x, self.written_out(x.dtype))
+        return F.linear(x, self.dequantize(x.dtype))
 
-    def written_out(self, dtype: torch.dtype) -> Tensor:  # (out, in)
-        n, shared = self.q.numel(), Int8Linear.shared
-        if shared.numel() < n or shared.dtype != dtype or shared.device != self.q.device:
-            with torch.inference_mode(False):  # or nobody else could write into it
-                Int8Linear.shared = shared = torch.empty(n, dtype=dtype, device=self.q.device)
-        weight, n = shared[:n].view_as(self.q), rows_at_once(self.q)
+    def dequantize(self, dtype: torch.dtype) -> Tensor:  # (out, in)
+        buffer, n = getattr(self.shared, "buffer", torch.empty(0)), self.q.numel()
+        if buffer.numel() < n or buffer.dtype != dtype or buffer.device != self.q.device:
+            with torch.inference_mode(False):  # a tensor made in inference mode could not be written to outside
+                self.shared.buffer = buffer = torch.empty(n, dtype=dtype, device=self.q.device)
+        weight, n = buffer[:n].view_as(self.q), rows_at_once(self.q)
         for rows, q, scale in zip(weight.split(n), self.q.split(n), self.scale[:, None].split(n), strict=True):
             rows.copy_(q).mul_(scale)
         return weight
 
 
-def put_int8(model: nn.Module, how: str) -> None:
-    """Put Int8Linear in the place of every matrix of the decoder and of its head; one with a bias, or tied, stays."""
+@torch.no_grad()
+def quantize_model(model: nn.Module, how: str, dtype: torch.dtype) -> None:
+    """Replace every matrix of the decoder and its head by an Int8Linear, except those with a bias and a tied head.
+
+    `dtype` is that of the scales, and of the model that will run. Raises ValueError for anything but "int8".
+    """
     if how != "int8":
         raise ValueError(f"weights can be quantized to 'int8', not to {how!r}")
-    tied = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    embedding = model.language_model.embed_tokens.weight
     for name, module in list(model.named_modules()):
-        if isinstance(module, Linear) and module.bias is None and id(module.weight) not in tied:
+        is_decoder = name.startswith(("language_model.", "lm_head"))
+        if is_decoder and type(module) is nn.Linear and module.bias is None and module.weight is not embedding:
             parent, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(parent), leaf, Int8Linear(module))
-
-
-def read_int8(stored, q: Tensor, scale: Tensor) -> None:
-    """From a checkpoint's tensor (see load_weights.StoredTensor) to its rows of an Int8Linear."""
-    weight = torch.empty(q.shape, dtype=scale.dtype, device=q.device)
-    stored.read(weight)
-    quantize_rows(weight, q, scale)
+            setattr(model.get_submodule(parent), leaf, Int8Linear(module.weight, dtype))

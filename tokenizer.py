@@ -21,7 +21,7 @@ import sentencepiece
 import torch
 from torch import Tensor
 
-from checkpoint import read_tokenizer_settings
+from hub.settings import read_tokenizer_settings
 
 SPACE = "\u2581"  # sentencepiece's visible space, "▁"
 

@@ -1,82 +1,60 @@
-"""Triton kernels: the few places where a GPU gains from doing several things at once.
+"""The same results, faster: `accelerate` swaps modules of a loaded model for twins with the same weights.
 
-A plain function of the model hands over to its kernel where `usable` says so. Nothing here changes what is computed,
-up to rounding. Without a GPU or without Triton all of it stays unused, and nothing of it is imported.
+The model in the six core files is the plain formula. A twin computes the same, up to rounding, in a way that suits the
+device, and has one test that holds it to the plain module. After accelerate, state_dict() has the same names and values.
 
-How to read a kernel, best swiglu.py first: `kernel[grid](...)` starts a program for each place of the grid. All run the
-same lines; tl.program_id tells them apart. A program computes with blocks, whose shapes are the comments on its lines:
-powers of two, known when it is compiled (tl.constexpr), and broadcast as in PyTorch. A tensor arrives as the address
-of its first number, so `x_ptr + i` with a block i is a block of addresses. tl.load and tl.store take all of them at
-once, those apart where `mask` is false. Between the two everything stays on the chip: only they cost bytes.
+    on a CPU        cpu.py: other products for few rows, small matrices fused
+    on an NVIDIA GPU decoder.py: fused matrices and Triton kernels; graph.py: the decode step as a CUDA graph
+
+How to read a kernel, best swiglu.py first: `kernel[grid](...)` starts a program for each place of the grid. All programs
+run the same lines; tl.program_id tells them apart. A program computes with blocks, whose shapes are the comments on its
+lines: powers of two, known at compile time (tl.constexpr), broadcast as in PyTorch. A tensor is passed as the address of
+its first number, so `x_ptr + i` with a block i is a block of addresses. tl.load and tl.store access all of them at once,
+except where `mask` is false. Between the two everything stays on the chip; only they move bytes.
 """
 
 import importlib.util
 
 import torch
-from torch import Tensor
+from torch import nn
 
-from kernels.checks import DTYPES, INTERPRETED, has_a_gpu
+from kernels.checks import INTERPRETED, has_a_gpu
 
-__all__ = [
-    "add_rms_norm",
-    "attend",
-    "attention",
-    "choose_kernels",
-    "decode_attention",
-    "int8_linear",
-    "rms_norm",
-    "rope_into_cache",
-    "swiglu",
-    "usable",
-]
-THERE = importlib.util.find_spec("triton") is not None and (torch.cuda.is_available() or INTERPRETED)
-choice = "auto"  # what choose_kernels was told, for every model of this process
-
-if THERE:
-    from kernels.attention import attention
-    from kernels.decode_attention import decode_attention
-    from kernels.int8 import int8_linear
-    from kernels.rms_norm import add_rms_norm, rms_norm
-    from kernels.rope import rope_into_cache
-    from kernels.swiglu import swiglu
+HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
-def choose_kernels(name: str, device: str | torch.device) -> None:
-    """For all models of this process: "auto" takes kernels on CUDA devices, "torch" never, "triton" or not at all.
+def accelerate(model: nn.Module, how: str = "auto") -> nn.Module:
+    """Swap modules of a LLaVA for faster twins, in place, and return it.
 
-    Raises ValueError for another name, and for "triton" where this device or installation cannot run it.
+    "auto": the GPU's twins on an NVIDIA GPU of 2020 or newer, the CPU's on a CPU, none elsewhere. "triton": the GPU's, or
+    a ValueError where they cannot run. "torch": none.
     """
-    global choice
-    if name not in ("auto", "triton", "torch"):
-        raise ValueError(f"kernels must be auto, triton or torch, not {name!r}")
-    if name == "triton" and not (THERE and (INTERPRETED or has_a_gpu(torch.empty(0, device=device)))):
-        raise ValueError(f"Triton cannot run on {device} here: it wants an NVIDIA GPU of 2020 or newer, and Linux")
-    choice = name
+    if how not in ("auto", "triton", "torch"):
+        raise ValueError(f"kernels must be auto, triton or torch, not {how!r}")
+    x = model.lm_head.weight if hasattr(model.lm_head, "weight") else model.lm_head.scale
+    can_run = HAS_TRITON and (has_a_gpu(x) or (how == "triton" and INTERPRETED and x.is_cpu))
+    if how == "triton" and not can_run:
+        raise ValueError(f"Triton cannot run on {x.device} here: it needs an NVIDIA GPU of 2020 or newer, and Linux")
+    if how != "torch" and can_run:
+        accelerate_on_gpu(model)
+    elif how == "auto" and x.is_cpu:
+        from kernels.cpu import accelerate_on_cpu
+
+        accelerate_on_cpu(model)
+    return model
 
 
-def usable(x: Tensor) -> bool:
-    """Whether kernels may take over here: x lies on a GPU that runs them, under torch.no_grad() and without autocast.
+def accelerate_on_gpu(model: nn.Module) -> None:
+    from kernels.cpu import swap
+    from kernels.decoder import FastInt8Linear, FastLlama, tower_attention
+    from kernels.graph import GraphStep
+    from quantize import Int8Linear
 
-    A test may ask for Triton's interpreter: TRITON_INTERPRET=1 and choose_kernels("triton") take the CPU's tensors too.
-    """
-    if choice == "torch" or not THERE or x.dtype not in DTYPES:
-        return False
-    if torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type):  # no gradients, and no mixture of dtypes
-        return False
-    return has_a_gpu(x) or (choice == "triton" and INTERPRETED)
-
-
-def attend(
-    q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, cache, layer: int, window: int | None
-) -> Tensor:
-    """What llama.LlamaAttention does between its matrices: q (B, H, T, d), new k and v (B, K, T, d) -> (B, T, H * d).
-
-    RoPE, the update of the llama.KVCache and the attention over it. What is padding, the cache knows.
-    """
-    k_cache, v_cache, end = cache.k[layer], cache.v[layer], cache.length + q.shape[2]
-    q = rope_into_cache(q, k, v, cos, sin, k_cache, v_cache, cache.past)
-    if q.shape[2] == 1:
-        out = decode_attention(q, k_cache, v_cache, cache.past, cache.first_key, window)
-    else:
-        out = attention(q, k_cache[:, :, :end], v_cache[:, :, :end], True, cache.first_key, window)
-    return out.transpose(1, 2).flatten(-2)
+    for name, module in list(model.named_modules()):
+        if type(module) is Int8Linear:
+            swap(model, name, FastInt8Linear(module))
+    for layer in model.vision_tower.encoder.layers:
+        layer.self_attn.attention = tower_attention
+    model.language_model = FastLlama(model.language_model)
+    if torch.cuda.is_available() and model.device.type == "cuda":
+        model.step = GraphStep(model)

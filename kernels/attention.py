@@ -34,13 +34,13 @@ def online_softmax(m, l, acc, scores, v):
     """Take N more keys, by their scores (M, N) and v (N, D), into m (M,), l (M,) and acc (M, D)."""
     m_new = tl.maximum(m, tl.max(scores, 1))  # (M,)
     weights = tl.exp2(scores - m_new[:, None])  # (M, N), not yet divided by their sum
-    shrink = tl.exp2(m - m_new)  # (M,)
-    acc = acc * shrink[:, None] + tl.dot(weights.to(v.dtype), v, input_precision="ieee")  # ieee: not TF32
-    return m_new, l * shrink + tl.sum(weights, 1), acc
+    rescale = tl.exp2(m - m_new)  # (M,)
+    acc = acc * rescale[:, None] + tl.dot(weights.to(v.dtype), v, input_precision="ieee")  # ieee: not TF32
+    return m_new, l * rescale + tl.sum(weights, 1), acc
 
 
 @triton.jit
-def visible_keys(p, first_key, window, S, CAUSAL: tl.constexpr):
+def key_bounds(p, first_key, window, S, CAUSAL: tl.constexpr):
     """The keys low <= j < high that token p of a row of S sees; p is a number, or a block of them."""
     low, high = 0, S
     if CAUSAL:
@@ -72,10 +72,10 @@ def attention_kernel(
 
     first_key = 0 if first_key_ptr is None else tl.load(first_key_ptr + b)
     top = block * BLOCK_M + S - T  # the block's first query is this token of its row
-    low, high = visible_keys(i + S - T, first_key, window, S, CAUSAL)  # (BLOCK_M, 1)
+    low, high = key_bounds(i + S - T, first_key, window, S, CAUSAL)  # (BLOCK_M, 1)
     # low and high never fall from query to query: those of the first and the last say what any sees, and what all see.
-    any_low, all_high = visible_keys(top, first_key, window, S, CAUSAL)
-    all_low, any_high = visible_keys(top + BLOCK_M - 1, first_key, window, S, CAUSAL)
+    any_low, all_high = key_bounds(top, first_key, window, S, CAUSAL)
+    all_low, any_high = key_bounds(top + BLOCK_M - 1, first_key, window, S, CAUSAL)
 
     m = tl.full([BLOCK_M], -1e30, tl.float32)  # not -inf: exp(-inf - -inf) would be no number
     l = tl.zeros([BLOCK_M], tl.float32)

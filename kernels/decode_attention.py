@@ -22,19 +22,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.attention import LOG2E, online_softmax, visible_keys
+from kernels.attention import LOG2E, online_softmax, key_bounds
 from kernels.checks import check_attention, check_int32, check_shape
 
 
 @triton.jit
 def decode_kernel(
     q_ptr, q_batch, q_head, q_d,  # (B, H, 1, d): its first number, and three of its strides
-    k_ptr, v_ptr,  # (B, K, room, d), contiguous
+    k_ptr, v_ptr,  # (B, K, capacity, d), contiguous
     past_ptr,  # (1,), how many tokens came before the new one, whose key lies behind theirs
     first_key_ptr,  # (B,), the first key that is not padding; or None
     m_ptr, l_ptr,  # (B, H, SPLITS) float32
     acc_ptr,  # (B, H, SPLITS, d) float32
-    room, window, scale,  # the query sees `window` keys, its own included; scale is log2(e) / sqrt(d)
+    capacity, window, scale,  # the query sees `window` keys, its own included; scale is log2(e) / sqrt(d)
     K: tl.constexpr, GROUP: tl.constexpr, SPLITS: tl.constexpr,  # key heads, query heads that share each, stretches
     d: tl.constexpr, BLOCK_D: tl.constexpr,  # head width, and that as a power of two
     BLOCK_G: tl.constexpr, BLOCK_N: tl.constexpr,  # heads (at least the 16 that tl.dot wants), keys of a step
@@ -50,7 +50,7 @@ def decode_kernel(
 
     past = tl.load(past_ptr)
     first_key = 0 if first_key_ptr is None else tl.load(first_key_ptr + b)
-    low, high = visible_keys(past, first_key, window, past + 1, True)
+    low, high = key_bounds(past, first_key, window, past + 1, True)
     share = tl.cdiv(tl.cdiv(high - low, SPLITS), BLOCK_N) * BLOCK_N  # whole steps for each stretch
     start = low + split * share
     stop = tl.minimum(start + share, high)
@@ -60,7 +60,7 @@ def decode_kernel(
     acc = tl.zeros([BLOCK_G, BLOCK_D], tl.float32)
     for j in range(start, stop, BLOCK_N):
         real = j + n < stop  # (BLOCK_N,)
-        at = (pair * room + j + n[:, None]) * d + c  # (BLOCK_N, BLOCK_D)
+        at = (pair * capacity + j + n[:, None]) * d + c  # (BLOCK_N, BLOCK_D)
         k = tl.load(k_ptr + at, mask=real[:, None] & (c < d), other=0.0)  # (BLOCK_N, BLOCK_D)
         v = tl.load(v_ptr + at, mask=real[:, None] & (c < d), other=0.0)  # (BLOCK_N, BLOCK_D)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale  # (BLOCK_G, BLOCK_N)
@@ -90,25 +90,25 @@ def join_kernel(
 def decode_attention(
     q: Tensor, k: Tensor, v: Tensor, past: Tensor, first_key: Tensor | None = None, window: int | None = None
 ) -> Tensor:
-    """One query a row (B, H, 1, d) over the first past + 1 keys of the cache (B, K, room, d): (B, H, 1, d).
+    """One query a row (B, H, 1, d) over the first past + 1 keys of the cache (B, K, capacity, d): (B, H, 1, d).
 
     `past` (1,) int32 counts the tokens before this one, `first_key` (B,) int32 says where each row's left padding
     ends. Raises ValueError for shapes, dtypes, devices or gradients it cannot serve.
     """
-    B, H, K, _, room, d = check_attention(q, k, v, first_key)
+    B, H, K, _, capacity, d = check_attention(q, k, v, first_key)
     check_shape("q", q, B, H, 1, d)
     check_int32("past", past, 1, q.device)
     if not (k.is_contiguous() and v.is_contiguous()):
         raise ValueError("k and v must be contiguous: pass the cache as it is")
     # Some 512 programs fill the largest GPU of today; a stretch shorter than a step would have nothing to do.
-    SPLITS = min(triton.next_power_of_2(triton.cdiv(512, B * K)), triton.next_power_of_2(triton.cdiv(room, 64)), 64)
+    SPLITS = min(triton.next_power_of_2(triton.cdiv(512, B * K)), triton.next_power_of_2(triton.cdiv(capacity, 64)), 64)
     m, l = torch.empty(2, B, H, SPLITS, dtype=torch.float32, device=q.device)
     acc = torch.empty(B, H, SPLITS, d, dtype=torch.float32, device=q.device)
     out = torch.empty(B, H, 1, d, dtype=q.dtype, device=q.device)
     BLOCK_D, BLOCK_G, BLOCK_N = max(16, triton.next_power_of_2(d)), max(16, triton.next_power_of_2(H // K)), 64
     decode_kernel[(B * K, SPLITS)](
-        q, q.stride(0), q.stride(1), q.stride(3), k, v, past, first_key, m, l, acc, room,
-        room if window is None else window, LOG2E / d**0.5, K, H // K, SPLITS, d, BLOCK_D, BLOCK_G, BLOCK_N,
+        q, q.stride(0), q.stride(1), q.stride(3), k, v, past, first_key, m, l, acc, capacity,
+        capacity if window is None else window, LOG2E / d**0.5, K, H // K, SPLITS, d, BLOCK_D, BLOCK_G, BLOCK_N,
         num_warps=4, num_stages=2,
     )  # fmt: skip
     join_kernel[(B * H,)](m, l, acc, out, SPLITS, d, BLOCK_D, num_warps=4)

@@ -27,9 +27,9 @@ def rope_kernel(
     cos_ptr, sin_ptr,  # (B or 1, 1, T, d / 2)
     angle_batch,  # how far apart the angles of two rows are; 0 where all rows share them
     turned_ptr,  # (B, H, T, d), the queries' result
-    k_cache_ptr, v_cache_ptr,  # (B, K, room, d)
+    k_cache_ptr, v_cache_ptr,  # (B, K, capacity, d)
     past_ptr,  # (1,), how many tokens the cache holds already
-    T, room,  # new tokens, and how many the cache can hold
+    T, capacity,  # new tokens, and how many the cache can hold
     H: tl.constexpr, K: tl.constexpr, d: tl.constexpr,  # query heads, key heads, head width
     BLOCK: tl.constexpr,  # d / 2 rounded up to a power of two
 ):  # fmt: skip
@@ -37,7 +37,7 @@ def rope_kernel(
     head = tl.program_id(1)  # a program a token and head: first the H of q, then the K of k, then the K of v
     place = tl.load(past_ptr) + token  # in the cache
     i = tl.arange(0, BLOCK)  # (BLOCK,)
-    inside = i < tl.where(place < room, d // 2, 0)  # the caller counts; but never write behind the cache's end
+    inside = i < tl.where(place < capacity, d // 2, 0)  # the caller counts; but never write behind the cache's end
     angle = b * angle_batch + token * (d // 2) + i
     cos = tl.load(cos_ptr + angle, mask=inside, other=0.0).to(tl.float32)  # (BLOCK,)
     sin = tl.load(sin_ptr + angle, mask=inside, other=0.0).to(tl.float32)  # (BLOCK,)
@@ -47,10 +47,10 @@ def rope_kernel(
         target = turned_ptr + ((b * H + head) * T + token) * d
     elif head < H + K:
         source = k_ptr + b * k_batch + (head - H) * k_head + token * k_token
-        target = k_cache_ptr + ((b * K + head - H) * room + place) * d
+        target = k_cache_ptr + ((b * K + head - H) * capacity + place) * d
     else:
         source = v_ptr + b * v_batch + (head - H - K) * v_head + token * v_token
-        target = v_cache_ptr + ((b * K + head - H - K) * room + place) * d
+        target = v_cache_ptr + ((b * K + head - H - K) * capacity + place) * d
         cos, sin = tl.full([BLOCK], 1.0, tl.float32), tl.zeros([BLOCK], tl.float32)  # values do not turn
     x1 = tl.load(source + i, mask=inside, other=0.0).to(tl.float32)  # (BLOCK,)
     x2 = tl.load(source + d // 2 + i, mask=inside, other=0.0).to(tl.float32)  # (BLOCK,)
@@ -61,17 +61,17 @@ def rope_kernel(
 def rope_into_cache(
     q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, k_cache: Tensor, v_cache: Tensor, past: Tensor
 ) -> Tensor:
-    """Turned queries (B, H, T, d); the turned keys and the values (B, K, T, d) go into the cache (B, K, room, d).
+    """Turned queries (B, H, T, d); the turned keys and the values (B, K, T, d) go into the cache (B, K, capacity, d).
 
     `cos` and `sin` are (B or 1, 1, T, d / 2) and `past` (1,) int32, the cache's length before. Raises ValueError for
     shapes, dtypes, devices or gradients it cannot serve.
     """
     check_tensors(q=q, k=k, v=v, cos=cos, sin=sin, k_cache=k_cache, v_cache=v_cache)
-    (B, H, T, d), K, room = q.shape, k.shape[1], k_cache.shape[2]
+    (B, H, T, d), K, capacity = q.shape, k.shape[1], k_cache.shape[2]
     for name, tensor in {"k": k, "v": v}.items():
         check_shape(name, tensor, B, K, T, d)
     for name, tensor in {"k_cache": k_cache, "v_cache": v_cache}.items():
-        check_shape(name, tensor, B, K, room, d)
+        check_shape(name, tensor, B, K, capacity, d)
         if not tensor.is_contiguous():
             raise ValueError(f"{name} must be contiguous: it is written in place")
     for name, tensor in {"cos": cos, "sin": sin}.items():
@@ -82,6 +82,6 @@ def rope_into_cache(
     turned = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     rope_kernel[(B * T, H + 2 * K)](
         q, *q.stride()[:3], k, *k.stride()[:3], v, *v.stride()[:3], cos, sin, cos.stride(0) if len(cos) > 1 else 0,
-        turned, k_cache, v_cache, past, T, room, H, K, d, triton.next_power_of_2(d // 2), num_warps=1,
+        turned, k_cache, v_cache, past, T, capacity, H, K, d, triton.next_power_of_2(d // 2), num_warps=1,
     )  # fmt: skip
     return turned

@@ -1,24 +1,18 @@
-"""A checkpoint's folder: where it is, and what its settings say, in whichever layout they are written.
+"""The settings in a checkpoint's folder, whichever of three layouts they are written in, checked number by number.
 
-There are three layouts: the hub's older files, what transformers 5 writes, and that of LLaVA's authors
-(`liuhaotian/llava-v1.5-*`), whose config.json is the decoder's with additions and whose tower is a checkpoint by
-itself. Here all of them become the first. What a setting may be is said in RANGES: a file from somewhere else can hold
-anything, and a wrong number should end in a sentence here and not in a traceback later.
+The layouts: the hub's older files, those that transformers 5 writes, and those of LLaVA's authors
+(`liuhaotian/llava-v1.5-*`), whose config.json is the decoder's with additions and whose vision tower is a checkpoint
+of its own. All are returned in the first layout. A file from elsewhere can hold anything, so RANGES says what each
+number may be, and a wrong one raises a ValueError that names it here instead of failing somewhere in the model.
 """
 
-import json
-import os
-import re
+from dataclasses import fields
 from pathlib import Path
 
-import torch
-from torch import nn
-from torch.overrides import TorchFunctionMode
+from hub.device import DTYPES
+from hub.files import read_json, tower_folder
 
-# The numbers a model can be made of, as safetensors spells them.
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-
-# How the prompt of LLaVA-1.5 begins, tokenizer.TEMPLATES["v1"].
+# The first words of the prompt template of LLaVA-1.5, tokenizer.TEMPLATES["v1"].
 VICUNA = "A chat between a curious user and an artificial intelligence assistant."
 
 SIZE = (int, 1, 2**24)
@@ -48,17 +42,22 @@ ONE_OR_MORE = {"vision_feature_layer", "eos_token_id"}
 MAY_BE_NULL = {"num_key_value_heads", "head_dim", "sliding_window", "pad_token_id"}
 
 
-def read_settings(path: Path) -> dict:
-    """A JSON object from an optional file; {} where there is none."""
-    if not path.is_file():
-        return {}
-    try:
-        settings = json.loads(path.read_text("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not valid JSON ({error})") from error
-    if not isinstance(settings, dict):
-        raise ValueError(f"{path} holds a {type(settings).__name__}, not a JSON object")
-    return settings
+def known_fields(cls: type, settings: dict) -> dict:
+    """The entries of a checkpoint's JSON that the dataclass `cls` has a field for: files hold many others."""
+    return {f.name: settings[f.name] for f in fields(cls) if f.init and f.name in settings}
+
+
+def rope_settings(settings: dict) -> dict:
+    """rope_theta and rope_factor of a text_config: in older files beside or in rope_scaling, in newer rope_parameters.
+
+    Raises ValueError for a kind of RoPE that is not implemented.
+    """
+    rope = {**(settings.get("rope_scaling") or {}), **(settings.get("rope_parameters") or {})}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind not in ("default", "linear"):
+        raise ValueError(f"text_config: rope_type {kind!r} is unknown: this code knows default and linear")
+    theta = rope.get("rope_theta", settings.get("rope_theta", 10000.0))
+    return {"rope_theta": theta, "rope_factor": rope.get("factor", settings.get("rope_factor", 1.0))}
 
 
 def check_ranges(settings: dict, file: Path) -> dict:
@@ -86,29 +85,6 @@ def check_range(name: str, value: object, file: Path) -> None:
         raise ValueError(f"{file}: {name} names no layer")
 
 
-def find_checkpoint(path: str | Path) -> Path:
-    """A folder as it is; a hub id such as llava-hf/llava-1.5-7b-hf from the local hub cache, or fetched into it."""
-    if Path(path).is_dir():
-        return Path(path)
-    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(path)):
-        raise FileNotFoundError(f"{path} is neither a folder nor a hub id such as llava-hf/llava-1.5-7b-hf")
-    home = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser()
-    cache = Path(os.environ.get("HF_HUB_CACHE", home / "hub")).expanduser() / f"models--{str(path).replace('/', '--')}"
-    if (cache / "refs" / "main").is_file():
-        snapshot = cache / "snapshots" / (cache / "refs" / "main").read_text().strip()
-        if (snapshot / "config.json").is_file():
-            return snapshot
-    try:
-        from huggingface_hub import snapshot_download
-
-        files = ["*.json", "*.jinja", "*.model", "*.safetensors", "*.bin"]
-        return Path(snapshot_download(str(path), allow_patterns=files))
-    except Exception as error:  # not installed, no network, no such id: to the user it is all the same
-        get = f"pip install huggingface_hub && hf download {path}"
-        why = f"is not a folder here, not in the hub cache, and could not be fetched ({type(error).__name__})"
-        raise FileNotFoundError(f"{path} {why}; if it is a hub id, run: {get}") from error
-
-
 def read_config(folder: Path) -> dict:
     """config.json in the hub's form, whichever form it is in, `dtype` a torch.dtype or None.
 
@@ -116,7 +92,7 @@ def read_config(folder: Path) -> dict:
     """
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{folder} has no config.json, so it is not a checkpoint")
-    config = read_settings(folder / "config.json")
+    config = read_json(folder / "config.json")
     if "mm_vision_tower" in config:
         config = hub_config(config, folder)
     for part in ("vision_config", "text_config"):
@@ -126,7 +102,7 @@ def read_config(folder: Path) -> dict:
         raise ValueError(f"{folder / 'config.json'} describes a model of type {config['model_type']!r}, not a LLaVA")
     if "text_config" not in config:
         raise ValueError(f"{folder / 'config.json'} has no text_config")
-    names = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES.values()}
+    names = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
     check_ranges(config, folder / "config.json")
     return config | {"dtype": names.get(str(config.get("dtype") or config.get("torch_dtype")))}
 
@@ -136,7 +112,7 @@ def hub_config(config: dict, folder: Path) -> dict:
     projector, aspect = config.get("mm_projector_type", "linear"), config.get("image_aspect_ratio", "square")
     if projector != "mlp2x_gelu" or aspect not in ("pad", "square"):
         raise ValueError(f"{folder} is not LLaVA-1.5: mm_projector_type is {projector}, image_aspect_ratio {aspect}")
-    tower = read_settings(tower_folder(config, folder) / "config.json")
+    tower = read_json(tower_folder(config, folder) / "config.json")
     return {
         "vision_config": tower.get("vision_config", tower),
         "text_config": {**config, "model_type": "mistral" if "mistral" in str(config.get("model_type")) else "llama"},
@@ -150,44 +126,19 @@ def hub_config(config: dict, folder: Path) -> dict:
     }
 
 
-def tower_folder(config: dict, folder: Path) -> Path:
-    tower = config["mm_vision_tower"]
-    if not isinstance(tower, str):
-        raise ValueError(f"{folder / 'config.json'}: mm_vision_tower is not the path of a tower")
-    return folder / tower if (folder / tower).is_dir() else find_checkpoint(tower)
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The files that hold a checkpoint's tensors: one, or the shards that an index names."""
-    for name in ("model.safetensors", "pytorch_model.bin"):
-        index = folder / f"{name}.index.json"
-        if (folder / name).is_file():
-            return [folder / name]
-        if index.is_file():
-            shards = read_settings(index).get("weight_map")
-            if not isinstance(shards, dict) or any(Path(str(shard)).name != shard for shard in shards.values()):
-                raise ValueError(f"{index} does not map tensors to files of its own folder")
-            files = [folder / shard for shard in sorted(set(shards.values()))]
-            for file in files:
-                if not file.is_file():
-                    raise FileNotFoundError(f"{file} is missing, and {index.name} names it")
-            return files
-    raise FileNotFoundError(f"{folder} has no weights (model.safetensors or pytorch_model.bin): download them too")
-
-
 def read_processor_settings(folder: Path) -> tuple[dict, str]:
     """The image processor's settings, and which of tokenizer.TEMPLATES its files ask for."""
-    config = read_settings(folder / "config.json")
+    config = read_json(folder / "config.json")
     if "mm_vision_tower" in config:
         file, template = tower_folder(config, folder) / "preprocessor_config.json", VICUNA
-        settings = read_settings(file) | {"do_pad": config.get("image_aspect_ratio") == "pad"}
+        settings = read_json(file) | {"do_pad": config.get("image_aspect_ratio") == "pad"}
     else:
         file, template = folder / "preprocessor_config.json", folder / "chat_template.jinja"
-        settings = read_settings(file)
+        settings = read_json(file)
         if not settings:  # transformers 5 keeps the image processor's settings inside the processor's
             file = folder / "processor_config.json"
-            settings = read_settings(file).get("image_processor", {})
-        old = read_settings(folder / "chat_template.json").get("chat_template", "")
+            settings = read_json(file).get("image_processor", {})
+        old = read_json(folder / "chat_template.json").get("chat_template", "")
         template = template.read_text("utf-8", "replace") if template.is_file() else str(old)
     if not isinstance(settings, dict):
         raise ValueError(f"{file}: image_processor is not a JSON object")
@@ -205,16 +156,16 @@ def read_processor_settings(folder: Path) -> tuple[dict, str]:
 def read_tokenizer_settings(folder: Path) -> tuple[dict[str, int], str]:
     """The special tokens that the files add to tokenizer.model, with their ids, and which of them fills up a batch."""
     file = folder / "tokenizer_config.json"
-    settings = read_settings(file)
+    settings = read_json(file)
     pad = settings.get("pad_token") or "<pad>"
     try:
         added = {token["content"]: int(i) for i, token in settings.get("added_tokens_decoder", {}).items()}
         if not added:
             file = folder / "added_tokens.json"  # where older checkpoints keep them
-            added = {token: int(i) for token, i in read_settings(file).items()}
+            added = {token: int(i) for token, i in read_json(file).items()}
         if not added:
             file = folder / "tokenizer.json"
-            tokens = read_settings(file).get("added_tokens", [])
+            tokens = read_json(file).get("added_tokens", [])
             added = {token["content"]: int(token["id"]) for token in tokens}
         pad = pad if isinstance(pad, str) else pad["content"]
         fits = all(name and isinstance(name, str) and 0 <= i < 2**24 for name, i in (*added.items(), (pad, 0)))
@@ -229,26 +180,5 @@ def read_tokenizer_settings(folder: Path) -> tuple[dict[str, int], str]:
 
 def read_generation_settings(folder: Path) -> dict:
     file = folder / "generation_config.json"
-    settings = {name: value for name, value in read_settings(file).items() if value is not None}
+    settings = {name: value for name, value in read_json(file).items() if value is not None}
     return check_ranges(settings, file)
-
-
-class NoInit(TorchFunctionMode):
-    """Build modules without drawing their first weights, for which the meta device would import half of PyTorch."""
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if getattr(func, "__module__", "") == "torch.nn.init":
-            return args[0] if args else kwargs["tensor"]
-        return func(*args, **kwargs)
-
-
-def take_memory(model: nn.Module, device: str) -> None:
-    """From the meta device to another: memory that is not yet filled, and so not yet taken from the system.
-
-    Module.to_empty does the same, but imports sympy for it, which takes longer than to load a tiny model.
-    """
-    for module in model.modules():
-        for name, p in list(module.named_parameters(recurse=False)):
-            empty = torch.empty(p.shape, dtype=p.dtype, device=device)
-            setattr(module, name, nn.Parameter(empty, p.requires_grad))

@@ -1,0 +1,74 @@
+"""Where a checkpoint's files are: a folder, or a hub id in the local cache; its weights; its JSON."""
+
+import json
+import os
+import re
+from pathlib import Path
+
+BUNDLED = Path(__file__).parent.parent / "checkpoints" / "tiny-llava"  # the model that comes with the project
+
+
+def read_json(path: Path) -> dict:
+    """The JSON object in an optional file; {} if the file does not exist. Raises ValueError for anything else."""
+    if not path.is_file():
+        return {}
+    try:
+        settings = json.loads(path.read_text("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not valid JSON ({error})") from error
+    if not isinstance(settings, dict):
+        raise ValueError(f"{path} holds a {type(settings).__name__}, not a JSON object")
+    return settings
+
+
+def find_checkpoint(path: str | Path) -> Path:
+    """The folder of a checkpoint, given as a folder or as a hub id such as llava-hf/llava-1.5-7b-hf.
+
+    A hub id is looked up in the local hub cache and downloaded if the package huggingface_hub is installed. Raises
+    FileNotFoundError otherwise.
+    """
+    if Path(path).is_dir():
+        return Path(path)
+    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(path)):
+        raise FileNotFoundError(f"{path} is neither a folder nor a hub id such as llava-hf/llava-1.5-7b-hf")
+    home = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser()
+    cache = Path(os.environ.get("HF_HUB_CACHE", home / "hub")).expanduser() / f"models--{str(path).replace('/', '--')}"
+    if (cache / "refs" / "main").is_file():
+        snapshot = cache / "snapshots" / (cache / "refs" / "main").read_text().strip()
+        if (snapshot / "config.json").is_file():
+            return snapshot
+    try:
+        from huggingface_hub import snapshot_download
+
+        files = ["*.json", "*.jinja", "*.model", "*.safetensors", "*.bin"]
+        return Path(snapshot_download(str(path), allow_patterns=files))
+    except Exception as error:  # not installed, no network, no such id: the user's next step is the same
+        get = f"pip install huggingface_hub && hf download {path}"
+        why = f"is not a folder here, not in the hub cache, and could not be downloaded ({type(error).__name__})"
+        raise FileNotFoundError(f"{path} {why}; if it is a hub id, run: {get}") from error
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files that hold a checkpoint's tensors: one file, or the shards listed in an index."""
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        index = folder / f"{name}.index.json"
+        if (folder / name).is_file():
+            return [folder / name]
+        if index.is_file():
+            shards = read_json(index).get("weight_map")
+            if not isinstance(shards, dict) or any(Path(str(shard)).name != shard for shard in shards.values()):
+                raise ValueError(f"{index} does not map tensors to files of its own folder")
+            files = [folder / shard for shard in sorted(set(shards.values()))]
+            for file in files:
+                if not file.is_file():
+                    raise FileNotFoundError(f"{file} is missing, and {index.name} names it")
+            return files
+    raise FileNotFoundError(f"{folder} has no weights (model.safetensors or pytorch_model.bin): download them too")
+
+
+def tower_folder(config: dict, folder: Path) -> Path:
+    """In the layout of LLaVA's authors the vision tower is a checkpoint of its own, named in config.json."""
+    tower = config["mm_vision_tower"]
+    if not isinstance(tower, str):
+        raise ValueError(f"{folder / 'config.json'}: mm_vision_tower is not the path of a vision tower")
+    return folder / tower if (folder / tower).is_dir() else find_checkpoint(tower)
