@@ -1,7 +1,8 @@
-"""A model and its processor to a folder in the hub's layout, which transformers opens as well as we do.
+"""Writes a model and its processor to a folder in the hub's layout, which transformers opens too.
 
-Weights and config.json are most of it. The rest is the tokenizer twice (sentencepiece's own file, which we read, and
-the library `tokenizers`' JSON, which transformers reads), the prompt template and the image settings.
+Besides the weights and config.json that is the tokenizer in two forms (sentencepiece's own file, which we read, and the
+JSON of the library `tokenizers`, which transformers reads), the prompt template and the image settings. The objects are
+handed in: nothing here imports the model.
 """
 
 import json
@@ -15,11 +16,9 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import nn
 
-from llava import LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
-from load_weights import named_parts
-from tokenizer import SPACE, Template, Tokenizer
+SPACE = "\u2581"  # sentencepiece's visible space
 
-# A prefix of our names, and what the hub's files have instead.
+# A prefix of our names, and its replacement in the hub's files.
 HUB = [
     ("language_model.", "language_model.model."),
     ("lm_head.", "language_model.lm_head."),
@@ -28,11 +27,11 @@ HUB = [
 ]
 
 
-def save(model: LlavaForConditionalGeneration, processor: LlavaProcessor, folder: str | Path, shard_bytes=5e9) -> None:
-    """Write a whole checkpoint. Nothing in `folder` changes before all of it is written.
+def save(model: nn.Module, processor, folder: str | Path, shard_bytes: float = 5e9) -> None:
+    """Write a complete checkpoint of a LLaVA and its processor. Nothing in `folder` changes until all is written.
 
-    One exception to what is said above: a model from LLaVA's authors has no embedding for <image>, which transformers
-    would want. Raises ValueError for a model in int8, which has no form in a checkpoint.
+    transformers cannot open one that was loaded from LLaVA's authors' layout, because that has no embedding for
+    <image>. Raises ValueError for a model in int8, which has no form in a checkpoint.
     """
     if any(name.endswith(".q") for name, _ in model.named_parameters()):
         raise ValueError("a model in int8 cannot be saved: load it without quantize")
@@ -49,7 +48,7 @@ def save(model: LlavaForConditionalGeneration, processor: LlavaProcessor, folder
 
 @contextmanager
 def replaced_files(folder: Path) -> Iterator[Path]:
-    """A scratch folder whose files move into `folder` when the block ends, or vanish if it fails."""
+    """A scratch folder whose files are moved into `folder` when the block ends, or deleted if it fails."""
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".unfinished-") as scratch:
         yield Path(scratch)
@@ -72,7 +71,7 @@ def hub_name(name: str) -> str:
 
 def write_weights(model: nn.Module, folder: Path, shard_bytes: float) -> None:
     shards, size = [{}], 0
-    for name, tensor in named_parts(model):
+    for name, tensor in model.named_parameters():
         if shards[-1] and size + tensor.nbytes > shard_bytes:
             shards.append({})
             size = 0
@@ -89,7 +88,7 @@ def write_weights(model: nn.Module, folder: Path, shard_bytes: float) -> None:
         save_file(shard, folder / file, metadata={"format": "pt"})
 
 
-def config_json(config: LlavaConfig) -> dict:
+def config_json(config) -> dict:
     text = asdict(config.text_config)
     text["rope_parameters"] = {"rope_type": "default", "rope_theta": text["rope_theta"]}
     if (factor := text.pop("rope_factor")) != 1:
@@ -98,7 +97,7 @@ def config_json(config: LlavaConfig) -> dict:
     return head | asdict(config) | {"text_config": text, "image_seq_length": config.image_seq_length}
 
 
-def write_processor(processor: LlavaProcessor, config: LlavaConfig, folder: Path) -> None:
+def write_processor(processor, config, folder: Path) -> None:
     settings = {
         "processor_class": "LlavaProcessor",
         "image_token": "<image>",
@@ -114,7 +113,7 @@ def write_processor(processor: LlavaProcessor, config: LlavaConfig, folder: Path
     (folder / "chat_template.jinja").write_text(jinja(processor.template), "utf-8")
 
 
-def jinja(template: Template) -> str:
+def jinja(template) -> str:
     """The same template in the language of a checkpoint's chat_template.jinja."""
     texts = template.system + " ", template.user, template.user_end, template.assistant, template.assistant_end
     system, user, user_end, assistant, assistant_end = map(json.dumps, texts)
@@ -133,7 +132,7 @@ def jinja(template: Template) -> str:
     )  # fmt: skip
 
 
-def write_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
+def write_tokenizer(tokenizer, folder: Path) -> None:
     tokens = [
         {"id": i, "content": name, "special": True, "normalized": False}
         | dict.fromkeys(("single_word", "lstrip", "rstrip"), False)
@@ -156,7 +155,7 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
     write_json(folder / "tokenizer.json", tokenizer_json(tokenizer, tokens))
 
 
-def tokenizer_json(tokenizer: Tokenizer, tokens: list[dict]) -> dict:
+def tokenizer_json(tokenizer, tokens: list[dict]) -> dict:
     """The same tokenizer in the form of the library `tokenizers`: pairs of pieces in the order they merge."""
     vocab = {tokenizer.sp.id_to_piece(i): i for i in range(tokenizer.sp.vocab_size())}
     merges = [  # of all ways to cut a piece in two, those whose halves are pieces; the best-scored piece first
