@@ -68,7 +68,7 @@ def decoder_config(settings: dict) -> LlamaConfig:
     if family not in ("llama", "mistral"):
         raise ValueError(f"text_config: the decoder family {family!r} is unknown: this code knows llama and mistral")
     defaults = MISTRAL if family == "mistral" else {}
-    return LlamaConfig(**defaults | known_fields(LlamaConfig, settings | rope_settings(settings)))
+    return LlamaConfig(**known_fields(LlamaConfig, defaults | settings | rope_settings(settings)))
 
 
 class RMSNorm(nn.Module):

@@ -20,7 +20,7 @@ import signal
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the slow imports prints no traceback; cli sets it back
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -30,9 +30,11 @@ from torch import Tensor, nn
 
 import generate
 from clip import ACTIVATIONS, CLIPVisionConfig, CLIPVisionModel, ImageProcessor
-from hub.device import no_weights
+from hub.device import as_dtype, no_weights
 from hub.files import find_checkpoint
-from hub.settings import known_fields, read_config, read_generation_settings, read_processor_settings
+from hub.outputs import Inputs, ModelOutput
+from hub.pictures import flatten
+from hub.settings import known_fields, read_config, read_generation_settings, read_processor_settings, sound_settings
 from llama import KVCache, Llama, LlamaConfig, decoder_config
 from load_weights import load
 from tokenizer import TEMPLATES, Tokenizer
@@ -68,13 +70,6 @@ class LlavaConfig:
             act = repr(self.projector_hidden_act)
             raise ValueError(f"projector_hidden_act {act} is unknown: it must be one of {', '.join(ACTIVATIONS)}")
 
-    @classmethod
-    def from_dict(cls, settings: dict) -> "LlavaConfig":
-        try:
-            return cls(**known_fields(cls, settings))
-        except (ValueError, TypeError, AttributeError, ArithmeticError) as error:
-            raise ValueError(f"config.json does not describe a model ({error})") from error
-
     @property
     def image_seq_length(self) -> int:  # tokens a picture takes in the prompt
         return self.vision_config.num_patches + (self.vision_feature_select_strategy == "full")
@@ -97,7 +92,7 @@ class LlavaMultiModalProjector(nn.Module):
 
 
 @dataclass
-class LlavaCausalLMOutputWithPast:
+class LlavaCausalLMOutputWithPast(ModelOutput):
     """What `forward` returns. Entries that were not asked for are None."""
 
     loss: Tensor | None = None  # one number
@@ -106,9 +101,6 @@ class LlavaCausalLMOutputWithPast:
     hidden_states: tuple[Tensor, ...] | None = None  # layers + 1 of (B, T, D), the last one after the final norm
     attentions: tuple[Tensor, ...] | None = None  # layers of (B, H, T, S)
     image_hidden_states: Tensor | None = None  # (pictures * P, D), the projector's output
-
-    def to_tuple(self) -> tuple:
-        return tuple(value for f in fields(self) if (value := getattr(self, f.name)) is not None)
 
 
 class LlavaForConditionalGeneration(nn.Module):
@@ -132,16 +124,17 @@ class LlavaForConditionalGeneration(nn.Module):
     def from_pretrained(
         cls,
         path: str | Path,
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | str | None = None,
         device: str = "cpu",
         quantize: str | None = None,
         kernels: str = "auto",
+        torch_dtype: torch.dtype | str | None = None,
     ) -> "LlavaForConditionalGeneration":
         """Load a checkpoint from a folder or a hub id.
 
-        `dtype`: default is that of config.json, or else the embedding's. `quantize="int8"` stores the decoder's matrices
-        in a byte per weight (quantize.py). `kernels`: "auto" replaces modules by faster ones with the same results where
-        there are any, "torch" keeps the plain model of these files, "triton" insists on a GPU's (kernels/__init__.py).
+        `dtype` (or its old name `torch_dtype`): default and "auto" are config.json's, or else that of the embedding.
+        `quantize="int8"` stores the decoder's matrices in a byte per weight (quantize.py). `kernels`: "auto" swaps in
+        faster modules with the same results, "torch" keeps the plain model of these files, "triton" insists on Triton.
         Raises FileNotFoundError or ValueError, naming the file or tensor, for an incomplete checkpoint.
         """
         folder = find_checkpoint(path)
@@ -149,7 +142,7 @@ class LlavaForConditionalGeneration(nn.Module):
         model = cls.without_weights(settings)
         load(model, folder)
         model.tie_weights()
-        dtype = dtype or settings["dtype"] or model.dtype
+        dtype = as_dtype(dtype or torch_dtype) or settings["dtype"] or model.dtype
         if quantize:
             from quantize import quantize_model
 
@@ -165,12 +158,8 @@ class LlavaForConditionalGeneration(nn.Module):
     @classmethod
     def without_weights(cls, settings: dict) -> "LlavaForConditionalGeneration":
         """The model that a config.json describes, on the meta device: shapes without memory, for `load` to fill."""
-        config = LlavaConfig.from_dict(settings)
-        try:
-            with no_weights():
-                return cls(config)
-        except (TypeError, RuntimeError, ArithmeticError) as error:
-            raise ValueError(f"config.json does not describe a model ({str(error).splitlines()[0]})") from error
+        with sound_settings(), no_weights():
+            return cls(LlavaConfig(**known_fields(LlavaConfig, settings)))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -219,6 +208,8 @@ class LlavaForConditionalGeneration(nn.Module):
             is_image = input_ids == image_token
             inputs_embeds = self.embed(input_ids.masked_fill(is_image, 0))  # <image> may have no row of its own
         else:
+            if not 0 <= image_token < self.language_model.embed_tokens.num_embeddings:
+                raise ValueError(f"<image>, token {image_token}, has no embedding: with pixel_values pass input_ids")
             is_image = (inputs_embeds == self.language_model.embed_tokens.weight[image_token]).all(-1)
         if (tokens := int(is_image.sum())) != len(image_features):
             counts = f"tokens: {tokens}, features: {len(image_features)}"
@@ -240,8 +231,9 @@ class LlavaForConditionalGeneration(nn.Module):
         output_attentions: bool = False,
         output_hidden_states: bool = False,
         return_dict: bool = True,
-        logits_to_keep: int = 0,  # only the last so many positions go through the head; 0 for all
+        logits_to_keep: int | Tensor = 0,  # positions that go through the head: the last n, or a tensor (n,); 0 for all
     ) -> LlavaCausalLMOutputWithPast | tuple:
+        keep = logits_to_keep if isinstance(logits_to_keep, Tensor) else slice(-logits_to_keep, None)
         features = None
         if pixel_values is not None:
             features = self.get_image_features(pixel_values, vision_feature_layer, vision_feature_select_strategy)
@@ -253,7 +245,7 @@ class LlavaForConditionalGeneration(nn.Module):
         hidden_states = [] if output_hidden_states else None
         attentions = [] if output_attentions else None
         x = self.language_model(x, attention_mask, position_ids, cache, hidden_states, attentions)
-        logits = self.lm_head(x[:, -logits_to_keep:])
+        logits = self.lm_head(x[:, keep])
         out = LlavaCausalLMOutputWithPast(
             loss=None if labels is None else self.loss(logits, labels),
             logits=logits,
@@ -281,19 +273,6 @@ class LlavaForConditionalGeneration(nn.Module):
 # --- Prompts and pictures to the model's inputs ----------------------------------------------------------------------
 
 
-class Inputs(dict):
-    """What the processor returns: tensors by name, as `inputs.input_ids` or `inputs["input_ids"]`."""
-
-    def __getattr__(self, name: str) -> Tensor:
-        if name not in self:
-            raise AttributeError(f"there is no {name} here, only {', '.join(self)}")
-        return self[name]
-
-    def to(self, device, dtype: torch.dtype | None = None) -> "Inputs":
-        """Move all tensors; only floating-point tensors change their dtype."""
-        return Inputs({k: v.to(device, dtype if v.is_floating_point() else None) for k, v in self.items()})
-
-
 class LlavaProcessor:
     """Tokenizer and image processor together: from prompts and pictures to the model's inputs."""
 
@@ -309,7 +288,9 @@ class LlavaProcessor:
     def from_pretrained(cls, path: str | Path) -> "LlavaProcessor":
         """Read the settings of a checkpoint: a folder or a hub id. Errors as for the model."""
         folder = find_checkpoint(path)
-        config, tokenizer = LlavaConfig.from_dict(read_config(folder)), Tokenizer.from_pretrained(folder)
+        with sound_settings():
+            config = LlavaConfig(**known_fields(LlavaConfig, read_config(folder)))
+        tokenizer = Tokenizer.from_pretrained(folder)
         ours, theirs = tokenizer.image_token_id, config.image_token_index
         if ours != theirs:
             raise ValueError(f"{folder}: <image> is token {ours} for the tokenizer and token {theirs} in config.json")
@@ -354,14 +335,6 @@ class LlavaProcessor:
 
 
 AutoProcessor = LlavaProcessor
-
-
-def flatten(images) -> list[Image.Image]:
-    if isinstance(images, Image.Image):
-        return [images]
-    if isinstance(images, list | tuple):
-        return [image for part in images for image in flatten(part)]
-    raise ValueError(f"images must be Pillow pictures or lists of them, not {type(images).__name__}")
 
 
 if __name__ == "__main__":

@@ -18,6 +18,16 @@ def fast_dtype(device: str) -> torch.dtype:
     return torch.bfloat16 if kind == "cpu" and has_bf16 else torch.float32
 
 
+def as_dtype(asked: torch.dtype | str | None) -> torch.dtype | None:
+    """A dtype given as such or by name ("bfloat16"); None for None and "auto", which mean the checkpoint's own."""
+    if asked is None or asked == "auto":
+        return None
+    names = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
+    if (dtype := names.get(str(asked).removeprefix("torch."))) is None:
+        raise ValueError(f"dtype must be auto, {', '.join(names)}, not {asked}")
+    return dtype
+
+
 def check_device(name: str) -> None:
     """Raise ValueError unless this machine has the device, and it is a CPU or a GPU of NVIDIA or Apple."""
     try:

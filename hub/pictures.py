@@ -47,3 +47,12 @@ def resize(image: Image.Image, size: tuple[int, int], resample: int, crop: tuple
     right, bottom = left + keep_w * image.width / width, top + keep_h * image.height / height
     image = image.resize((keep_w, image.height), resample, box=(left, 0, right, image.height))
     return image.resize((keep_w, keep_h), resample, box=(0, top, keep_w, bottom))
+
+
+def flatten(images) -> list[Image.Image]:
+    """A picture, or a list of pictures nested to any depth, as one list. Raises ValueError for anything else."""
+    if isinstance(images, Image.Image):
+        return [images]
+    if isinstance(images, list | tuple):
+        return [image for part in images for image in flatten(part)]
+    raise ValueError(f"images must be Pillow pictures or lists of them, not {type(images).__name__}")

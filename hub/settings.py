@@ -6,6 +6,8 @@ of its own. All are returned in the first layout. A file from elsewhere can hold
 number may be, and a wrong one raises a ValueError that names it here instead of failing somewhere in the model.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 
@@ -40,6 +42,15 @@ RANGES = {
 THREE = {"image_mean", "image_std"}  # one for each colour
 ONE_OR_MORE = {"vision_feature_layer", "eos_token_id"}
 MAY_BE_NULL = {"num_key_value_heads", "head_dim", "sliding_window", "pad_token_id"}
+
+
+@contextmanager
+def sound_settings() -> Iterator[None]:
+    """Turns the various errors that odd settings cause while a model is built into one ValueError."""
+    try:
+        yield
+    except (ValueError, TypeError, AttributeError, RuntimeError, ArithmeticError) as error:
+        raise ValueError(f"config.json does not describe a model ({str(error).splitlines()[0]})") from error
 
 
 def known_fields(cls: type, settings: dict) -> dict:
