@@ -32,7 +32,7 @@ import generate
 from clip import ACTIVATIONS, CLIPVisionConfig, CLIPVisionModel, ImageProcessor
 from hub.device import as_dtype, no_weights
 from hub.files import find_checkpoint
-from hub.outputs import Inputs, ModelOutput
+from hub.interface import Inputs, ModelOutput
 from hub.pictures import flatten
 from hub.settings import known_fields, read_config, read_generation_settings, read_processor_settings, sound_settings
 from llama import KVCache, Llama, LlamaConfig, decoder_config

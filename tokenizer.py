@@ -1,16 +1,17 @@
-"""Text to token ids and back, and the prompts LLaVA was taught with.
+"""Text to token ids and back, and the prompt templates LLaVA was trained with.
 
-A sentencepiece model (Kudo & Richardson 2018, https://arxiv.org/abs/1808.06226) cuts text into pieces; a space is
-written "▁", and a character the vocabulary lacks is spelt in bytes, "<0xE7>". Special tokens stand outside the text:
+A sentencepiece model (Kudo & Richardson 2018, https://arxiv.org/abs/1808.06226) splits text into pieces. A space is part
+of a piece and written "▁"; a character that is not in the vocabulary is spelled in bytes such as "<0xE7>". Special
+tokens are not text:
 
     <unk> 0    <s> 1, starts every prompt    </s> 2, ends an answer    <image>, one per patch    <pad>, fills up a batch
 
     "USER: <image>\\nWhat is it? ASSISTANT:"  ->  1 3148 1001 29901 29871 32000 29871 13 5618 ...
 
-29871 is a lone "▁". The first is the space typed in front of <image>; the second is the one that sentencepiece puts
-in front of every stretch of text, here of "\\nWhat is it?".
+29871 is a lone "▁". The first one is the space typed before <image>. The second one was added: sentencepiece puts a
+space in front of every text it encodes, here in front of "\\nWhat is it?".
 
-Left out: truncation, and training a vocabulary (train.py has sentencepiece do it).
+Not implemented: truncation, and training a vocabulary (training/ uses sentencepiece for that).
 """
 
 import re
@@ -21,13 +22,14 @@ import sentencepiece
 import torch
 from torch import Tensor
 
+from hub.interface import check_messages
 from hub.settings import read_tokenizer_settings
 
 SPACE = "\u2581"  # sentencepiece's visible space, "▁"
 
 
 class Tokenizer:
-    """A sentencepiece model with special tokens. `special_tokens` maps those the model lacks to their ids."""
+    """A sentencepiece model and special tokens. `special_tokens` gives the ids of those that the model lacks."""
 
     def __init__(self, model: bytes, special_tokens: dict[str, int] | None = None, pad_token: str = "<pad>"):
         try:
@@ -49,7 +51,7 @@ class Tokenizer:
         self.special_pattern = re.compile("(" + "|".join(map(re.escape, names)) + ")")
         self.pad_token_id = self.special_tokens.get(pad_token, self.sp.unk_id())
         self.image_token_id = self.special_tokens["<image>"]
-        self.padding_side = "left"  # a decoder writes on at the right end, so that end must be text
+        self.padding_side = "left"  # generation continues at the right end, so the right end must be text
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> "Tokenizer":
@@ -59,7 +61,7 @@ class Tokenizer:
         return cls((folder / "tokenizer.model").read_bytes(), *read_tokenizer_settings(folder))
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Cut at the special tokens, a user's too, and encode what lies between, each stretch as a text of its own."""
+        """Split at special tokens, also at those a user typed, and encode each stretch between them as its own text."""
         ids = [self.bos_token_id] if add_special_tokens else []
         for part in self.special_pattern.split(text):
             if part in self.special_tokens:
@@ -68,15 +70,22 @@ class Tokenizer:
                 ids += self.sp.encode(part)
         return ids
 
-    def decode(self, ids: list[int] | Tensor, skip_special_tokens: bool = False, **_) -> str:
-        """Ids to text. The space that encoding puts in front is taken off; ids beyond the vocabulary give nothing."""
+    def decode(
+        self,
+        ids: list[int] | Tensor,
+        skip_special_tokens: bool = False,
+        clean_up_tokenization_spaces: bool | None = None,  # changes nothing with this vocabulary, in the reference too
+    ) -> str:
+        """Ids to text, without the space that encoding puts in front. Ids beyond the vocabulary are skipped."""
         return self.join(ids, skip_special_tokens).removeprefix(" ")
 
-    def batch_decode(self, batch: list | Tensor, skip_special_tokens: bool = False, **_) -> list[str]:
+    def batch_decode(
+        self, batch: list | Tensor, skip_special_tokens: bool = False, clean_up_tokenization_spaces: bool | None = None
+    ) -> list[str]:
         return [self.decode(ids, skip_special_tokens) for ids in batch]
 
     def join(self, ids: list[int] | Tensor, skip_special_tokens: bool) -> str:
-        """`decode` with the leading space left on. A run of bytes that is not UTF-8 gives one U+FFFD a byte."""
+        """`decode` without removing the first space. Of bytes that are not UTF-8 each becomes one U+FFFD."""
         text, run = [], bytearray()
 
         def close_run() -> None:
@@ -103,7 +112,7 @@ class Tokenizer:
         return "".join(text)
 
     def pad(self, batch: list[list[int]]) -> tuple[Tensor, Tensor]:  # -> two (B, T)
-        """Fill up to the longest with <pad>; the second result, the attention mask, is 1 on tokens and 0 on filling."""
+        """Fill rows up to the longest with <pad>. Returns ids and the attention mask, 1 on tokens and 0 on padding."""
         longest = max(map(len, batch))
         left = self.padding_side == "left"
         input_ids = torch.full((len(batch), longest), self.pad_token_id)
@@ -120,37 +129,37 @@ class Tokenizer:
 
 @dataclass(frozen=True)
 class Template:
-    """How a conversation is written down for the decoder."""
+    """How a conversation is written as a prompt: what stands before and after each turn."""
 
-    system: str  # the instruction that opens a conversation without one of its own
+    system: str  # the instruction at the start of a conversation that has none of its own
     user: str
     user_end: str
     assistant: str
     assistant_end: str
 
-    def render(self, messages: list[dict], add_generation_prompt: bool = True) -> str:
+    def render(self, messages: list[dict], add_generation_prompt: bool = False) -> str:
         """Messages in the reference's form to one string; the pictures of a message come before its text.
 
-        A message is {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is it?"}]}, the role
-        being system, user or assistant; the content may be a plain string.
+        A message is {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is it?"}]}; roles
+        are system, user and assistant; the content may be a plain string. Raises ValueError for anything else.
         """
-        prompt = self.system + " " if self.system and messages[0]["role"] != "system" else ""
-        for message in messages:
-            content = message["content"]
-            content = [{"type": "text", "text": content}] if isinstance(content, str) else content
-            text = "<image>\n" * sum(part["type"] == "image" for part in content)
-            text += " ".join(part["text"] for part in content if part["type"] == "text")
-            before, after = {
-                "system": ("", " "),
-                "user": (self.user, self.user_end),
-                "assistant": (self.assistant, self.assistant_end),
-            }[message["role"]]
+        around = {
+            "system": ("", " "),
+            "user": (self.user, self.user_end),
+            "assistant": (self.assistant, self.assistant_end),
+        }
+        turns = check_messages(messages)
+        prompt = self.system + " " if self.system and turns[0][0] != "system" else ""
+        for role, parts in turns:
+            text = "<image>\n" * sum(part["type"] == "image" for part in parts)
+            text += " ".join(part["text"] for part in parts if part["type"] == "text")
+            before, after = around[role]
             prompt += before + text + after
         return prompt + self.assistant.rstrip() if add_generation_prompt else prompt
 
 
 TEMPLATES = {
-    # what the hub's converted checkpoints come with (theirs has no space at the end of a message without a text)
+    # that of the hub's converted checkpoints (which have no space at the end of a message without text)
     "hub": Template("", "USER: ", " ", "ASSISTANT: ", " "),
     # Vicuna's, with which LLaVA-1.5 was trained and evaluated (Liu et al. 2023, https://arxiv.org/abs/2310.03744)
     "v1": Template(

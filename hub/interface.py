@@ -1,0 +1,61 @@
+"""What the interface of transformers expects of outputs, inputs and messages."""
+
+import torch
+from torch import Tensor
+
+
+class ModelOutput(dict):
+    """Base of a dataclass of outputs: `out.logits`, `out["logits"]`, or `out[i]` for the i-th one present.
+
+    An output that was not asked for is None as an attribute, and is neither counted nor among the keys.
+    """
+
+    def __setattr__(self, name: str, value) -> None:
+        super().__setattr__(name, value)
+        if value is not None:
+            self[name] = value
+
+    def __getitem__(self, key: str | int | slice):
+        return super().__getitem__(key) if isinstance(key, str) else self.to_tuple()[key]
+
+    def to_tuple(self) -> tuple:
+        return tuple(self.values())
+
+
+class Inputs(dict):
+    """What the processor returns: tensors by name, as `inputs.input_ids` or `inputs["input_ids"]`."""
+
+    def __getattr__(self, name: str) -> Tensor:
+        if name not in self:
+            raise AttributeError(f"there is no {name} here, only {', '.join(self)}")
+        return self[name]
+
+    def to(self, device=None, dtype: torch.dtype | None = None) -> "Inputs":
+        """Move all tensors, in place; only floating-point tensors change their dtype. `to(dtype)` works too."""
+        if isinstance(device, torch.dtype):
+            device, dtype = None, device
+        self.update({k: v.to(device, dtype if v.is_floating_point() else None) for k, v in self.items()})
+        return self
+
+
+def check_messages(messages: list[dict]) -> list[tuple[str, list[dict]]]:
+    """The role and the parts of each message. Raises ValueError for what a prompt template cannot write."""
+    if not messages or not all(isinstance(message, dict) for message in messages):
+        raise ValueError('messages must be a list of at least one {"role": ..., "content": ...}')
+    return [(message.get("role"), parts_of(message)) for message in messages]
+
+
+def parts_of(message: dict) -> list[dict]:
+    role, content = message.get("role"), message.get("content")
+    if role not in ("system", "user", "assistant"):
+        raise ValueError(f"a message's role must be system, user or assistant, not {role!r}")
+    content = [{"type": "text", "text": content}] if isinstance(content, str) else content
+    if not isinstance(content, list | tuple):
+        raise ValueError(f"a message's content must be a text or a list of parts, not {content!r}")
+    for part in content:
+        kind = part.get("type") if isinstance(part, dict) else part
+        if kind not in ("image", "text"):
+            raise ValueError(f"a part of a message must be of type image or text, not {kind!r}")
+        if kind == "text" and not isinstance(part.get("text"), str):
+            raise ValueError(f"a part of type text must have a text, not {part.get('text')!r}")
+    return content
