@@ -1,19 +1,19 @@
 """CLIP's vision tower: a picture becomes a sequence of vectors.
 
 LLaVA-1.5 uses the pretrained, frozen vision encoder of CLIP (Radford et al. 2021, https://arxiv.org/abs/2103.00020), a
-Vision Transformer (Dosovitskiy et al. 2020, https://arxiv.org/abs/2010.11929) that was trained to match pictures with
-their captions. The picture is cut into square patches, each patch becomes a vector, and a stack of transformer layers
-lets the patches exchange information. One more vector, the class token, stands for the whole picture; CLIP's training
-compares it with the caption. LLaVA drops it and reads the patches after the last layer but one (layer -2). Its authors'
-hypothesis is that the last layer holds more of the global, abstract properties of a picture, and the one before it more
-of the local detail that questions are about (Liu et al. 2023, https://arxiv.org/abs/2304.08485, section 5.2).
+Vision Transformer (Dosovitskiy et al. 2020, https://arxiv.org/abs/2010.11929) trained to match pictures with captions.
+The picture is cut into square patches, each patch becomes a vector, and transformer layers let the patches exchange
+information. One more vector, the class token, stands for the whole picture; CLIP's training compares it with the
+caption. LLaVA drops it and reads the patches before the last layer (layer -2). Its authors' hypothesis is that the last
+layer keeps more of a picture's global properties, and the one before it more of the local detail that questions are
+about (Liu et al. 2023, https://arxiv.org/abs/2304.08485, section 5.2).
 
 In every file "the reference" is Hugging Face transformers, "the hub" is huggingface.co, and shapes use these letters:
 
     B batch    T tokens    D width    H heads    K key/value heads    d head width    P patches    V vocabulary
 
-In this file T = 1 + P: the class token comes first. Not implemented: CLIP's text encoder and the final projection into
-the space shared with it. LLaVA uses neither.
+In this file T = 1 + P, the class token first. Not implemented, because LLaVA uses neither: CLIP's text encoder, and the
+projection into the space that it shares with the vision tower.
 """
 
 from dataclasses import dataclass, field
@@ -114,33 +114,28 @@ class ImageProcessor:
             image = square
         width, height = self.crop_size["width"], self.crop_size["height"]
         if self.do_resize:
-            image = resize(image, self.new_size(image), self.resample, (width, height) if self.do_center_crop else None)
+            if "shortest_edge" in self.size:
+                short, edge = min(image.size), self.size["shortest_edge"]
+                new_size = tuple(edge if side == short else int(edge * side / short) for side in image.size)
+            else:
+                new_size = self.size["width"], self.size["height"]
+            image = resize(image, new_size, self.resample, (width, height) if self.do_center_crop else None)
         if self.do_center_crop:
             left, top = (image.width - width) // 2, (image.height - height) // 2
             image = image.crop((left, top, left + width, top + height))
         return image
-
-    def new_size(self, image: Image.Image) -> tuple[int, int]:  # width, height
-        if "shortest_edge" not in self.size:
-            return self.size["width"], self.size["height"]
-        short, edge = min(image.size), self.size["shortest_edge"]
-        width, height = (edge if side == short else int(edge * side / short) for side in image.size)
-        return width, height
 
 
 # --- The Vision Transformer ------------------------------------------------------------------------------------------
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # three (B, H, T, d) -> (B, H, T, d)
-    """softmax(q k^T / sqrt(d)) v: each token takes a weighted mean over all tokens (Vaswani et al. 2017, equation 1).
-
-    PyTorch computes it without storing the T x T weights; eager_attention is the formula.
-    """
+    """What eager_attention returns, computed by PyTorch without storing the T x T weights."""
     return F.scaled_dot_product_attention(q, k, v)
 
 
 def eager_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """The formula of `attention`, step by step."""
+    """softmax(q k^T / sqrt(d)) v, for each token a weighted mean over all tokens (Vaswani et al. 2017, equation 1)."""
     weights = (q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5).softmax(-1)  # (B, H, T, T), each row sums to 1
     return weights @ v
 
@@ -217,10 +212,9 @@ class CLIPVisionModel(nn.Module):
         self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
     def forward(self, pixel_values: Tensor, depth: int | None = None) -> list[Tensor]:
-        """Run the first `depth` layers (default: all) on pixel_values (B, 3, image_size, image_size).
+        """Run the first `depth` layers (default: all) on pictures (B, 3, image_size, image_size).
 
-        Returns depth + 1 hidden states of (B, 1 + P, D): the input of the first layer, then the output of each. Raises
-        ValueError for pictures of another size, because there are no position vectors for them.
+        Returns depth + 1 hidden states (B, 1 + P, D): the input of the first layer, then the output of each.
         """
         channels, side = self.config.num_channels, self.config.image_size
         if pixel_values.shape[1:] != (channels, side, side):

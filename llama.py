@@ -18,8 +18,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hub.settings import known_fields, rope_settings
-
 
 @dataclass
 class LlamaConfig:
@@ -41,7 +39,7 @@ class LlamaConfig:
     mlp_bias: bool = False
     sliding_window: int | None = None  # a token attends to this many tokens, itself included; None means all
     tie_word_embeddings: bool = False
-    model_type: str = "llama"  # or "mistral": the same decoder with other defaults
+    model_type: str = "llama"  # or "mistral": the same decoder with other defaults (hub/settings.py)
 
     def __post_init__(self) -> None:
         self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
@@ -51,24 +49,6 @@ class LlamaConfig:
             raise ValueError(f"text_config: {heads}")
         if self.hidden_act != "silu":
             raise ValueError(f"text_config: hidden_act {self.hidden_act!r} is unknown: this decoder uses silu")
-
-
-# What a Mistral's text_config means where it says nothing.
-MISTRAL = {
-    "intermediate_size": 14336,
-    "num_key_value_heads": 8,
-    "max_position_embeddings": 131072,
-    "sliding_window": 4096,
-}
-
-
-def decoder_config(settings: dict) -> LlamaConfig:
-    """A checkpoint's text_config as a LlamaConfig. Raises ValueError for a decoder that is neither Llama nor Mistral."""
-    family = settings.get("model_type", "llama")
-    if family not in ("llama", "mistral"):
-        raise ValueError(f"text_config: the decoder family {family!r} is unknown: this code knows llama and mistral")
-    defaults = MISTRAL if family == "mistral" else {}
-    return LlamaConfig(**known_fields(LlamaConfig, defaults | settings | rope_settings(settings)))
 
 
 class RMSNorm(nn.Module):

@@ -5,9 +5,8 @@
     prompt  -> tokenizer.py -> (T,) ids -> embedding -> (T, 4096) vectors      /
 
 The prompt contains one <image> token for every patch, and the merge replaces their embeddings by the projected patches.
-From there on the decoder treats patches and words alike. Liu et al. 2023, "Visual Instruction Tuning"
-(https://arxiv.org/abs/2304.08485) and "Improved Baselines with Visual Instruction Tuning", which is LLaVA-1.5
-(https://arxiv.org/abs/2310.03744).
+From there on the decoder treats patches and words alike. LLaVA: Liu et al. 2023, https://arxiv.org/abs/2304.08485;
+LLaVA-1.5: Liu et al. 2023, https://arxiv.org/abs/2310.03744.
 
     B batch    T tokens    D width of the decoder    P patches of a picture    V vocabulary
 
@@ -32,10 +31,11 @@ import generate
 from clip import ACTIVATIONS, CLIPVisionConfig, CLIPVisionModel, ImageProcessor
 from hub.device import as_dtype, no_weights
 from hub.files import find_checkpoint
-from hub.interface import Inputs, ModelOutput
+from hub.interface import Inputs, ModelOutput, check_feature_choice, check_ids
 from hub.pictures import flatten
-from hub.settings import known_fields, read_config, read_generation_settings, read_processor_settings, sound_settings
-from llama import KVCache, Llama, LlamaConfig, decoder_config
+from hub.settings import decoder_settings, known_fields, read_config, sound_settings
+from hub.settings import read_generation_settings, read_processor_settings
+from llama import KVCache, Llama, LlamaConfig
 from load_weights import load
 from tokenizer import TEMPLATES, Tokenizer
 
@@ -63,7 +63,7 @@ class LlavaConfig:
         elif isinstance(self.vision_config, dict):
             self.vision_config = CLIPVisionConfig(**known_fields(CLIPVisionConfig, self.vision_config))
         if not isinstance(self.text_config, LlamaConfig):
-            self.text_config = decoder_config(self.text_config or {})
+            self.text_config = LlamaConfig(**known_fields(LlamaConfig, decoder_settings(self.text_config or {})))
         self.tie_word_embeddings = self.tie_word_embeddings or self.text_config.tie_word_embeddings
         self.vocab_size = self.text_config.vocab_size
         if self.projector_hidden_act not in ACTIVATIONS:
@@ -145,13 +145,11 @@ class LlavaForConditionalGeneration(nn.Module):
         dtype = as_dtype(dtype or torch_dtype) or settings["dtype"] or model.dtype
         if quantize:
             from quantize import quantize_model
-
             quantize_model(model, quantize, dtype)
         model.to(device=device, dtype=dtype).eval()
         model.generation_config = read_generation_settings(folder)
         if kernels != "torch":
             from kernels import accelerate
-
             accelerate(model, kernels)
         return model
 
@@ -174,28 +172,22 @@ class LlavaForConditionalGeneration(nn.Module):
         pixel_values: Tensor,
         vision_feature_layer: int | list[int] | None = None,
         vision_feature_select_strategy: str | None = None,
-    ) -> Tensor:  # (pictures, 3, image_size, image_size) -> (pictures, P, D), or P + 1 where the strategy is "full"
+    ) -> Tensor:  # (pictures, 3, image_size, image_size) -> (pictures, P, D), or P + 1 if the strategy is "full"
         """Encode and project pictures. The tower runs only up to the deepest layer that is used."""
         layers = self.config.vision_feature_layer if vision_feature_layer is None else vision_feature_layer
         layers = [layers] if isinstance(layers, int) else layers
         strategy = vision_feature_select_strategy or self.config.vision_feature_select_strategy
-        if strategy not in ("default", "full"):
-            raise ValueError(f"vision_feature_select_strategy must be default or full, not {strategy!r}")
         n = self.config.vision_config.num_hidden_layers
-        if not all(-n - 1 <= layer <= n for layer in layers):
-            raise ValueError(f"vision_feature_layer must lie from {-n - 1} to {n}, not {layers}")
+        check_feature_choice(layers, n, strategy)
         layers = [layer % (n + 1) for layer in layers]  # -2 is the output of the last layer but one
         hidden_states = self.vision_tower(pixel_values, depth=max(layers))
         first = 1 if strategy == "default" else 0  # 1 drops the class token
         return self.multi_modal_projector(torch.cat([hidden_states[layer][:, first:] for layer in layers], dim=-1))
 
     def embed(self, input_ids: Tensor) -> Tensor:  # (B, T) -> (B, T, D)
-        table = self.language_model.embed_tokens
         if input_ids.shape[1] > 1:  # generated ids are in range, and on a GPU a look at them would wait for the result
-            least, most = input_ids.aminmax()
-            if least < 0 or most >= table.num_embeddings:
-                raise ValueError(f"the ids {least} to {most} do not fit a vocabulary of {table.num_embeddings}")
-        return table(input_ids)
+            check_ids(input_ids, self.config.vocab_size)
+        return self.language_model.embed_tokens(input_ids)
 
     def merge(self, input_ids: Tensor | None, inputs_embeds: Tensor | None, image_features: Tensor | None) -> Tensor:
         """Embed the prompt and replace its <image> tokens by the picture's vectors (pictures * P, D): (B, T, D)."""
@@ -208,7 +200,7 @@ class LlavaForConditionalGeneration(nn.Module):
             is_image = input_ids == image_token
             inputs_embeds = self.embed(input_ids.masked_fill(is_image, 0))  # <image> may have no row of its own
         else:
-            if not 0 <= image_token < self.language_model.embed_tokens.num_embeddings:
+            if not 0 <= image_token < self.config.vocab_size:
                 raise ValueError(f"<image>, token {image_token}, has no embedding: with pixel_values pass input_ids")
             is_image = (inputs_embeds == self.language_model.embed_tokens.weight[image_token]).all(-1)
         if (tokens := int(is_image.sum())) != len(image_features):
@@ -276,9 +268,7 @@ class LlavaForConditionalGeneration(nn.Module):
 class LlavaProcessor:
     """Tokenizer and image processor together: from prompts and pictures to the model's inputs."""
 
-    def __init__(
-        self, image_processor: ImageProcessor | None, tokenizer: Tokenizer, image_seq_length=576, template="hub"
-    ):
+    def __init__(self, image_processor: ImageProcessor, tokenizer: Tokenizer, image_seq_length=576, template="hub"):
         self.image_processor, self.tokenizer = image_processor, tokenizer
         self.image_seq_length = image_seq_length  # <image> tokens per picture
         self.template = TEMPLATES[template]
@@ -307,9 +297,9 @@ class LlavaProcessor:
         padding: bool = False,
         return_tensors: str = "pt",
     ) -> Inputs:
-        """input_ids and attention_mask (B, T), and pixel_values (pictures, 3, height, width) where there are pictures.
+        """input_ids and attention_mask (B, T), and pixel_values (pictures, 3, height, width) if there are pictures.
 
-        Pictures go to the <image> tokens of the prompts in order. Raises ValueError where their numbers differ, and for
+        Pictures belong to the <image> tokens of the prompts in order. Raises ValueError if their numbers differ, and for
         prompts of different lengths without `padding`.
         """
         texts = [text] if isinstance(text, str) else list(text or [])
@@ -330,7 +320,7 @@ class LlavaProcessor:
         return inputs
 
     def apply_chat_template(self, messages: list[dict], add_generation_prompt: bool = False) -> str:
-        """A conversation as the prompt that the checkpoint's files ask for. Messages: see tokenizer.Template."""
+        """A conversation as a prompt in the checkpoint's template. Messages: see tokenizer.Template."""
         return self.template.render(messages, add_generation_prompt)
 
 

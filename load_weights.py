@@ -1,15 +1,13 @@
 """Checkpoints: from the files in a folder to a model's parameters.
 
 A safetensors file is 8 bytes with the length of a header, the header (JSON: dtype, shape and place of each tensor), and
-then the numbers. It can be mapped into memory: a tensor is then a view of the file, and a page of it is read from the
-disk when it is first used. Parameters become such views. Changing them does not change the file, but changing the file
-changes them, and a file cut short under a running program kills it: replace checkpoints by renaming new files over them.
+then the numbers. It is mapped into memory: a tensor is a view of the file, read from the disk when it is first used.
+Changing a parameter does not change the file. But changing the file changes the parameters, and a file cut short under
+a running program kills it: to replace a checkpoint, rename new files over the old ones.
 
 The same tensor has different names in the hub's files, in those of newer releases of transformers and in those of
 LLaVA's authors; RENAME turns all of them into ours. Loading is strict: a tensor that is missing, unknown, given twice,
-of another shape or not a floating-point number is an error that names it.
-
-Not implemented: quantized checkpoints. hub/writer.py goes the other way, from a model to a folder.
+of another shape or not a floating-point number is an error that names it. hub/writer.py goes the other way.
 """
 
 from pathlib import Path

@@ -18,10 +18,10 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-import sentencepiece
 import torch
 from torch import Tensor
 
+from hub.files import open_sentencepiece
 from hub.interface import check_messages
 from hub.settings import read_tokenizer_settings
 
@@ -32,20 +32,11 @@ class Tokenizer:
     """A sentencepiece model and special tokens. `special_tokens` gives the ids of those that the model lacks."""
 
     def __init__(self, model: bytes, special_tokens: dict[str, int] | None = None, pad_token: str = "<pad>"):
-        try:
-            self.sp = sentencepiece.SentencePieceProcessor(model_proto=model or b"empty")
-            size = self.sp.vocab_size()
-            pieces = self.sp.id_to_piece(list(range(size)))
-            self.special_tokens = {pieces[i]: i for i in range(size) if self.sp.is_control(i)}
-            self.special_tokens |= {self.sp.id_to_piece(self.sp.unk_id()): self.sp.unk_id()}
-        except (RuntimeError, IndexError, UnicodeDecodeError) as error:
-            raise ValueError(f"tokenizer.model is not a sentencepiece model ({error})") from error
+        self.sp, known = open_sentencepiece(model)
         self.bos_token_id, self.eos_token_id = self.sp.bos_id(), self.sp.eos_id()
-        if min(self.bos_token_id, self.eos_token_id) < 0:
-            raise ValueError("tokenizer.model has no <s>, or no </s>")
-        self.special_tokens |= special_tokens or {}
+        self.special_tokens = known | (special_tokens or {})
         if "<image>" not in self.special_tokens:
-            self.special_tokens |= {"<image>": size, "<pad>": size + 1}
+            self.special_tokens |= {"<image>": self.sp.vocab_size(), "<pad>": self.sp.vocab_size() + 1}
         self.special_names = {i: name for name, i in self.special_tokens.items()}
         names = sorted(self.special_tokens, key=len, reverse=True)
         self.special_pattern = re.compile("(" + "|".join(map(re.escape, names)) + ")")
@@ -167,6 +158,7 @@ TEMPLATES = {
         "The assistant gives helpful, detailed, and polite answers to the user's questions.",
         "USER: ", " ", "ASSISTANT: ", "</s>",
     ),
-    # for alignment, the first stage of training: the picture, then its caption
+    # for alignment, the first stage of training: <image>, a newline, the caption, and </s> added by training/. LLaVA's own
+    # has no newline after <image>, and ends with a newline instead of </s>
     "plain": Template("", "", "", "", ""),
 }  # fmt: skip

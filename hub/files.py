@@ -5,6 +5,8 @@ import os
 import re
 from pathlib import Path
 
+from sentencepiece import SentencePieceProcessor
+
 BUNDLED = Path(__file__).parent.parent / "checkpoints" / "tiny-llava"  # the model that comes with the project
 
 
@@ -19,6 +21,20 @@ def read_json(path: Path) -> dict:
     if not isinstance(settings, dict):
         raise ValueError(f"{path} holds a {type(settings).__name__}, not a JSON object")
     return settings
+
+
+def open_sentencepiece(model: bytes) -> tuple[SentencePieceProcessor, dict[str, int]]:
+    """A tokenizer.model, and the ids of its control tokens and of <unk>. Raises ValueError if it cannot be used."""
+    try:
+        sp = SentencePieceProcessor(model_proto=model or b"empty")
+        pieces = sp.id_to_piece(list(range(sp.vocab_size())))
+        special = {piece: i for i, piece in enumerate(pieces) if sp.is_control(i)}
+        special[sp.id_to_piece(sp.unk_id())] = sp.unk_id()
+    except (RuntimeError, IndexError, UnicodeDecodeError) as error:
+        raise ValueError(f"tokenizer.model is not a sentencepiece model ({error})") from error
+    if min(sp.bos_id(), sp.eos_id()) < 0:
+        raise ValueError("tokenizer.model has no <s>, or no </s>")
+    return sp, special
 
 
 def find_checkpoint(path: str | Path) -> Path:

@@ -38,6 +38,21 @@ class Inputs(dict):
         return self
 
 
+def check_ids(input_ids: Tensor, vocab_size: int) -> None:
+    """Raise ValueError for ids that have no row in the embedding table."""
+    least, most = input_ids.aminmax()
+    if least < 0 or most >= vocab_size:
+        raise ValueError(f"the ids {least} to {most} do not fit a vocabulary of {vocab_size}")
+
+
+def check_feature_choice(layers: list[int], n_layers: int, strategy: str) -> None:
+    """Raise ValueError for hidden states that the tower does not have, or an unknown treatment of the class token."""
+    if strategy not in ("default", "full"):
+        raise ValueError(f"vision_feature_select_strategy must be default or full, not {strategy!r}")
+    if not all(-n_layers - 1 <= layer <= n_layers for layer in layers):
+        raise ValueError(f"vision_feature_layer must lie from {-n_layers - 1} to {n_layers}, not {layers}")
+
+
 def check_messages(messages: list[dict]) -> list[tuple[str, list[dict]]]:
     """The role and the parts of each message. Raises ValueError for what a prompt template cannot write."""
     if not messages or not all(isinstance(message, dict) for message in messages):

@@ -44,6 +44,18 @@ ONE_OR_MORE = {"vision_feature_layer", "eos_token_id"}
 MAY_BE_NULL = {"num_key_value_heads", "head_dim", "sliding_window", "pad_token_id"}
 
 
+# Defaults of a text_config, by its model_type, where they differ from llama.LlamaConfig's.
+DEFAULTS = {
+    "llama": {},
+    "mistral": {
+        "intermediate_size": 14336,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 131072,
+        "sliding_window": 4096,
+    },
+}
+
+
 @contextmanager
 def sound_settings() -> Iterator[None]:
     """Turns the various errors that odd settings cause while a model is built into one ValueError."""
@@ -58,17 +70,22 @@ def known_fields(cls: type, settings: dict) -> dict:
     return {f.name: settings[f.name] for f in fields(cls) if f.init and f.name in settings}
 
 
-def rope_settings(settings: dict) -> dict:
-    """rope_theta and rope_factor of a text_config: in older files beside or in rope_scaling, in newer rope_parameters.
+def decoder_settings(settings: dict) -> dict:
+    """A checkpoint's text_config with the names and defaults that llama.LlamaConfig expects.
 
-    Raises ValueError for a kind of RoPE that is not implemented.
+    Older files have rope_theta and rope_scaling, newer ones a single dictionary rope_parameters. Raises ValueError for
+    a decoder or a kind of RoPE that is not implemented.
     """
+    family = settings.get("model_type", "llama")
+    if family not in DEFAULTS:
+        raise ValueError(f"text_config: the decoder family {family!r} is unknown: this code knows llama and mistral")
     rope = {**(settings.get("rope_scaling") or {}), **(settings.get("rope_parameters") or {})}
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in ("default", "linear"):
         raise ValueError(f"text_config: rope_type {kind!r} is unknown: this code knows default and linear")
     theta = rope.get("rope_theta", settings.get("rope_theta", 10000.0))
-    return {"rope_theta": theta, "rope_factor": rope.get("factor", settings.get("rope_factor", 1.0))}
+    factor = rope.get("factor", settings.get("rope_factor", 1.0))
+    return DEFAULTS[family] | settings | {"rope_theta": theta, "rope_factor": factor}
 
 
 def check_ranges(settings: dict, file: Path) -> dict:

@@ -14,7 +14,6 @@ from llama import (
     RMSNorm,
     apply_rope,
     attention,
-    decoder_config,
     eager_attention,
     rope_angles,
     visible_keys,
@@ -199,29 +198,3 @@ def test_the_cache_refuses_what_does_not_fit():
         with pytest.raises(ValueError, match=words):
             model(x, mask, cache=cache)
     assert cache.length == 3
-
-
-# --- Settings --------------------------------------------------------------------------------------------------------
-
-
-def test_absent_settings_take_the_familys_defaults():
-    llama, mistral = decoder_config({}), decoder_config({"model_type": "mistral", "hidden_size": 64})
-    assert (llama.hidden_size, llama.num_key_value_heads, llama.head_dim, llama.sliding_window) == (4096, 32, 128, None)
-    assert (mistral.intermediate_size, mistral.num_key_value_heads, mistral.sliding_window) == (14336, 8, 4096)
-    assert mistral.model_type == "mistral" and mistral.head_dim == 2
-    assert decoder_config({"model_type": "mistral", "sliding_window": None}).sliding_window is None
-
-
-@pytest.mark.parametrize(
-    ("settings", "words"),
-    [
-        ({"model_type": "gpt2"}, "gpt2"),
-        ({"rope_scaling": {"type": "dynamic"}}, "dynamic"),
-        ({"hidden_act": "gelu"}, "gelu"),
-        ({"num_key_value_heads": 5}, "share 5"),
-    ],
-    ids=str,
-)
-def test_settings_that_are_not_implemented_are_refused(settings, words):
-    with pytest.raises(ValueError, match=words):
-        decoder_config(settings)
