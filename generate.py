@@ -22,36 +22,6 @@ from llama import KVCache
 from tokenizer import Tokenizer
 
 
-class TextWatcher:
-    """Decodes answers while they grow: passes new text to a streamer and looks for stop strings.
-
-    A character that takes several tokens is held back until it is complete.
-    """
-
-    def __init__(self, tokenizer: Tokenizer, batch: int, streamer: Callable | None, stop_strings: str | list | None):
-        if tokenizer is None:
-            raise ValueError("streamer and stop_strings need the text: pass tokenizer=processor.tokenizer too")
-        if streamer is not None and batch > 1:
-            raise ValueError("a streamer follows one answer: generate a batch of prompts without it")
-        self.tokenizer, self.streamer = tokenizer, streamer
-        self.stop_strings = [stop_strings] if isinstance(stop_strings, str) else list(stop_strings or [])
-        self.pending: list[list[int]] = [[] for _ in range(batch)]  # tokens not yet shown
-        self.texts: list[str | None] = [None] * batch  # None until there is a first token to show
-
-    def put(self, row: int, token_id: int, last: bool) -> bool:
-        """Add a row's next token; True if the row's text now contains a stop string."""
-        self.pending[row].append(token_id)
-        text = self.tokenizer.join(self.pending[row], skip_special_tokens=True)
-        if text and (last or not text.endswith("\ufffd")):
-            self.pending[row].clear()
-            if self.texts[row] is None:  # encoding put a space in front of the text
-                self.texts[row], text = "", text.removeprefix(" ")
-            self.texts[row] += text
-            if text and self.streamer:
-                self.streamer(text)
-        return any(stop in (self.texts[row] or "") for stop in self.stop_strings)
-
-
 def sample(logits: Tensor, seen: Tensor, config: GenerationConfig, generator: torch.Generator | None) -> Tensor:
     """Choose the next ids (B,) by scores (B, V). `seen` (B, V + 1) is True for tokens already in the text."""
     logits, penalty = logits.float(), config.repetition_penalty
@@ -144,3 +114,33 @@ def generate(
         if finished.all():
             break
     return ids[:, : end + 1]
+
+
+class TextWatcher:
+    """Decodes answers while they grow: passes new text to a streamer and looks for stop strings.
+
+    A character that takes several tokens is held back until it is complete.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, batch: int, streamer: Callable | None, stop_strings: str | list | None):
+        if tokenizer is None:
+            raise ValueError("streamer and stop_strings need the text: pass tokenizer=processor.tokenizer too")
+        if streamer is not None and batch > 1:
+            raise ValueError("a streamer follows one answer: generate a batch of prompts without it")
+        self.tokenizer, self.streamer = tokenizer, streamer
+        self.stop_strings = [stop_strings] if isinstance(stop_strings, str) else list(stop_strings or [])
+        self.pending: list[list[int]] = [[] for _ in range(batch)]  # tokens not yet shown
+        self.texts: list[str | None] = [None] * batch  # None until there is a first token to show
+
+    def put(self, row: int, token_id: int, last: bool) -> bool:
+        """Add a row's next token; True if the row's text now contains a stop string."""
+        self.pending[row].append(token_id)
+        text = self.tokenizer.join(self.pending[row], skip_special_tokens=True)
+        if text and (last or not text.endswith("\ufffd")):
+            self.pending[row].clear()
+            if self.texts[row] is None:  # encoding put a space in front of the text
+                self.texts[row], text = "", text.removeprefix(" ")
+            self.texts[row] += text
+            if text and self.streamer:
+                self.streamer(text)
+        return any(stop in (self.texts[row] or "") for stop in self.stop_strings)

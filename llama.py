@@ -123,7 +123,7 @@ def eager_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None)
 
 
 class KVCache:
-    """The keys and values of all tokens so far, so that a new token needs work for one token and not for the whole text.
+    """The keys and values of all tokens so far, so that a new token costs the work of one token, not of the whole text.
 
     `k[layer]` and `v[layer]` are (B, K, capacity, d), of which the first `length` places are filled. `attention_mask`
     is (B, tokens), False where one of the first tokens is padding, or None if none is. Make one with Llama.new_cache.

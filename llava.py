@@ -17,7 +17,7 @@ transformers. Not implemented: gradient checkpointing, and pictures of other siz
 import signal
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the slow imports prints no traceback; cli sets it back
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the slow imports prints no traceback; cli resets it
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,10 +31,10 @@ import generate
 from clip import ACTIVATIONS, CLIPVisionConfig, CLIPVisionModel, ImageProcessor
 from hub.device import as_dtype, no_weights
 from hub.files import find_checkpoint
+from hub.generation import read_generation_settings
 from hub.interface import Inputs, ModelOutput, check_feature_choice, check_ids
 from hub.pictures import flatten
-from hub.settings import decoder_settings, known_fields, read_config, sound_settings
-from hub.settings import read_generation_settings, read_processor_settings
+from hub.settings import decoder_settings, known_fields, read_config, read_processor_settings, sound_settings
 from llama import KVCache, Llama, LlamaConfig
 from load_weights import load
 from tokenizer import TEMPLATES, Tokenizer
@@ -299,8 +299,8 @@ class LlavaProcessor:
     ) -> Inputs:
         """input_ids and attention_mask (B, T), and pixel_values (pictures, 3, height, width) if there are pictures.
 
-        Pictures belong to the <image> tokens of the prompts in order. Raises ValueError if their numbers differ, and for
-        prompts of different lengths without `padding`.
+        The <image> tokens of the prompts stand for the pictures in order. Raises ValueError if their numbers differ, or
+        the prompts' lengths without `padding`.
         """
         texts = [text] if isinstance(text, str) else list(text or [])
         pictures = [] if images is None else flatten(images)

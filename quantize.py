@@ -1,9 +1,9 @@
 """int8 weights: half the bytes of bfloat16, so a decoded token reads half as much memory.
 
-Each row of a matrix is divided by its own scale, its largest absolute value over 127, and rounded: w is about q * scale.
-Only weights are rounded, activations keep their dtype; and only the decoder's matrices, which are nine tenths of the
-bytes and are all read for every token. A prompt multiplies hundreds of rows at once: then arithmetic is the limit, and
-the matrix is first written out in the model's dtype.
+Each row of a matrix is divided by its own scale, its largest absolute value over 127, and rounded: w is about q times
+scale. Only weights are rounded, activations keep their dtype; and only the decoder's matrices, which are nine tenths of
+the bytes and are all read for every token. A prompt multiplies hundreds of rows at once: then arithmetic is the limit,
+and the matrix is first written out in the model's dtype.
 
 Not implemented: int8 activations, 4 bits, scales for groups within a row.
 """
@@ -23,7 +23,7 @@ def rows_at_once(matrix: Tensor) -> int:
 
 
 def quantize_rows(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:  # (out, in) -> (out, in), (out,)
-    """q in int8 and scale in `dtype`, such that q * scale, row by row, is as near to `weight` in `dtype` as possible."""
+    """q in int8 and scale in `dtype`, such that q * scale, row by row, is as near as possible to `weight`."""
     q = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
     scale = torch.empty(len(weight), dtype=dtype, device=weight.device)
     n = rows_at_once(weight)

@@ -1,7 +1,7 @@
 """Text to token ids and back, and the prompt templates LLaVA was trained with.
 
-A sentencepiece model (Kudo & Richardson 2018, https://arxiv.org/abs/1808.06226) splits text into pieces. A space is part
-of a piece and written "▁"; a character that is not in the vocabulary is spelled in bytes such as "<0xE7>". Special
+A sentencepiece model (Kudo & Richardson 2018, https://arxiv.org/abs/1808.06226) splits text into pieces. A space is
+part of a piece and written "▁"; a character that is not in the vocabulary is spelled in bytes such as "<0xE7>". Special
 tokens are not text:
 
     <unk> 0    <s> 1, starts every prompt    </s> 2, ends an answer    <image>, one per patch    <pad>, fills up a batch
@@ -158,7 +158,6 @@ TEMPLATES = {
         "The assistant gives helpful, detailed, and polite answers to the user's questions.",
         "USER: ", " ", "ASSISTANT: ", "</s>",
     ),
-    # for alignment, the first stage of training: <image>, a newline, the caption, and </s> added by training/. LLaVA's own
-    # has no newline after <image>, and ends with a newline instead of </s>
+    # for alignment, with </s> after the caption; LLaVA's own has a newline there, and none after <image>
     "plain": Template("", "", "", "", ""),
 }  # fmt: skip

@@ -2,6 +2,10 @@
 
 import warnings
 from dataclasses import dataclass, fields
+from pathlib import Path
+
+from hub.files import read_json
+from hub.settings import check_ranges
 
 
 @dataclass
@@ -52,3 +56,10 @@ class GenerationConfig:
         if unused and not config.do_sample:
             warnings.warn(f"without do_sample=True these have no effect: {', '.join(unused)}", stacklevel=4)
         return config
+
+
+def read_generation_settings(folder: Path) -> dict:
+    """The entries of generation_config.json that are not null, checked; {} if the file does not exist."""
+    file = folder / "generation_config.json"
+    settings = {name: value for name, value in read_json(file).items() if value is not None}
+    return check_ranges(settings, file)

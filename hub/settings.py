@@ -204,9 +204,3 @@ def read_tokenizer_settings(folder: Path) -> tuple[dict[str, int], str]:
     if max(added.values(), default=0) > 2 and "<image>" not in added:  # <unk>, <s> and </s> are always there
         raise ValueError(f"{folder} has special tokens, but <image> is not one of them")
     return added, pad
-
-
-def read_generation_settings(folder: Path) -> dict:
-    file = folder / "generation_config.json"
-    settings = {name: value for name, value in read_json(file).items() if value is not None}
-    return check_ranges(settings, file)
