@@ -140,7 +140,7 @@ def test_a_layer_adds_attention_and_then_the_mlp():
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"num_key_value_heads": 2}, {"sliding_window": 3}, {"attention_bias": True}, {"mlp_bias": True, "head_dim": 8}],
+    [{}, {"num_key_value_heads": 2}, {"sliding_window": 3}, {"attention_bias": True}, {"mlp_bias": True}],
     ids=str,
 )
 @pytest.mark.parametrize("parts", [(6,), (5, 1), (1, 2, 3)], ids=str)
