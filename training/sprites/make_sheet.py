@@ -6,7 +6,7 @@ The drawings come from four packages; NOTICE says whose they are. On Debian, fro
     npm pack @lobehub/fluent-emoji-3d && npm pack fluentui-emoji && npm pack emojibase-data
     mkdir 3d ui names && tar xzf lobehub-*.tgz -C 3d && tar xzf fluentui-*.tgz -C ui && tar xzf emojibase-*.tgz -C names
     pip install resvg-py
-    python -m sprites.make_sheet --noto /usr/share/fonts/truetype/noto/NotoColorEmoji.ttf --fluent 3d/package/assets \\
+    python -m training.sprites.make_sheet --noto /usr/share/fonts/truetype/noto/NotoColorEmoji.ttf --fluent 3d/package/assets \\
         --svg ui/package/icons --names names/package/en/data.json --clipart /usr/share/openclipart/png
 """
 
@@ -19,7 +19,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from emoji_world import CELL, COLUMNS, OBJECTS
+from training.emoji_world import CELL, COLUMNS, OBJECTS
 
 HERE = Path(__file__).parent
 

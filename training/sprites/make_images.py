@@ -1,14 +1,14 @@
 """Makes ../images: a few scenes for people to look at, from the same drawings as the sheets, at a higher resolution.
 
-    python -m sprites.make_images ...      # with the inputs of make_sheet.py
+    python -m training.sprites.make_images ...      # with the inputs of make_sheet.py
 """
 
 import random
 
 from PIL import Image
 
-from emoji_world import draw_thing, plain_look, plan_ground
-from sprites.make_sheet import HERE, fit, read_arguments, styles
+from training.emoji_world import draw_thing, plain_look, plan_ground
+from training.sprites.make_sheet import HERE, fit, read_arguments, styles
 
 SCENES = {  # file: (width, height), (ground, its grid), things as (name, style, x, y, size, tilt)
     "cat-and-apple": ((448, 448), ("blue", (2, 2)), [
