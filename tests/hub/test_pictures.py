@@ -1,65 +1,22 @@
-"""Pictures to pixels, bit for bit as the reference's Pillow path, and people's pictures of every kind."""
+"""People's pictures of every kind become upright, opaque, 8-bit RGB; strips are resized in little memory."""
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from torch.testing import assert_close
-from transformers import CLIPImageProcessorPil
-from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
-import clip
-from clip import ImageProcessor, open_image
+from clip import ImageProcessor
+from hub import pictures
+from hub.pictures import open_image
 
-SIZES = [(640, 480), (333, 500), (1, 1), (1, 1000), (337, 336), (336, 337), (4000, 3), (101, 99), (2500, 2000)]
+pytestmark = pytest.mark.quick
 
 
 def noise(size: tuple[int, int], seed: int = 0) -> Image.Image:
     rng = np.random.default_rng(seed)
     small = rng.integers(0, 256, (min(size[1], 64), min(size[0], 64), 3), dtype=np.uint8)
     return Image.fromarray(small).resize(size, Image.Resampling.NEAREST)
-
-
-@pytest.mark.parametrize("size", SIZES, ids=str)
-@pytest.mark.parametrize("side", [336, 112, 30])
-def test_cropped_pixels_are_bit_equal(size, side):
-    square = {"height": side, "width": side}
-    reference = CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size=square)
-    theirs = reference(noise(size), return_tensors="pt")["pixel_values"]
-    ours = ImageProcessor(size={"shortest_edge": side}, crop_size=side)([noise(size)])
-    assert ours.dtype == torch.float32
-    assert torch.equal(ours, theirs)
-
-
-@pytest.mark.parametrize("size", [(640, 480), (333, 500), (101, 98), (1, 50), (64, 64)], ids=str)
-def test_padded_pixels_are_bit_equal(size):
-    settings = {"size": {"shortest_edge": 56}, "crop_size": {"height": 56, "width": 56}, "do_pad": True}
-    theirs = LlavaImageProcessorPil(**settings)(noise(size), return_tensors="pt")["pixel_values"]
-    assert torch.equal(ImageProcessor(**settings)([noise(size)]), theirs)
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"size": {"height": 40, "width": 50}, "do_center_crop": False},
-        {"size": {"shortest_edge": 40}, "crop_size": {"height": 30, "width": 36}},
-        {"size": {"shortest_edge": 20}, "crop_size": {"height": 30, "width": 31}},
-        {"do_resize": False, "crop_size": {"height": 30, "width": 30}},
-        {"do_normalize": False},
-        {"do_rescale": False},
-        {"resample": 2, "image_mean": [0.5, 0.4, 0.3], "image_std": [0.5, 0.6, 0.7]},
-    ],
-    ids=str,
-)
-def test_settings_of_preprocessor_config(settings):
-    theirs = CLIPImageProcessorPil(**settings)(noise((90, 71)), return_tensors="pt")["pixel_values"]
-    assert_close(ImageProcessor(**settings)([noise((90, 71))]), theirs, atol=0, rtol=0)
-
-
-def test_a_picture_in_another_mode_is_converted_as_the_reference_does():
-    image = noise((60, 60)).convert("L")
-    theirs = CLIPImageProcessorPil()(image, return_tensors="pt")["pixel_values"]
-    assert torch.equal(ImageProcessor()([image]), theirs)
 
 
 def test_long_strips_are_resized_in_little_memory(monkeypatch):
@@ -87,7 +44,7 @@ def test_long_strips_are_resized_in_little_memory(monkeypatch):
 def test_resizing_in_two_steps_is_within_one_level(monkeypatch, size):
     processor = ImageProcessor({"shortest_edge": 100}, 100)
     plain = np.asarray(processor.fit(noise(size))).astype(int)
-    monkeypatch.setattr(clip, "LARGEST_RESIZE", 0)
+    monkeypatch.setattr(pictures, "LARGEST_RESIZE", 0)
     steps = np.asarray(processor.fit(noise(size))).astype(int)
     assert np.abs(plain - steps).max() <= 1
 
@@ -157,27 +114,3 @@ def test_what_is_not_a_picture_is_one_plain_error(tmp_path, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
     with pytest.raises(ValueError, match=r"a\.png"):
         open_image(tmp_path / "a.png")
-
-
-# --- The tower -------------------------------------------------------------------------------------------------------
-
-
-def test_the_formula_and_pytorchs_function_agree():
-    q, k, v = torch.randn(3, 2, 4, 9, 16).unbind()
-    fast = clip.attention(q, k, v)
-    assert_close(clip.attention(q.requires_grad_(), k, v), fast)
-
-
-def test_the_tower_stops_where_llava_reads():
-    tower = clip.CLIPVisionModel(clip.CLIPVisionConfig(32, 48, 32, 4, 4, image_size=28, patch_size=7))
-    ran = []
-    for i, layer in enumerate(tower.encoder.layers):
-        layer.register_forward_hook(lambda *_, i=i: ran.append(i))
-    assert len(tower(torch.zeros(1, 3, 28, 28), depth=3)) == 4
-    assert ran == [0, 1, 2]
-
-
-def test_pictures_of_another_size_are_refused():
-    tower = clip.CLIPVisionModel(clip.CLIPVisionConfig(32, 48, 32, 4, 4, image_size=28, patch_size=7))
-    with pytest.raises(ValueError, match="28, 28"):
-        tower(torch.zeros(1, 3, 30, 30))

@@ -1,0 +1,54 @@
+"""Finding a checkpoint: a folder, a hub id in the local cache, or one sentence that says what to do."""
+
+import shutil
+import sys
+
+import huggingface_hub
+import pytest
+import torch
+
+from folders import hub_cache, load
+from hub.files import find_checkpoint
+from reference import reference_model
+
+
+@pytest.fixture(scope="module")
+def reference():
+    return reference_model()
+
+
+@pytest.fixture
+def folder(reference, tmp_path):
+    """A checkpoint of one's own, to change or to break."""
+    reference.save_pretrained(tmp_path / "llava")
+    return tmp_path / "llava"
+
+
+def test_a_hub_id_is_looked_up_in_the_local_cache(folder, tmp_path, monkeypatch):
+    assert find_checkpoint(str(folder)) == folder
+    snapshot = hub_cache(monkeypatch, tmp_path / "hub", "somebody/llava-1.5")
+    shutil.copytree(folder, snapshot, dirs_exist_ok=True)
+    assert find_checkpoint("somebody/llava-1.5") == snapshot
+    monkeypatch.delenv("HF_HUB_CACHE")
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    assert torch.equal(load("somebody/llava-1.5").lm_head.weight, load(folder).lm_head.weight)
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_an_unknown_id_says_the_command_that_gets_it(tmp_path, monkeypatch, installed):
+    def offline(*_, **__):
+        raise huggingface_hub.errors.OfflineModeIsEnabled("offline")
+
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
+    if not installed:
+        monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(FileNotFoundError, match="hf download somebody/unheard-of"):
+        find_checkpoint("somebody/unheard-of")
+
+
+@pytest.mark.parametrize("path", ["no such folder", "/no/such/folder", "a/b/c", "./nowhere", "../nowhere", "a b/c"])
+def test_a_path_that_leads_nowhere(path, tmp_path, monkeypatch):
+    hub_cache(monkeypatch, tmp_path, "a/b")
+    with pytest.raises(FileNotFoundError, match="neither a folder nor a hub id"):
+        find_checkpoint(path)
