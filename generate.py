@@ -41,8 +41,8 @@ class GenerationConfig:
     def __post_init__(self) -> None:
         if self.max_new_tokens is not None and self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be at least 1, not {self.max_new_tokens}")
-        if self.do_sample and not self.temperature > 0:
-            raise ValueError(f"temperature must be above 0, not {self.temperature}, when sampling")
+        if self.do_sample and not self.temperature >= 1e-6:  # dividing by less can overflow float32
+            raise ValueError(f"temperature must be at least 1e-06, not {self.temperature}, when sampling")
         if self.do_sample and not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must lie in (0, 1], not {self.top_p}")
         if not self.repetition_penalty > 0:

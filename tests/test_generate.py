@@ -87,6 +87,12 @@ def test_a_decoded_token_costs_one_token(pair, monkeypatch):
     assert lengths == [26, 1, 1, 1]
 
 
+def test_the_smallest_temperature_draws_the_likeliest_token(pair):
+    _, model = pair
+    coldest = model.generate(**inputs(), do_sample=True, temperature=1e-6, max_new_tokens=9, seed=0)
+    assert torch.equal(coldest, model.generate(**inputs(), max_new_tokens=9))
+
+
 def test_the_same_seed_draws_the_same_tokens(pair):
     _, model = pair
     draw = lambda seed: model.generate(**inputs(), do_sample=True, seed=seed, top_k=0).tolist()  # noqa: E731
@@ -103,6 +109,8 @@ def test_the_same_seed_draws_the_same_tokens(pair):
         ({"max_new_tokens": 0}, "max_new_tokens must be at least 1, not 0"),
         ({"max_length": 38}, "behind 38 tokens"),
         ({"do_sample": True, "temperature": 0.0}, "temperature"),
+        ({"do_sample": True, "temperature": 1e-40}, "temperature must be at least 1e-06, not 1e-40, when sampling"),
+        ({"do_sample": True, "temperature": float("nan")}, "temperature must be at least 1e-06, not nan"),
         ({"do_sample": True, "top_p": 1.5}, "top_p"),
         ({"repetition_penalty": 0.0}, "repetition_penalty"),
         ({"num_beams": 4}, "num_beams"),
