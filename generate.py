@@ -12,6 +12,7 @@ as the reference does. chat.py takes the tokens from the same loop, with a cache
 Left out: beam search, and every other search that keeps more than one answer per prompt.
 """
 
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 
@@ -136,9 +137,14 @@ def generate(
 
     `options` are the fields of GenerationConfig; what they leave open, the checkpoint's generation_config.json says.
     `streamer` is called with each stretch of text as it is made. A row ends with an eos token or once its text holds a
-    stop string. The same `seed` draws the same tokens. Raises ValueError for options out of range.
+    stop string. The same `seed` draws the same tokens. Raises ValueError for options out of range, and warns about
+    those that change nothing because the answer is greedy.
     """
     config = GenerationConfig.merged(model.generation_config, options)
+    given = {name for name, value in {"seed": seed, **options}.items() if value is not None}
+    unused = sorted(given & {"seed", "temperature", "top_k", "top_p"})
+    if unused and not config.do_sample:
+        warnings.warn(f"without do_sample=True these have no effect: {', '.join(unused)}", stacklevel=3)
     batch, T = input_ids.shape
     n_new, device = config.new_tokens(T), input_ids.device
     attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask

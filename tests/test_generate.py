@@ -44,7 +44,8 @@ def test_tokens_are_the_references(pair, options):
     reference, model = pair
     torch.manual_seed(5)
     theirs = reference.generate(**inputs(), **options)
-    assert torch.equal(model.generate(**inputs(), seed=5, **options), theirs)
+    seed = 5 if "do_sample" in options else None
+    assert torch.equal(model.generate(**inputs(), seed=seed, **options), theirs)
 
 
 def test_the_checkpoints_generation_config_is_honoured(tmp_path):
@@ -101,6 +102,31 @@ def test_the_same_seed_draws_the_same_tokens(pair):
     state = torch.get_rng_state()
     draw(1)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"temperature": 5.0, "top_p": 0.5, "seed": 1}, "seed, temperature, top_p"),
+        ({"top_k": 3, "do_sample": False}, "top_k"),
+    ],
+    ids=str,
+)
+def test_options_of_sampling_are_not_ignored_in_silence(pair, options, named):
+    with pytest.warns(UserWarning, match=f"without do_sample=True these have no effect: {named}$") as warned:
+        pair[1].generate(**inputs(), max_new_tokens=1, **options)
+    assert warned[0].filename == __file__  # it points at the caller
+
+
+def test_only_what_the_caller_gave_is_warned_about(pair, monkeypatch, recwarn):
+    model = pair[1]
+    monkeypatch.setattr(model, "generation_config", {"temperature": 0.7, "top_p": 0.9, "top_k": 3})
+    model.generate(**inputs(), max_new_tokens=1)
+    model.generate(**inputs(), max_new_tokens=1, temperature=None, seed=None)
+    model.generate(**inputs(), max_new_tokens=1, do_sample=True, temperature=0.5, seed=1)
+    monkeypatch.setattr(model, "generation_config", {"do_sample": True})
+    model.generate(**inputs(), max_new_tokens=1, temperature=0.5, top_p=0.9, top_k=3, seed=1)
+    assert not recwarn.list
 
 
 @pytest.mark.parametrize(
