@@ -209,6 +209,8 @@ class LlavaForConditionalGeneration(nn.Module):
             is_image = input_ids == image_token
             inputs_embeds = self.embed(input_ids.masked_fill(is_image, 0))  # <image> may have no row of its own
         else:
+            if not 0 <= image_token < self.language_model.embed_tokens.num_embeddings:
+                raise ValueError(f"<image>, token {image_token}, has no embedding: with pixel_values pass input_ids")
             is_image = (inputs_embeds == self.language_model.embed_tokens.weight[image_token]).all(-1)
         if (tokens := int(is_image.sum())) != len(image_features):
             counts = f"tokens: {tokens}, features: {len(image_features)}"

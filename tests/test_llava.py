@@ -248,6 +248,16 @@ def test_wrong_arguments_are_plain_errors(small, arguments, words):
         small[1](**arguments)
 
 
+@pytest.mark.parametrize("image_token", [300, -1])
+def test_embeddings_cannot_mark_pictures_by_a_row_that_is_not_there(small, monkeypatch, image_token):
+    model = small[1]
+    monkeypatch.setattr(model.config, "image_token_index", image_token)
+    inputs = {"inputs_embeds": torch.zeros(1, 20, 48), "pixel_values": torch.zeros(1, 3, 28, 28)}
+    with pytest.raises(ValueError, match=f"<image>, token {image_token}, has no embedding: .*pass input_ids"):
+        model(**inputs)
+    assert model(inputs_embeds=inputs["inputs_embeds"]).logits.shape == (1, 20, 300)  # text needs no such row
+
+
 def test_a_cache_made_by_forward_says_when_it_is_full(small):
     out = small[1](torch.tensor([[1, 5, 6]]))
     with pytest.raises(ValueError, match="the cache is full: it has room for 515 tokens, and 603 are needed"):
