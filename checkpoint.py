@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 # The numbers a model can be made of, as safetensors spells them.
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+DTYPE_NAMES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES.values()}  # as config.json spells them
 
 # How the prompt of LLaVA-1.5 begins, tokenizer.TEMPLATES["v1"].
 VICUNA = "A chat between a curious user and an artificial intelligence assistant."
@@ -126,9 +127,18 @@ def read_config(folder: Path) -> dict:
         raise ValueError(f"{folder / 'config.json'} describes a model of type {config['model_type']!r}, not a LLaVA")
     if "text_config" not in config:
         raise ValueError(f"{folder / 'config.json'} has no text_config")
-    names = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES.values()}
     check_ranges(config, folder / "config.json")
-    return config | {"dtype": names.get(str(config.get("dtype") or config.get("torch_dtype")))}
+    return config | {"dtype": DTYPE_NAMES.get(str(config.get("dtype") or config.get("torch_dtype")))}
+
+
+def as_dtype(asked: torch.dtype | str | None) -> torch.dtype | None:
+    """A caller's dtype, which may be a name: "bfloat16". None for None and for "auto": the checkpoint's own."""
+    if asked is None or asked == "auto":
+        return None
+    if (dtype := DTYPE_NAMES.get(str(asked).removeprefix("torch."))) is None:
+        *names, last = DTYPE_NAMES
+        raise ValueError(f"dtype must be auto, {', '.join(names)} or {last}, not {asked}")
+    return dtype
 
 
 def hub_config(config: dict, folder: Path) -> dict:

@@ -21,7 +21,7 @@ import signal
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the slow imports in silence; command.py takes it back
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -30,7 +30,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 import generate
-from checkpoint import NoInit, find_checkpoint, read_config, read_generation_settings, read_processor_settings
+from checkpoint import NoInit, as_dtype, find_checkpoint, read_config, read_generation_settings, read_processor_settings
 from clip import ACTIVATIONS, CLIPVisionConfig, CLIPVisionModel, ImageProcessor, known_fields
 from kernels import choose_kernels
 from llama import KVCache, Linear, Llama, LlamaConfig, decoder_config
@@ -97,8 +97,11 @@ class LlavaMultiModalProjector(nn.Module):
 
 
 @dataclass
-class LlavaCausalLMOutputWithPast:
-    """What `forward` returns. Everything that was not asked for is None."""
+class LlavaCausalLMOutputWithPast(dict):
+    """What `forward` returns: `out.logits`, `out["logits"]`, or `out[i]` for the i-th that is there.
+
+    An output that was not asked for is None as an attribute, and is neither counted nor among the keys.
+    """
 
     loss: Tensor | None = None  # one number
     logits: Tensor | None = None  # (B, T, V)
@@ -107,8 +110,16 @@ class LlavaCausalLMOutputWithPast:
     attentions: tuple[Tensor, ...] | None = None  # layers of (B, H, T, S)
     image_hidden_states: Tensor | None = None  # (pictures * P, D), what the projector made
 
+    def __setattr__(self, name: str, value) -> None:  # what is there is an attribute and an item of the dict
+        super().__setattr__(name, value)
+        if value is not None:
+            self[name] = value
+
+    def __getitem__(self, key: str | int | slice):
+        return super().__getitem__(key) if isinstance(key, str) else self.to_tuple()[key]
+
     def to_tuple(self) -> tuple:
-        return tuple(value for f in fields(self) if (value := getattr(self, f.name)) is not None)
+        return tuple(self.values())
 
 
 class LlavaForConditionalGeneration(nn.Module):
@@ -132,17 +143,21 @@ class LlavaForConditionalGeneration(nn.Module):
     def from_pretrained(
         cls,
         path: str | Path,
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | str | None = None,
         device: str = "cpu",
         quantize: str | None = None,
         kernels: str = "auto",
+        torch_dtype: torch.dtype | str | None = None,
     ) -> "LlavaForConditionalGeneration":
-        """Load a checkpoint: a folder or a hub id. `dtype`: config.json's, or the first tensor's, unless given.
+        """Load a checkpoint: a folder or a hub id.
 
+        `dtype` is a torch.dtype or its name; None or "auto" means config.json's, or else the first tensor's.
+        `torch_dtype` is its old name.
         `quantize="int8"` keeps the decoder's matrices in a byte a weight (see quantize.py). `kernels`, "auto", "triton"
         or "torch", is for every model of this process (see kernels/__init__.py).
         Raises FileNotFoundError or ValueError, naming the file or tensor, for a checkpoint that is not whole.
         """
+        dtype = as_dtype(torch_dtype if dtype is None else dtype)
         choose_kernels(kernels, device)
         folder = find_checkpoint(path)
         settings = read_config(folder)
@@ -232,8 +247,12 @@ class LlavaForConditionalGeneration(nn.Module):
         output_attentions: bool = False,
         output_hidden_states: bool = False,
         return_dict: bool = True,
-        logits_to_keep: int = 0,  # only the last so many positions go through the head; 0 for all
+        logits_to_keep: int | Tensor = 0,  # the last so many positions go through the head, or these (n,); 0 for all
     ) -> LlavaCausalLMOutputWithPast | tuple:
+        keep = logits_to_keep if isinstance(logits_to_keep, Tensor) else slice(-logits_to_keep, None)
+        if isinstance(keep, Tensor) and keep.ndim != 1:
+            shape = list(keep.shape)
+            raise ValueError(f"logits_to_keep must be a number or a tensor of one dimension, not of shape {shape}")
         features = None
         if pixel_values is not None:
             features = self.get_image_features(pixel_values, vision_feature_layer, vision_feature_select_strategy)
@@ -245,7 +264,7 @@ class LlavaForConditionalGeneration(nn.Module):
         hidden_states = [] if output_hidden_states else None
         attentions = [] if output_attentions else None
         x = self.language_model(x, attention_mask, position_ids, cache, hidden_states, attentions)
-        logits = self.lm_head(x[:, -logits_to_keep:])
+        logits = self.lm_head(x[:, keep])
         out = LlavaCausalLMOutputWithPast(
             loss=None if labels is None else self.loss(logits, labels),
             logits=logits,
@@ -277,9 +296,12 @@ class Inputs(dict):
             raise AttributeError(f"there is no {name} here, only {', '.join(self)}")
         return self[name]
 
-    def to(self, device, dtype: torch.dtype | None = None) -> "Inputs":
-        """Move all tensors; only those of floating-point numbers change their dtype."""
-        return Inputs({k: v.to(device, dtype if v.is_floating_point() else None) for k, v in self.items()})
+    def to(self, device=None, dtype: torch.dtype | None = None) -> "Inputs":
+        """Move all tensors, in place; only those of floating-point numbers change their dtype. Also as `to(dtype)`."""
+        if isinstance(device, torch.dtype):
+            device, dtype = None, device
+        self.update({k: v.to(device, dtype if v.is_floating_point() else None) for k, v in self.items()})
+        return self
 
 
 class LlavaProcessor:

@@ -171,6 +171,34 @@ def test_a_tuple_instead_of_names(small):
     close(ours[4], theirs[4])
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("asked", [{}, {"use_cache": False, "output_hidden_states": True}], ids=str)
+def test_outputs_are_read_by_name_and_by_place(small, asked):
+    reference, model = small
+    inputs = batch(model, (6,), (1,)) | asked
+    theirs, ours = reference(**inputs), model(**inputs)
+    assert list(ours.keys()) == list(theirs.keys()) == list(ours) == [name for name, _ in ours.items()]
+    assert len(ours) == len(theirs) == len(ours.to_tuple())
+    assert all(ours[name] is getattr(ours, name) and ours[name] is ours[i] for i, name in enumerate(ours))
+    assert len(ours[1:]) == len(theirs[1:]) and ours[-1] is ours.image_hidden_states
+    for out in (ours, theirs):
+        assert "logits" in out and "loss" not in out and 0 not in out
+        assert out.get("loss") is None and out.loss is None
+        with pytest.raises(KeyError):
+            out["loss"]
+        with pytest.raises(IndexError):
+            out[9]
+    assert set(dict(**ours)) == set(ours)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("positions", [[20], [7, 6, 21], [-1, -2], []], ids=str)
+def test_the_head_reads_the_positions_asked_for(small, positions):
+    reference, model = small
+    inputs = batch(model, (13, 8), (1, 1)) | {"logits_to_keep": torch.tensor(positions, dtype=torch.long)}
+    close(model(**inputs).logits, reference(**inputs).logits)
+
+
 def test_gradients_are_the_references(small):
     reference, model = small
     inputs = batch(model, (6,), (1,))
@@ -205,6 +233,14 @@ def test_swiglu_keeps_its_arguments_unless_told_otherwise():
     assert torch.equal(gate, kept) and torch.equal(swiglu(gate, up, overwrite=True), wanted)
 
 
+@pytest.fixture(scope="module")
+def half(tmp_path_factory):
+    """A checkpoint in float16."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    reference_model().half().save_pretrained(folder)
+    return folder
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_half_precision(dtype, tmp_path):
@@ -217,6 +253,31 @@ def test_half_precision(dtype, tmp_path):
     ours, theirs = model(**inputs).logits[mask], reference(**inputs).logits[mask]
     assert ours.dtype == dtype
     close(ours, theirs, 3e-2)
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"dtype": torch.bfloat16},
+        {"dtype": "bfloat16"},
+        {"torch_dtype": torch.bfloat16},
+        {"torch_dtype": "bfloat16"},
+        {"dtype": "auto"},
+        {"torch_dtype": "auto"},
+        {},
+        {"dtype": "bfloat16", "torch_dtype": torch.float32},
+    ],
+    ids=str,
+)
+def test_the_dtype_is_asked_for_as_in_the_reference(half, asked):
+    reference = transformers.LlavaForConditionalGeneration.from_pretrained(half, **asked)
+    assert LlavaForConditionalGeneration.from_pretrained(half, **asked).dtype == reference.dtype
+
+
+@pytest.mark.parametrize("wrong", ["bfloat", "int8", torch.int8, 16])
+def test_an_unknown_dtype_is_a_plain_error(half, wrong):
+    with pytest.raises(ValueError, match=f"dtype must be auto, float64, float32, float16 or bfloat16, not {wrong}$"):
+        LlavaForConditionalGeneration.from_pretrained(half, dtype=wrong)
 
 
 @pytest.mark.parametrize(
@@ -236,6 +297,10 @@ def test_half_precision(dtype, tmp_path):
                 "vision_feature_select_strategy": "most",
             },
             "default or full",
+        ),
+        (
+            {"input_ids": torch.tensor([[1, 2]]), "logits_to_keep": torch.tensor([[1]])},
+            r"logits_to_keep must be a number or a tensor of one dimension, not of shape \[1, 1\]",
         ),
         (
             {"input_ids": torch.tensor([[1]]), "pixel_values": torch.zeros(1, 3, 28, 28), "vision_feature_layer": 9},
