@@ -68,11 +68,18 @@ class Tokenizer:
                 ids += self.sp.encode(part)
         return ids
 
-    def decode(self, ids: list[int] | Tensor, skip_special_tokens: bool = False, **_) -> str:
+    def decode(
+        self,
+        ids: list[int] | Tensor,
+        skip_special_tokens: bool = False,
+        clean_up_tokenization_spaces: bool | None = None,  # WordPiece's: changes nothing here, as in the reference
+    ) -> str:
         """Ids to text. The space that encoding puts in front is taken off; ids beyond the vocabulary give nothing."""
         return self.join(ids, skip_special_tokens).removeprefix(" ")
 
-    def batch_decode(self, batch: list | Tensor, skip_special_tokens: bool = False, **_) -> list[str]:
+    def batch_decode(
+        self, batch: list | Tensor, skip_special_tokens: bool = False, clean_up_tokenization_spaces: bool | None = None
+    ) -> list[str]:
         return [self.decode(ids, skip_special_tokens) for ids in batch]
 
     def join(self, ids: list[int] | Tensor, skip_special_tokens: bool) -> str:
@@ -128,16 +135,17 @@ class Template:
     assistant: str
     assistant_end: str
 
-    def render(self, messages: list[dict], add_generation_prompt: bool = True) -> str:
+    def render(self, messages: list[dict], add_generation_prompt: bool = False) -> str:
         """Messages in the reference's form to one string; the pictures of a message come before its text.
 
         A message is {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is it?"}]}, the role
-        being system, user or assistant; the content may be a plain string.
+        being system, user or assistant; the content may be a plain string. Raises ValueError for any other.
         """
-        prompt = self.system + " " if self.system and messages[0]["role"] != "system" else ""
+        if not messages or not all(isinstance(message, dict) for message in messages):
+            raise ValueError('messages must be a list of at least one {"role": ..., "content": ...}')
+        prompt = self.system + " " if self.system and messages[0].get("role") != "system" else ""
         for message in messages:
-            content = message["content"]
-            content = [{"type": "text", "text": content}] if isinstance(content, str) else content
+            content = parts_of(message)
             text = "<image>\n" * sum(part["type"] == "image" for part in content)
             text += " ".join(part["text"] for part in content if part["type"] == "text")
             before, after = {
@@ -147,6 +155,23 @@ class Template:
             }[message["role"]]
             prompt += before + text + after
         return prompt + self.assistant.rstrip() if add_generation_prompt else prompt
+
+
+def parts_of(message: dict) -> list[dict]:
+    """A message's content as parts. Raises ValueError for a role or a part that no template can write."""
+    role, content = message.get("role"), message.get("content")
+    if role not in ("system", "user", "assistant"):
+        raise ValueError(f"a message's role must be system, user or assistant, not {role!r}")
+    content = [{"type": "text", "text": content}] if isinstance(content, str) else content
+    if not isinstance(content, list | tuple):
+        raise ValueError(f"a message's content must be a text or a list of parts, not {content!r}")
+    for part in content:
+        kind = part.get("type") if isinstance(part, dict) else part
+        if kind not in ("image", "text"):
+            raise ValueError(f"a part of a message must be of type image or text, not {kind!r}")
+        if kind == "text" and not isinstance(part.get("text"), str):
+            raise ValueError(f"a part of type text must have a text, not {part.get('text')!r}")
+    return content
 
 
 TEMPLATES = {

@@ -113,6 +113,7 @@ def test_the_chat_template_is_the_checkpoints(pair):
     for generation in (False, True):
         rendered = theirs.apply_chat_template(messages, add_generation_prompt=generation)
         assert ours.apply_chat_template(messages, add_generation_prompt=generation) == rendered
+    assert ours.apply_chat_template(messages) == theirs.apply_chat_template(messages)  # without the generation prompt
 
 
 @pytest.mark.parametrize("do_pad", [False, True])
