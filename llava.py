@@ -251,8 +251,7 @@ class LlavaForConditionalGeneration(nn.Module):
     ) -> LlavaCausalLMOutputWithPast | tuple:
         keep = logits_to_keep if isinstance(logits_to_keep, Tensor) else slice(-logits_to_keep, None)
         if isinstance(keep, Tensor) and keep.ndim != 1:
-            shape = list(keep.shape)
-            raise ValueError(f"logits_to_keep must be a number or a tensor of one dimension, not of shape {shape}")
+            raise ValueError(f"logits_to_keep must be a number or a tensor (n,), not of shape {list(keep.shape)}")
         features = None
         if pixel_values is not None:
             features = self.get_image_features(pixel_values, vision_feature_layer, vision_feature_select_strategy)

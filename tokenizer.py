@@ -68,18 +68,14 @@ class Tokenizer:
                 ids += self.sp.encode(part)
         return ids
 
-    def decode(
-        self,
-        ids: list[int] | Tensor,
-        skip_special_tokens: bool = False,
-        clean_up_tokenization_spaces: bool | None = None,  # WordPiece's: changes nothing here, as in the reference
-    ) -> str:
-        """Ids to text. The space that encoding puts in front is taken off; ids beyond the vocabulary give nothing."""
+    def decode(self, ids: list[int] | Tensor, skip_special_tokens=False, clean_up_tokenization_spaces=None) -> str:
+        """Ids to text. The space that encoding puts in front is taken off; ids beyond the vocabulary give nothing.
+
+        `clean_up_tokenization_spaces` is for WordPiece: here it changes nothing, and neither does it in the reference.
+        """
         return self.join(ids, skip_special_tokens).removeprefix(" ")
 
-    def batch_decode(
-        self, batch: list | Tensor, skip_special_tokens: bool = False, clean_up_tokenization_spaces: bool | None = None
-    ) -> list[str]:
+    def batch_decode(self, batch: list | Tensor, skip_special_tokens=False, clean_up_tokenization_spaces=None) -> list:
         return [self.decode(ids, skip_special_tokens) for ids in batch]
 
     def join(self, ids: list[int] | Tensor, skip_special_tokens: bool) -> str:

@@ -300,7 +300,7 @@ def test_an_unknown_dtype_is_a_plain_error(half, wrong):
         ),
         (
             {"input_ids": torch.tensor([[1, 2]]), "logits_to_keep": torch.tensor([[1]])},
-            r"logits_to_keep must be a number or a tensor of one dimension, not of shape \[1, 1\]",
+            r"logits_to_keep must be a number or a tensor \(n,\), not of shape \[1, 1\]",
         ),
         (
             {"input_ids": torch.tensor([[1]]), "pixel_values": torch.zeros(1, 3, 28, 28), "vision_feature_layer": 9},
