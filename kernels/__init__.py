@@ -10,6 +10,7 @@ of its first number, so `x_ptr + i` with a block i is a block of addresses. tl.l
 once, those apart where `mask` is false. Between the two everything stays on the chip: only they cost bytes.
 """
 
+import importlib.metadata
 import importlib.util
 
 import torch
@@ -31,6 +32,7 @@ __all__ = [
 ]
 THERE = importlib.util.find_spec("triton") is not None and (torch.cuda.is_available() or INTERPRETED)
 choice = "auto"  # what choose_kernels was told, for every model of this process
+namesake = None  # Hugging Face's package of the same name, once it is asked for
 
 if THERE:
     from kernels.attention import attention
@@ -80,3 +82,21 @@ def attend(
     else:
         out = attention(q, k_cache[:, :, :end], v_cache[:, :, :end], True, cache.first_key, window)
     return out.transpose(1, 2).flatten(-2)
+
+
+def __getattr__(name: str):
+    """A name that this folder lacks, from Hugging Face's package `kernels` if that is installed.
+
+    Python that runs in this repository finds this folder before the package, which transformers imports from.
+    """
+    global namesake
+    if namesake is None:
+        try:
+            init = importlib.metadata.distribution("kernels").locate_file("kernels/__init__.py")
+        except importlib.metadata.PackageNotFoundError:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}") from None
+        __path__.append(str(init.parent))  # its modules import each other as kernels.layer and so on
+        spec = importlib.util.spec_from_file_location(__name__, init)
+        namesake = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(namesake)
+    return getattr(namesake, name)

@@ -1,5 +1,8 @@
 """The whole model against the reference: the same checkpoint, the same inputs, the same numbers."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,10 +12,13 @@ import transformers
 from reference import prompts, reference_and_ours, reference_model
 from torch.testing import assert_close
 
+import kernels
 from checkpoint import check_ranges
 from llama import Linear, swiglu
 from llava import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 from load_weights import named_parts, our_name
+
+ROOT = Path(__file__).parent.parent
 
 # name -> (vision_config, text_config, everything else)
 VARIANTS = {
@@ -342,6 +348,57 @@ def test_a_token_can_be_decoded_under_autocast(small):
         logits = small[1](torch.tensor([[7]]), past_key_values=out.past_key_values).logits
     whole = small[1](torch.tensor([[1, 5, 6, 7]])).logits
     assert (logits[:, -1] - whole[:, -1]).std() < 0.05 * whole[:, -1].std()
+
+
+# --- Beside the reference --------------------------------------------------------------------------------------------
+
+
+# Stands in for Hugging Face's package `kernels`, whose modules import each other by their full names as these do.
+KERNELS = """
+__version__ = "theirs"
+from kernels.layer import *
+"""
+KERNELS_LAYER = """
+names = "CUDAProperties Device KernelizeFallback LayerRepository LocalLayerRepository Mode ROCMProperties get_kernel"
+names += " kernelize register_kernel_mapping replace_kernel_forward_from_hub use_kernel_forward_from_hub"
+names += " use_kernel_func_from_hub use_kernel_mapping use_kernelized_func"
+globals().update((name, lambda *_, **__: lambda x: x) for name in names.split())
+Mode = type("Mode", (), {})
+
+def late():
+    from kernels import Device, __version__
+    return __version__
+"""
+BESIDE = """
+from transformers import LlavaForConditionalGeneration
+from transformers.utils import is_kernels_available
+import kernels
+import llava
+assert kernels.late() == "theirs"
+assert kernels.choose_kernels is llava.choose_kernels
+assert not hasattr(kernels, "nothing")  # a name of neither
+print(is_kernels_available(), kernels.__file__)
+"""
+
+
+def test_transformers_finds_the_kernels_package_that_our_folder_hides(tmp_path):
+    """Python that runs in this folder finds our kernels/ before the installed package of the same name."""
+    version = transformers.utils.import_utils.KERNELS_MIN_VERSION
+    for path, text in {
+        "kernels/__init__.py": KERNELS,
+        "kernels/layer.py": KERNELS_LAYER,
+        f"kernels-{version}.dist-info/METADATA": f"Metadata-Version: 2.1\nName: kernels\nVersion: {version}\n",
+    }.items():
+        (tmp_path / path).parent.mkdir(exist_ok=True)
+        (tmp_path / path).write_text(text)
+    env = os.environ | {"PYTHONPATH": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", BESIDE], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.stdout.split() == ["True", str(ROOT / "kernels" / "__init__.py")], done.stderr
+
+
+def test_a_name_that_kernels_lacks_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="module 'kernels' has no attribute 'nothing'"):
+        kernels.nothing  # noqa: B018
 
 
 # --- The page of the reference ---------------------------------------------------------------------------------------
