@@ -47,7 +47,8 @@ def tokenize_conversation(turns: list[dict], processor: LlavaProcessor) -> tuple
     tokenizer, ids, labels = processor.tokenizer, [], []
     template = processor.template
     for question, answer in zip(turns[::2], turns[1::2], strict=True):
-        prompt = template.render(messages([question])).replace("<image>", "<image>" * processor.image_seq_length)
+        prompt = template.render(messages([question]), add_generation_prompt=True)
+        prompt = prompt.replace("<image>", "<image>" * processor.image_seq_length)
         prompt_ids = tokenizer.encode(prompt, add_special_tokens=not ids)
         answer_ids = [*tokenizer.encode(answer["value"], add_special_tokens=False), tokenizer.eos_token_id]
         ids += prompt_ids + answer_ids

@@ -65,11 +65,11 @@ class Chat:
         template, tokenizer = self.processor.template, self.processor.tokenizer
         messages = [{"role": "user", "content": [{"type": "image"}] * len(self.pictures)}]
         if self.ids:
-            head = template.assistant_end + replace(template, system="").render(messages)
+            head = template.assistant_end + replace(template, system="").render(messages, add_generation_prompt=True)
             head = head.lstrip(" ")  # the tokenizer opens each stretch with a space of its own
         else:
             system = [] if self.system is None else [{"role": "system", "content": self.system}]
-            head = template.render(system + messages)
+            head = template.render(system + messages, add_generation_prompt=True)
         tail = template.user_end + template.assistant.rstrip()
         head = head.removesuffix(tail).replace("<image>", "<image>" * self.processor.image_seq_length)
         *controls, stretch = tokenizer.special_pattern.split(head)

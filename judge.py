@@ -26,7 +26,8 @@ def answers(
     model: LlavaForConditionalGeneration, processor: LlavaProcessor, pictures: list, asked: list[str]
 ) -> list[str]:
     """Greedy answers to one question per picture, as a batch."""
-    prompts = [processor.template.render(messages([{"from": "human", "value": "<image>\n" + q}])) for q in asked]
+    turns = [messages([{"from": "human", "value": "<image>\n" + question}]) for question in asked]
+    prompts = [processor.template.render(turn, add_generation_prompt=True) for turn in turns]
     inputs = processor(images=pictures, text=prompts, padding=True).to(model.device)
     ids = model.generate(**inputs, max_new_tokens=60)
     return processor.batch_decode(ids[:, inputs.input_ids.shape[1] :], skip_special_tokens=True)

@@ -13,6 +13,7 @@ its first number, so `x_ptr + i` with a block i is a block of addresses. tl.load
 except where `mask` is false. Between the two everything stays on the chip; only they move bytes.
 """
 
+import importlib.metadata
 import importlib.util
 
 import torch
@@ -20,6 +21,7 @@ from torch import nn
 
 from kernels.checks import INTERPRETED, has_a_gpu
 
+namesake = None  # Hugging Face's package of the same name, if something asks for it
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
@@ -58,3 +60,21 @@ def accelerate_on_gpu(model: nn.Module) -> None:
     model.language_model = FastLlama(model.language_model)
     if torch.cuda.is_available() and model.device.type == "cuda":
         model.step = GraphStep(model)
+
+
+def __getattr__(name: str):
+    """A name that this folder lacks comes from Hugging Face's package `kernels`, if that is installed.
+
+    Python that runs in this repository finds this folder before the package, which transformers imports from.
+    """
+    global namesake
+    if namesake is None:
+        try:
+            init = importlib.metadata.distribution("kernels").locate_file("kernels/__init__.py")
+        except importlib.metadata.PackageNotFoundError:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}") from None
+        __path__.append(str(init.parent))  # its modules import each other as kernels.layer and so on
+        spec = importlib.util.spec_from_file_location(__name__, init)
+        namesake = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(namesake)
+    return getattr(namesake, name)

@@ -93,7 +93,7 @@ def test_the_ids_are_those_of_the_template(model, template, system):
         talk.ids += talk.turn_ids(text)
         talk.pictures = []
         opening = [{"role": "system", "content": system}] if system else []
-        whole = talk.processor.template.render(opening + messages)
+        whole = talk.processor.template.render(opening + messages, add_generation_prompt=True)
         whole = whole.replace("<image>", "<image>" * talk.processor.image_seq_length)
         assert talk.ids == tokenizer.encode(whole)
         messages.append({"role": "assistant", "content": answer})

@@ -44,7 +44,8 @@ def test_tokens_are_the_references(pair, options):
     reference, model = pair
     torch.manual_seed(5)
     theirs = reference.generate(**inputs(), **options)
-    assert torch.equal(model.generate(**inputs(), seed=5, **options), theirs)
+    seed = 5 if "do_sample" in options else None
+    assert torch.equal(model.generate(**inputs(), seed=seed, **options), theirs)
 
 
 def test_the_checkpoints_generation_config_is_honoured(tmp_path):
@@ -87,6 +88,12 @@ def test_a_decoded_token_costs_one_token(pair, monkeypatch):
     assert lengths == [26, 1, 1, 1]
 
 
+def test_the_smallest_temperature_draws_the_likeliest_token(pair):
+    _, model = pair
+    coldest = model.generate(**inputs(), do_sample=True, temperature=1e-6, max_new_tokens=9, seed=0)
+    assert torch.equal(coldest, model.generate(**inputs(), max_new_tokens=9))
+
+
 def test_the_same_seed_draws_the_same_tokens(pair):
     _, model = pair
     draw = lambda seed: model.generate(**inputs(), do_sample=True, seed=seed, top_k=0).tolist()  # noqa: E731
@@ -98,11 +105,38 @@ def test_the_same_seed_draws_the_same_tokens(pair):
 
 
 @pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"temperature": 5.0, "top_p": 0.5, "seed": 1}, "seed, temperature, top_p"),
+        ({"top_k": 3, "do_sample": False}, "top_k"),
+    ],
+    ids=str,
+)
+def test_options_of_sampling_are_not_ignored_in_silence(pair, options, named):
+    with pytest.warns(UserWarning, match=f"without do_sample=True these have no effect: {named}$") as warned:
+        pair[1].generate(**inputs(), max_new_tokens=1, **options)
+    assert warned[0].filename == __file__  # it points at the caller
+
+
+def test_only_what_the_caller_gave_is_warned_about(pair, monkeypatch, recwarn):
+    model = pair[1]
+    monkeypatch.setattr(model, "generation_config", {"temperature": 0.7, "top_p": 0.9, "top_k": 3})
+    model.generate(**inputs(), max_new_tokens=1)
+    model.generate(**inputs(), max_new_tokens=1, temperature=None, seed=None)
+    model.generate(**inputs(), max_new_tokens=1, do_sample=True, temperature=0.5, seed=1)
+    monkeypatch.setattr(model, "generation_config", {"do_sample": True})
+    model.generate(**inputs(), max_new_tokens=1, temperature=0.5, top_p=0.9, top_k=3, seed=1)
+    assert not recwarn.list
+
+
+@pytest.mark.parametrize(
     ("options", "words"),
     [
         ({"max_new_tokens": 0}, "max_new_tokens must be at least 1, not 0"),
         ({"max_length": 38}, "behind 38 tokens"),
         ({"do_sample": True, "temperature": 0.0}, "temperature"),
+        ({"do_sample": True, "temperature": 1e-40}, "temperature must be at least 1e-06, not 1e-40, when sampling"),
+        ({"do_sample": True, "temperature": float("nan")}, "temperature must be at least 1e-06, not nan"),
         ({"do_sample": True, "top_p": 1.5}, "top_p"),
         ({"repetition_penalty": 0.0}, "repetition_penalty"),
         ({"num_beams": 4}, "num_beams"),

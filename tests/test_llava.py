@@ -1,5 +1,8 @@
 """The whole model against the reference: the same checkpoint, the same inputs, the same numbers."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,10 +12,13 @@ import transformers
 from reference import prompts, reference_and_ours, reference_model
 from torch.testing import assert_close
 
+import kernels
 from checkpoint import check_ranges
 from llama import Linear, swiglu
 from llava import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 from load_weights import named_parts, our_name
+
+ROOT = Path(__file__).parent.parent
 
 # name -> (vision_config, text_config, everything else)
 VARIANTS = {
@@ -171,6 +177,34 @@ def test_a_tuple_instead_of_names(small):
     close(ours[4], theirs[4])
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("asked", [{}, {"use_cache": False, "output_hidden_states": True}], ids=str)
+def test_outputs_are_read_by_name_and_by_place(small, asked):
+    reference, model = small
+    inputs = batch(model, (6,), (1,)) | asked
+    theirs, ours = reference(**inputs), model(**inputs)
+    assert list(ours.keys()) == list(theirs.keys()) == list(ours) == [name for name, _ in ours.items()]
+    assert len(ours) == len(theirs) == len(ours.to_tuple())
+    assert all(ours[name] is getattr(ours, name) and ours[name] is ours[i] for i, name in enumerate(ours))
+    assert len(ours[1:]) == len(theirs[1:]) and ours[-1] is ours.image_hidden_states
+    for out in (ours, theirs):
+        assert "logits" in out and "loss" not in out and 0 not in out
+        assert out.get("loss") is None and out.loss is None
+        with pytest.raises(KeyError):
+            out["loss"]
+        with pytest.raises(IndexError):
+            out[9]
+    assert set(dict(**ours)) == set(ours)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("positions", [[20], [7, 6, 21], [-1, -2], []], ids=str)
+def test_the_head_reads_the_positions_asked_for(small, positions):
+    reference, model = small
+    inputs = batch(model, (13, 8), (1, 1)) | {"logits_to_keep": torch.tensor(positions, dtype=torch.long)}
+    close(model(**inputs).logits, reference(**inputs).logits)
+
+
 def test_gradients_are_the_references(small):
     reference, model = small
     inputs = batch(model, (6,), (1,))
@@ -205,6 +239,14 @@ def test_swiglu_keeps_its_arguments_unless_told_otherwise():
     assert torch.equal(gate, kept) and torch.equal(swiglu(gate, up, overwrite=True), wanted)
 
 
+@pytest.fixture(scope="module")
+def half(tmp_path_factory):
+    """A checkpoint in float16."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    reference_model().half().save_pretrained(folder)
+    return folder
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_half_precision(dtype, tmp_path):
@@ -217,6 +259,31 @@ def test_half_precision(dtype, tmp_path):
     ours, theirs = model(**inputs).logits[mask], reference(**inputs).logits[mask]
     assert ours.dtype == dtype
     close(ours, theirs, 3e-2)
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"dtype": torch.bfloat16},
+        {"dtype": "bfloat16"},
+        {"torch_dtype": torch.bfloat16},
+        {"torch_dtype": "bfloat16"},
+        {"dtype": "auto"},
+        {"torch_dtype": "auto"},
+        {},
+        {"dtype": "bfloat16", "torch_dtype": torch.float32},
+    ],
+    ids=str,
+)
+def test_the_dtype_is_asked_for_as_in_the_reference(half, asked):
+    reference = transformers.LlavaForConditionalGeneration.from_pretrained(half, **asked)
+    assert LlavaForConditionalGeneration.from_pretrained(half, **asked).dtype == reference.dtype
+
+
+@pytest.mark.parametrize("wrong", ["bfloat", "int8", torch.int8, 16])
+def test_an_unknown_dtype_is_a_plain_error(half, wrong):
+    with pytest.raises(ValueError, match=f"dtype must be auto, float64, float32, float16 or bfloat16, not {wrong}$"):
+        LlavaForConditionalGeneration.from_pretrained(half, dtype=wrong)
 
 
 @pytest.mark.parametrize(
@@ -238,6 +305,10 @@ def test_half_precision(dtype, tmp_path):
             "default or full",
         ),
         (
+            {"input_ids": torch.tensor([[1, 2]]), "logits_to_keep": torch.tensor([[1]])},
+            r"logits_to_keep must be a number or a tensor \(n,\), not of shape \[1, 1\]",
+        ),
+        (
             {"input_ids": torch.tensor([[1]]), "pixel_values": torch.zeros(1, 3, 28, 28), "vision_feature_layer": 9},
             "-5 to 4",
         ),
@@ -246,6 +317,16 @@ def test_half_precision(dtype, tmp_path):
 def test_wrong_arguments_are_plain_errors(small, arguments, words):
     with pytest.raises(ValueError, match=words):
         small[1](**arguments)
+
+
+@pytest.mark.parametrize("image_token", [300, -1])
+def test_embeddings_cannot_mark_pictures_by_a_row_that_is_not_there(small, monkeypatch, image_token):
+    model = small[1]
+    monkeypatch.setattr(model.config, "image_token_index", image_token)
+    inputs = {"inputs_embeds": torch.zeros(1, 20, 48), "pixel_values": torch.zeros(1, 3, 28, 28)}
+    with pytest.raises(ValueError, match=f"<image>, token {image_token}, has no embedding: .*pass input_ids"):
+        model(**inputs)
+    assert model(inputs_embeds=inputs["inputs_embeds"]).logits.shape == (1, 20, 300)  # text needs no such row
 
 
 def test_a_cache_made_by_forward_says_when_it_is_full(small):
@@ -267,6 +348,57 @@ def test_a_token_can_be_decoded_under_autocast(small):
         logits = small[1](torch.tensor([[7]]), past_key_values=out.past_key_values).logits
     whole = small[1](torch.tensor([[1, 5, 6, 7]])).logits
     assert (logits[:, -1] - whole[:, -1]).std() < 0.05 * whole[:, -1].std()
+
+
+# --- Beside the reference --------------------------------------------------------------------------------------------
+
+
+# Stands in for Hugging Face's package `kernels`, whose modules import each other by their full names as these do.
+KERNELS = """
+__version__ = "theirs"
+from kernels.layer import *
+"""
+KERNELS_LAYER = """
+names = "CUDAProperties Device KernelizeFallback LayerRepository LocalLayerRepository Mode ROCMProperties get_kernel"
+names += " kernelize register_kernel_mapping replace_kernel_forward_from_hub use_kernel_forward_from_hub"
+names += " use_kernel_func_from_hub use_kernel_mapping use_kernelized_func"
+globals().update((name, lambda *_, **__: lambda x: x) for name in names.split())
+Mode = type("Mode", (), {})
+
+def late():
+    from kernels import Device, __version__
+    return __version__
+"""
+BESIDE = """
+from transformers import LlavaForConditionalGeneration
+from transformers.utils import is_kernels_available
+import kernels
+import llava
+assert kernels.late() == "theirs"
+assert kernels.choose_kernels is llava.choose_kernels
+assert not hasattr(kernels, "nothing")  # a name of neither
+print(is_kernels_available(), kernels.__file__)
+"""
+
+
+def test_transformers_finds_the_kernels_package_that_our_folder_hides(tmp_path):
+    """Python that runs in this folder finds our kernels/ before the installed package of the same name."""
+    version = transformers.utils.import_utils.KERNELS_MIN_VERSION
+    for path, text in {
+        "kernels/__init__.py": KERNELS,
+        "kernels/layer.py": KERNELS_LAYER,
+        f"kernels-{version}.dist-info/METADATA": f"Metadata-Version: 2.1\nName: kernels\nVersion: {version}\n",
+    }.items():
+        (tmp_path / path).parent.mkdir(exist_ok=True)
+        (tmp_path / path).write_text(text)
+    env = os.environ | {"PYTHONPATH": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", BESIDE], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.stdout.split() == ["True", str(ROOT / "kernels" / "__init__.py")], done.stderr
+
+
+def test_a_name_that_kernels_lacks_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="module 'kernels' has no attribute 'nothing'"):
+        kernels.nothing  # noqa: B018
 
 
 # --- The page of the reference ---------------------------------------------------------------------------------------

@@ -72,9 +72,29 @@ def test_other_plain_errors(pair):
         _ = ours(text="a").pixel_values
 
 
-def test_only_pixels_change_their_dtype(pair):
-    inputs = pair[0](text="<image>", images=picture(0)).to("cpu", torch.float16)
-    assert (inputs.pixel_values.dtype, inputs.input_ids.dtype) == (torch.float16, torch.int64)
+@pytest.mark.parametrize(
+    ("args", "options"),
+    [
+        ((torch.float16,), {}),
+        (("cpu", torch.float16), {}),
+        ((torch.device("cpu"), torch.float16), {}),
+        ((), {"device": "cpu", "dtype": torch.float16}),
+        (("cpu",), {"dtype": torch.float16}),
+        ((), {"dtype": torch.float16}),
+        (("cpu",), {}),
+        ((), {"device": "meta"}),
+    ],
+    ids=str,
+)
+def test_inputs_move_and_only_pixels_change_their_dtype(pair, args, options):
+    for processor in pair:
+        inputs = processor(text="<image>", images=picture(0), return_tensors="pt")
+        moved = inputs.to(*args, **options)
+        assert moved is inputs  # `inputs.to(...)` without an assignment moves them too
+        assert moved["input_ids"].dtype == moved["attention_mask"].dtype == torch.int64
+        asked = torch.float16 if torch.float16 in (*args, *options.values()) else torch.float32
+        assert moved["pixel_values"].dtype == asked
+        assert {tensor.device.type for tensor in moved.values()} == {options.get("device", "cpu")}
 
 
 @pytest.mark.parametrize("padding_side", ["left", "right"])
@@ -93,6 +113,7 @@ def test_the_chat_template_is_the_checkpoints(pair):
     for generation in (False, True):
         rendered = theirs.apply_chat_template(messages, add_generation_prompt=generation)
         assert ours.apply_chat_template(messages, add_generation_prompt=generation) == rendered
+    assert ours.apply_chat_template(messages) == theirs.apply_chat_template(messages)  # without the generation prompt
 
 
 @pytest.mark.parametrize("do_pad", [False, True])

@@ -103,6 +103,20 @@ def test_batches_and_tensors_decode_too(pair):
     assert ours.batch_decode(ids, skip_special_tokens=True) == theirs.batch_decode(ids, skip_special_tokens=True)
 
 
+def test_misspelt_options_of_decoding_are_errors(pair):
+    for decode, ids in ((pair[0].decode, [5]), (pair[0].batch_decode, [[5]]), (pair[0].batch_decode, [])):
+        with pytest.raises(TypeError, match="unexpected keyword argument 'skip_special_token'"):
+            decode(ids, skip_special_token=True)
+
+
+@pytest.mark.parametrize("clean_up", [None, False, True])  # it is WordPiece's, and changes nothing in the reference
+def test_the_clean_up_that_the_page_names_changes_nothing(pair, clean_up):
+    ids = pair[0].encode("do n't . a cat , yes !")
+    said = {p.decode(ids, clean_up_tokenization_spaces=clean_up) for p in pair}
+    said |= {p.batch_decode([ids], clean_up_tokenization_spaces=clean_up)[0] for p in pair}
+    assert said == {pair[0].decode(ids)}
+
+
 def test_special_tokens_are_found_in_every_layout(pair, tmp_path):
     ours, _ = pair
     write_tokenizer(ours, tmp_path)
@@ -150,14 +164,38 @@ CONVERSATION = [
 
 
 def test_the_prompts_are_those_of_the_papers_and_the_hub():
-    assert TEMPLATES["hub"].render(CONVERSATION) == "USER: <image>\nQ1 ASSISTANT: A1 USER: Q2 ASSISTANT:"
-    assert TEMPLATES["v1"].render(CONVERSATION) == (
+    assert TEMPLATES["hub"].render(CONVERSATION) == "USER: <image>\nQ1 ASSISTANT: A1 USER: Q2 "
+    assert TEMPLATES["hub"].render(CONVERSATION, True) == "USER: <image>\nQ1 ASSISTANT: A1 USER: Q2 ASSISTANT:"
+    assert TEMPLATES["v1"].render(CONVERSATION, True) == (
         "A chat between a curious user and an artificial intelligence assistant. "
         "The assistant gives helpful, detailed, and polite answers to the user's questions. "
         "USER: <image>\nQ1 ASSISTANT: A1</s>USER: Q2 ASSISTANT:"
     )
     caption = [CONVERSATION[0] | {"content": [{"type": "image"}]}, {"role": "assistant", "content": "a cat"}]
-    assert TEMPLATES["plain"].render(caption, add_generation_prompt=False) == "<image>\na cat"
+    assert TEMPLATES["plain"].render(caption) == "<image>\na cat"
+
+
+@pytest.mark.parametrize(
+    ("messages", "words"),
+    [
+        ([], "messages must be a list of at least one"),
+        (CONVERSATION[0], "messages must be a list of at least one"),
+        ([CONVERSATION], "messages must be a list of at least one"),
+        ([{"role": "tool", "content": "5"}], "a message's role must be system, user or assistant, not 'tool'"),
+        ([*CONVERSATION, {"content": "5"}], "a message's role must be system, user or assistant, not None"),
+        ([{"role": "user", "content": [{"type": "image_url"}]}], "must be of type image or text, not 'image_url'"),
+        ([{"role": "user", "content": [{"text": "Q"}]}], "must be of type image or text, not None"),
+        ([{"role": "user", "content": ["Q"]}], "must be of type image or text, not 'Q'"),
+        ([{"role": "user", "content": [{"type": "text"}]}], "a part of type text must have a text"),
+        ([{"role": "user", "content": None}], "a message's content must be a text or a list of parts, not None"),
+        ([{"role": "user"}], "a message's content must be a text or a list of parts, not None"),
+    ],
+    ids=str,
+)
+def test_messages_that_cannot_be_written_are_plain_errors(messages, words):
+    for template in TEMPLATES.values():
+        with pytest.raises(ValueError, match=words):
+            template.render(messages)
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
