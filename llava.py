@@ -32,7 +32,7 @@ from clip import ACTIVATIONS, CLIPVisionConfig, CLIPVisionModel, ImageProcessor
 from hub.device import as_dtype, no_weights
 from hub.files import find_checkpoint
 from hub.generation import read_generation_settings
-from hub.interface import Inputs, ModelOutput, check_feature_choice, check_ids
+from hub.interface import Inputs, ModelOutput, check_feature_choice, check_ids, kept_positions
 from hub.pictures import flatten
 from hub.settings import decoder_settings, known_fields, read_config, read_processor_settings, sound_settings
 from llama import KVCache, Llama, LlamaConfig
@@ -223,9 +223,8 @@ class LlavaForConditionalGeneration(nn.Module):
         output_attentions: bool = False,
         output_hidden_states: bool = False,
         return_dict: bool = True,
-        logits_to_keep: int | Tensor = 0,  # positions that go through the head: the last n, or a tensor (n,); 0 for all
+        logits_to_keep: int | Tensor = 0,  # positions that get logits: the last n (0 for all), or those in a tensor (n,)
     ) -> LlavaCausalLMOutputWithPast | tuple:
-        keep = logits_to_keep if isinstance(logits_to_keep, Tensor) else slice(-logits_to_keep, None)
         features = None
         if pixel_values is not None:
             features = self.get_image_features(pixel_values, vision_feature_layer, vision_feature_select_strategy)
@@ -237,7 +236,7 @@ class LlavaForConditionalGeneration(nn.Module):
         hidden_states = [] if output_hidden_states else None
         attentions = [] if output_attentions else None
         x = self.language_model(x, attention_mask, position_ids, cache, hidden_states, attentions)
-        logits = self.lm_head(x[:, keep])
+        logits = self.lm_head(x[:, kept_positions(logits_to_keep)])
         out = LlavaCausalLMOutputWithPast(
             loss=None if labels is None else self.loss(logits, labels),
             logits=logits,

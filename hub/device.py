@@ -24,7 +24,8 @@ def as_dtype(asked: torch.dtype | str | None) -> torch.dtype | None:
         return None
     names = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
     if (dtype := names.get(str(asked).removeprefix("torch."))) is None:
-        raise ValueError(f"dtype must be auto, {', '.join(names)}, not {asked}")
+        *first, last = names
+        raise ValueError(f"dtype must be auto, {', '.join(first)} or {last}, not {asked}")
     return dtype
 
 

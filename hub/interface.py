@@ -53,6 +53,16 @@ def check_feature_choice(layers: list[int], n_layers: int, strategy: str) -> Non
         raise ValueError(f"vision_feature_layer must lie from {-n_layers - 1} to {n_layers}, not {layers}")
 
 
+def kept_positions(logits_to_keep: int | Tensor) -> slice | Tensor:
+    """The index of the positions that go through the head: the last n (0 for all), or a tensor (n,) of positions."""
+    if not isinstance(logits_to_keep, Tensor):
+        return slice(-logits_to_keep, None)
+    if logits_to_keep.ndim != 1:
+        shape = list(logits_to_keep.shape)
+        raise ValueError(f"logits_to_keep must be a number or a tensor (n,), not of shape {shape}")
+    return logits_to_keep
+
+
 def check_messages(messages: list[dict]) -> list[tuple[str, list[dict]]]:
     """The role and the parts of each message. Raises ValueError for what a prompt template cannot write."""
     if not messages or not all(isinstance(message, dict) for message in messages):

@@ -1,11 +1,11 @@
 """A small LLaVA of random weights with the bundled tokenizer: it says words, and never comes to an end by itself."""
 
 import torch
-from reference import TEXT, VISION
 
 from clip import ImageProcessor
-from command import BUNDLED
+from hub.files import BUNDLED
 from llava import LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
+from reference import TEXT, VISION
 from tokenizer import SPACE, Tokenizer
 
 

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from small import small
 
 import chat
 from batches import Records
 from chat import Chat
 from clip import open_image
 from command import main
+from small import small
 from tokenizer import TEMPLATES
 
 ROOT = Path(__file__).parent.parent

@@ -13,24 +13,24 @@ import time
 import zlib
 from pathlib import Path
 
+import emoji_world
 import numpy as np
 import pytest
+import save_checkpoint
 import torch
 import transformers
 from PIL import Image
-from reference import reference_model
-from small import small as random_model
 
 import answers
 import command
-import emoji_world
 import memory
-import save_checkpoint
 from arguments import PROMPT, read_prompt
 from clip import open_image
 from command import BUNDLED, main, run
+from hub.writer import write_tokenizer
 from llava import LlavaForConditionalGeneration, LlavaProcessor
-from save_checkpoint import write_tokenizer
+from reference import reference_model
+from small import small as random_model
 from tokenizer import Tokenizer
 
 ROOT = Path(__file__).parent.parent

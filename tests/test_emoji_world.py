@@ -7,8 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
-
 from emoji_world import (
     CELL,
     GROUNDS,
@@ -34,6 +32,7 @@ from emoji_world import (
     things,
     wording,
 )
+from PIL import Image
 
 SPRITES = load_sprites()
 SCENES = [make_scene(SPRITES, seed) for seed in range(300)]

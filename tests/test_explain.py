@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from reference import reference_and_ours
 
 import explain
 from benchmarks import heat
@@ -18,6 +17,7 @@ from clip import ImageProcessor
 from command import BUNDLED, main
 from explain import MEAN, Recorder, maps_to_keep
 from llava import LlavaForConditionalGeneration, LlavaProcessor
+from reference import reference_and_ours
 from tokenizer import Tokenizer
 
 ROOT = Path(__file__).parent.parent

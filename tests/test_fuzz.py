@@ -17,17 +17,17 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import save_checkpoint
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from small import small
 
-import save_checkpoint
 from arguments import read_prompt
 from chat import Chat
 from clip import ImageProcessor, open_image
 from llava import LlavaForConditionalGeneration, LlavaProcessor
+from small import small
 
 HERE = Path(__file__).parent
 # How many cases of each kind are tried.

@@ -16,15 +16,17 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reference import prompts, reference_and_ours
 from torch.testing import assert_close
 
+from reference import prompts, reference_and_ours
+
 pytest.importorskip("triton")
+from decode_graph import DecodeGraph
+
 import clip
 import generate
 import kernels
 import llama
-from decode_graph import DecodeGraph
 from kernels.attention import attention
 from llava import LlavaForConditionalGeneration
 from quantize import Int8Linear, quantize_rows

@@ -1,16 +1,16 @@
 """int8 weights: rounded as near as can be, read as they come, and hardly to be told from the others."""
 
+import emoji_world
 import pytest
 import torch
-from reference import prompts, reference_and_ours, reference_model
 
-import emoji_world
 import judge
 from command import BUNDLED
+from hub.writer import save
 from llama import FusedLinear, Linear
 from llava import LlavaForConditionalGeneration, LlavaProcessor
 from quantize import Int8Linear, quantize_rows
-from save_checkpoint import save
+from reference import prompts, reference_and_ours, reference_model
 
 
 def rounded(linear: Linear) -> Int8Linear:

@@ -12,11 +12,11 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import emoji_world
 import pytest
 import torch
 from PIL import Image
 
-import emoji_world
 import judge
 import train
 from batches import Records, Steps, World, collate, messages, tokenize_caption, tokenize_conversation

@@ -8,8 +8,8 @@ from pathlib import Path
 import mistral_common
 from transformers import AutoTokenizer
 
-from command import BUNDLED
-from save_checkpoint import write_tokenizer
+from hub.files import BUNDLED
+from hub.writer import write_tokenizer
 from tokenizer import Tokenizer
 
 NAMES = ["bundled", "mistral"] + (["checkpoint"] if "LLAVA_CHECKPOINT" in os.environ else [])

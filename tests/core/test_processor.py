@@ -8,10 +8,10 @@ import torch
 import transformers
 from PIL import Image
 
-from checkpoint import read_config
-from command import BUNDLED
+from hub.files import BUNDLED
+from hub.settings import known_fields, read_config
+from hub.writer import config_json, write_json, write_processor, write_tokenizer
 from llava import AutoProcessor, LlavaConfig, LlavaProcessor
-from save_checkpoint import config_json, write_json, write_processor, write_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +121,7 @@ def test_the_chat_template_is_the_checkpoints(pair):
 def test_both_layouts_of_the_settings_are_read(pair, tmp_path, do_pad, strategy):
     """Ours (the hub's, two files) and what transformers 5 makes of it (one file)."""
     ours, _ = pair
-    config = replace(LlavaConfig.from_dict(read_config(BUNDLED)), vision_feature_select_strategy=strategy)
+    config = replace(LlavaConfig(**known_fields(LlavaConfig, read_config(BUNDLED))), vision_feature_select_strategy=strategy)
     image_processor = replace(ours.image_processor, do_pad=do_pad)
     changed = LlavaProcessor(image_processor, ours.tokenizer, config.image_seq_length, "v1")
     write_json(tmp_path / "config.json", config_json(config))

@@ -7,12 +7,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers_at_hand import NAMES, tokenizers
 from transformers import AutoTokenizer
 
-from save_checkpoint import jinja, write_tokenizer
-from text_watcher import TextStream
+from generate import TextWatcher
+from hub.writer import jinja, write_tokenizer
 from tokenizer import TEMPLATES, Tokenizer
+from tokenizers_at_hand import NAMES, tokenizers
 
 SPECIAL = ["<unk>", "<s>", "</s>", "<image>", "<pad>"]
 ODD = ["  ", "\n", "\t", "\0", "\x7f", "\r\n", "\u00a0", "\u200b", "\ufeff", "\u2581", "e\u0301", "ﬁ", "𝔘", "🤗"]
@@ -62,17 +62,24 @@ def test_text_of_random_ids_is_the_references(pair, seed, skip):
 def test_a_stream_shows_what_decoding_gives_and_never_half_a_character(pair, text):
     tokenizer, _ = pair
     ids = tokenizer.encode(text.replace("\ufffd", ""))
-    stream = TextStream(tokenizer)
-    shown = [stream.put(i) for i in ids]
+    shown = []
+    watcher = TextWatcher(tokenizer, 1, shown.append, None)
+    for i in ids[:-1]:
+        watcher.put(0, i, last=False)
     assert not any("\ufffd" in part for part in shown)
-    assert "".join(shown) + stream.end() == tokenizer.decode(ids, skip_special_tokens=True)
+    watcher.put(0, ids[-1], last=True)
+    assert "".join(shown) == tokenizer.decode(ids, skip_special_tokens=True)
 
 
 def test_a_stream_that_ends_in_half_a_character_says_so(pair):
     tokenizer, _ = pair
     half = tokenizer.sp.piece_to_id("<0xF0>")
-    stream = TextStream(tokenizer)
-    assert (stream.put(half), stream.end()) == ("", "\ufffd")
+    shown = []
+    watcher = TextWatcher(tokenizer, 1, shown.append, None)
+    watcher.put(0, half, last=False)
+    assert shown == []
+    watcher.put(0, half, last=True)
+    assert shown == ["\ufffd\ufffd"]
 
 
 def test_what_is_odd_about_sentencepiece():

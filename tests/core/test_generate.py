@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from reference import IMAGE_TOKEN, prompts, reference_and_ours, reference_model
-from tokenizers_at_hand import tokenizers
 
 import generate
-from llama import KVCache
+from llama import Llama, LlamaConfig
 from llava import LlavaForConditionalGeneration
+from reference import prompts, reference_and_ours, reference_model
+from tokenizers_at_hand import tokenizers
 
 
 @pytest.fixture(scope="module")
@@ -133,10 +133,10 @@ def test_only_what_the_caller_gave_is_warned_about(pair, monkeypatch, recwarn):
     ("options", "words"),
     [
         ({"max_new_tokens": 0}, "max_new_tokens must be at least 1, not 0"),
-        ({"max_length": 38}, "behind 38 tokens"),
+        ({"max_length": 38}, "after 38 tokens"),
         ({"do_sample": True, "temperature": 0.0}, "temperature"),
-        ({"do_sample": True, "temperature": 1e-40}, "temperature must be at least 1e-06, not 1e-40, when sampling"),
-        ({"do_sample": True, "temperature": float("nan")}, "temperature must be at least 1e-06, not nan"),
+        ({"do_sample": True, "temperature": 1e-40}, "temperature must be at least 1e-6, not 1e-40, when sampling"),
+        ({"do_sample": True, "temperature": float("nan")}, "temperature must be at least 1e-6, not nan"),
         ({"do_sample": True, "top_p": 1.5}, "top_p"),
         ({"repetition_penalty": 0.0}, "repetition_penalty"),
         ({"num_beams": 4}, "num_beams"),
@@ -159,18 +159,19 @@ def test_options_out_of_range_are_plain_errors(pair, options, words):
 class Parrot:
     """A stand-in for a model: it says the given ids, one row each, whatever it is asked."""
 
-    dtype = torch.float32
-
     def __init__(self, *rows: list[int]):
-        self.rows, self.step, self.generation_config = rows, -1, {"eos_token_id": 2}
-        self.config = reference_model().config
+        self.rows, self.count, self.generation_config = rows, -1, {"eos_token_id": 2}
+        self.language_model = Llama(LlamaConfig(8, 8, 8, 1, 1))  # for its cache
+
+    def step(self, *_):
+        self.count += 1
+        logits = torch.zeros(len(self.rows), 40000)
+        for row, ids in enumerate(self.rows):
+            logits[row, ids[min(self.count, len(ids) - 1)]] = 1
+        return logits
 
     def __call__(self, *_, **__):
-        self.step += 1
-        logits = torch.zeros(len(self.rows), 1, 40000)
-        for row, ids in enumerate(self.rows):
-            logits[row, 0, ids[min(self.step, len(ids) - 1)]] = 1
-        return type("Out", (), {"logits": logits})
+        return type("Out", (), {"logits": self.step()[:, None]})
 
 
 @pytest.mark.parametrize("text", ["A cat.", "生活 🤗 of é\n", "👩‍👩‍👧"])
@@ -217,23 +218,3 @@ def test_a_finished_row_is_filled_with_padding():
 def test_image_tokens_beyond_the_vocabulary_bear_a_repetition_penalty():
     out = generate.generate(Parrot([5, 2]), torch.tensor([[1, 50000]]), repetition_penalty=2.0, pad_token_id=50001)
     assert out.tolist() == [[1, 50000, 5, 2]]
-
-
-# --- The cache -------------------------------------------------------------------------------------------------------
-
-
-def test_the_cache_checks_what_it_is_given(pair):
-    _, model = pair
-    config = model.config.text_config
-    cache = KVCache(config, batch=2, room=4, dtype=torch.float32, device="cpu")
-    good = torch.zeros(2, config.num_key_value_heads, 3, config.head_dim)
-    k, _ = cache.update(0, good, good)
-    assert k.shape == good.shape
-    for bad in (good[:1], good[:, :1], good[..., :3]):
-        with pytest.raises(ValueError, match="the cache holds"):
-            cache.update(0, bad, bad)
-    cache.length = 3
-    with pytest.raises(ValueError, match="room for 4 tokens, and 6"):
-        cache.update(0, good, good)
-    with pytest.raises(ValueError, match="batch of 2"):
-        model(torch.tensor([[IMAGE_TOKEN]]), past_key_values=cache)
