@@ -153,6 +153,25 @@ def test_the_cache_changes_nothing(changes, parts):
     assert_close(torch.cat(outputs, 1), model(x))
 
 
+def test_the_last_token_depends_on_the_first_and_no_token_on_a_later_one():
+    model, x = decoder(), vectors(1, 40)
+    changed = x.clone()
+    changed[0, 0] += 1
+    assert (model(changed) - model(x))[0, -1].abs().max() > 1e-4
+    changed = x.clone()
+    changed[0, -1] += 1
+    assert_close(model(changed)[0, :-1], model(x)[0, :-1])
+
+
+def test_with_a_window_of_3_two_layers_reach_back_4_tokens():
+    model, x = decoder(sliding_window=3), vectors(1, 10)
+    for back in range(7):
+        changed = x.clone()
+        changed[0, -1 - back] += 1
+        difference = (model(changed) - model(x))[0, -1].abs().max()
+        assert (difference > 1e-4) == (back <= 4)
+
+
 def test_padding_on_the_left_changes_nothing():
     model, x = decoder(), vectors(1, 5)
     mask = torch.tensor([[0, 0, 1, 1, 1, 1, 1]])
