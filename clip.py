@@ -8,7 +8,8 @@ caption. LLaVA drops it and reads the patches before the last layer (layer -2). 
 layer keeps more of a picture's global properties, and the one before it more of the local detail that questions are
 about (Liu et al. 2023, https://arxiv.org/abs/2304.08485, section 5.2).
 
-In every file "the reference" is Hugging Face transformers, "the hub" is huggingface.co, and shapes use these letters:
+In the six core files "the reference" is Hugging Face transformers, "the hub" is huggingface.co, and shapes use these
+letters:
 
     B batch    T tokens    D width    H heads    K key/value heads    d head width    P patches    V vocabulary
 
@@ -29,9 +30,9 @@ from hub.pictures import resize
 
 
 def quick_gelu(x: Tensor) -> Tensor:
-    """x sigmoid(1.702 x), an approximation of GELU (Hendrycks & Gimpel 2016, section 2) that OpenAI trained CLIP with.
+    """x sigmoid(1.702 x): the approximation of GELU (Hendrycks & Gimpel 2016, section 2) that OpenAI's CLIP uses.
 
-    It differs from the exact GELU by up to 0.02, which is enough to spoil a tower trained with the other one.
+    It differs from the exact GELU by up to 0.02. A tower has to run with the one it was trained with.
     """
     return x * torch.sigmoid(1.702 * x)
 
@@ -42,11 +43,11 @@ ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": F.gelu, "gelu_pytorch_tanh": pa
 
 @dataclass
 class CLIPVisionConfig:
-    """The tower's sizes, with the field names and defaults of a checkpoint's config.json."""
+    """The tower's sizes: the fields of a checkpoint's config.json, with the reference's defaults for absent ones."""
 
     hidden_size: int = 768  # D
     intermediate_size: int = 3072  # width inside the MLP
-    projection_dim: int = 512  # width of the space shared with text; kept for the file, unused by LLaVA
+    projection_dim: int = 512  # width of the space shared with text; in the file, but unused by LLaVA
     num_hidden_layers: int = 12
     num_attention_heads: int = 12  # H
     num_channels: int = 3
@@ -129,19 +130,19 @@ class ImageProcessor:
 # --- The Vision Transformer ------------------------------------------------------------------------------------------
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # three (B, H, T, d) -> (B, H, T, d)
-    """What eager_attention returns, computed by PyTorch without storing the T x T weights."""
-    return F.scaled_dot_product_attention(q, k, v)
-
-
-def eager_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def eager_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # three (B, H, T, d) -> (B, H, T, d)
     """softmax(q k^T / sqrt(d)) v, for each token a weighted mean over all tokens (Vaswani et al. 2017, equation 1)."""
     weights = (q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5).softmax(-1)  # (B, H, T, T), each row sums to 1
     return weights @ v
 
 
+def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The same by PyTorch's function, which does not store the T x T weights. This is the one the model uses."""
+    return F.scaled_dot_product_attention(q, k, v)
+
+
 class CLIPAttention(nn.Module):
-    attention = staticmethod(attention)
+    attention = staticmethod(attention)  # kernels/ and training/ give some modules another one with the same result
 
     def __init__(self, config: CLIPVisionConfig):
         super().__init__()
@@ -199,7 +200,7 @@ class CLIPEmbeddings(nn.Module):
 
 
 class CLIPVisionModel(nn.Module):
-    """The tower. Modules have the names of the checkpoints' tensors, `pre_layrnorm` with its typo included."""
+    """The tower. Modules have the names of the checkpoints' tensors, including the misspelt `pre_layrnorm`."""
 
     def __init__(self, config: CLIPVisionConfig):
         super().__init__()

@@ -23,7 +23,11 @@ from tokenizer import Tokenizer
 
 
 def sample(logits: Tensor, seen: Tensor, config: GenerationConfig, generator: torch.Generator | None) -> Tensor:
-    """Choose the next ids (B,) by scores (B, V). `seen` (B, V + 1) is True for tokens already in the text."""
+    """Choose the next ids (B,) by scores (B, V). `seen` (B, V + 1), from tokens_seen, marks tokens already in the text.
+
+    The order is the reference's: repetition penalty (Keskar et al. 2019, section 4.1), then, unless the choice is
+    greedy, temperature, top-k and top-p (Holtzman et al. 2019, section 3.1). GenerationConfig explains each.
+    """
     logits, penalty = logits.float(), config.repetition_penalty
     if logits.amax().isnan():  # amax propagates NaN and is 10 times cheaper than isnan().any()
         raise ValueError("the scores of the next token are not numbers: try bfloat16, or a weight is broken")
@@ -33,25 +37,28 @@ def sample(logits: Tensor, seen: Tensor, config: GenerationConfig, generator: to
         return logits.argmax(-1)
     logits = logits / config.temperature
     if config.top_k > 0:
-        worst_kept = logits.topk(min(config.top_k, logits.shape[1])).values[:, -1:]
-        logits = logits.masked_fill(logits < worst_kept, -torch.inf)
+        threshold = logits.topk(min(config.top_k, logits.shape[1])).values[:, -1:]
+        logits = logits.masked_fill(logits < threshold, -torch.inf)
     if config.top_p < 1:
         ascending, order = logits.sort()
         drop = ascending.softmax(-1).cumsum(-1) <= 1 - config.top_p
-        drop[:, -1] = False  # the most likely token is always kept
+        drop[:, -1] = False  # always keep the most likely token
         logits = logits.masked_fill(drop.scatter(1, order, drop), -torch.inf)
     return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
 
 
 def tokens_seen(input_ids: Tensor, attention_mask: Tensor, V: int) -> Tensor:  # two (B, T) -> (B, V + 1)
-    """Which tokens a prompt contains. Padding and ids beyond the vocabulary are counted in an extra, unused column."""
+    """Which tokens a prompt contains. Padding, and ids without a score, are marked in a last column that nobody reads."""
     ids = input_ids.masked_fill(attention_mask.cumsum(-1) == 0, V).clamp(max=V)
     return torch.zeros(len(ids), V + 1, dtype=torch.bool, device=ids.device).scatter(1, ids, True)
 
 
 def prefill(model, input_ids: Tensor, attention_mask: Tensor, cache: KVCache, pixel_values: Tensor | None) -> Tensor:
-    """Run the part of the prompt (B, T) that is not in the cache; returns scores (B, V) for the first new token."""
-    position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)  # left padding has no position
+    """Run the part of the prompt (B, T) that is not in the cache; returns scores (B, V) for the first new token.
+
+    `pixel_values` are the pictures of that part only.
+    """
+    position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)  # the first token that is not padding is at 0
     new, position_ids = input_ids[:, cache.length :], position_ids[:, cache.length :]
     return model(new, pixel_values, attention_mask, position_ids, cache, logits_to_keep=1).logits[:, -1]
 
@@ -84,9 +91,9 @@ def generate(
 ) -> Tensor:
     """Continue prompts (B, T), padded on the left if their lengths differ, to (B, T + new): prompt and answer.
 
-    `options` are the fields of GenerationConfig; the checkpoint's generation_config.json gives the rest. `streamer` is
-    called with each new piece of text. A row ends with an eos token or when its text contains a stop string. The same
-    `seed` gives the same samples. Raises ValueError for options out of range, and warns about those without effect.
+    `options` are the fields of GenerationConfig; the checkpoint's generation_config.json supplies the others. `streamer`
+    is called with each new piece of text. A row ends with an eos token or a stop string, which stay in the result. The
+    same `seed` gives the same samples. Raises ValueError for options out of range, warns about those without effect.
     """
     config = GenerationConfig.merged(model.generation_config, options | {"seed": seed})
     batch, T = input_ids.shape
@@ -117,7 +124,7 @@ def generate(
 
 
 class TextWatcher:
-    """Decodes answers while they grow: passes new text to a streamer and looks for stop strings.
+    """Decodes answers as they are generated: passes new text to a streamer and looks for stop strings.
 
     A character that takes several tokens is held back until it is complete.
     """

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 @dataclass
 class LlamaConfig:
-    """The decoder's sizes, with the field names and defaults of a checkpoint's config.json."""
+    """The decoder's sizes: the fields of a checkpoint's config.json, with the reference's defaults for absent ones."""
 
     vocab_size: int = 32000  # V
     hidden_size: int = 4096  # D
@@ -31,7 +31,7 @@ class LlamaConfig:
     num_key_value_heads: int | None = None  # K; None means H, plain multi-head attention
     head_dim: int | None = None  # d; None means D / H
     hidden_act: str = "silu"
-    max_position_embeddings: int = 2048  # the longest context, in tokens
+    max_position_embeddings: int = 2048  # the longest context it was trained on, in tokens
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0  # base of RoPE's frequencies
     rope_factor: float = 1.0  # linear RoPE scaling: positions are divided by it
@@ -67,8 +67,8 @@ class RMSNorm(nn.Module):
 
 def rope_angles(config: LlamaConfig, position_ids: Tensor) -> Tensor:  # (B, T) -> (B, T, d / 2), float32
     """RoPE's angles: position times frequency, with a frequency for each pair of numbers (Su et al. 2021, 3.2.2)."""
-    pairs = torch.arange(0, config.head_dim, 2, device=position_ids.device).float() / config.head_dim
-    frequencies = 1.0 / (config.rope_theta**pairs * config.rope_factor)
+    exponents = torch.arange(0, config.head_dim, 2, device=position_ids.device).float() / config.head_dim
+    frequencies = 1.0 / (config.rope_theta**exponents * config.rope_factor)
     return position_ids[..., None].float() * frequencies
 
 
@@ -84,8 +84,9 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:  # (B, H, T, d), 
 def visible_keys(attention_mask: Tensor | None, past: int, T: int, window: int | None, device) -> Tensor | None:
     """Which of the S = past + T keys each of the T new queries attends to: (B or 1, 1, T, S), True where it does.
 
-    `attention_mask` is (B, S), False where a key is padding, or None. Returns None if the causal rule alone decides and
-    the queries are all tokens or only the last one: `attention` knows these two cases without a mask.
+    `attention_mask` is (B, S), False at padding, or None. Returns None in two cases that `attention` handles without a
+    mask: all tokens are new (each attends to itself and those before it), or one token is new (it attends to all). A
+    query at padding may attend to nothing; its output is 0, and nothing reads it.
     """
     S = past + T
     if attention_mask is None and (T == 1 or past == 0) and (window is None or S <= window):
@@ -100,17 +101,11 @@ def visible_keys(attention_mask: Tensor | None, past: int, T: int, window: int |
     return mask
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Causal attention of T queries (B, H, T, d) over S keys and values (B, K, S, d): (B, H, T, d).
-
-    PyTorch computes it without storing the T x S weights; eager_attention is the formula.
-    """
-    causal, grouped = mask is None and q.shape[2] > 1, q.shape[1] != k.shape[1]
-    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=grouped)
-
-
 def eager_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """softmax(q k^T / sqrt(d)) v (Vaswani et al. 2017, equation 1), and the softmax's weights (B, H, T, S)."""
+    """Causal attention of T queries (B, H, T, d) over S keys and values (B, K, S, d).
+
+    Returns softmax(q k^T / sqrt(d)) v (B, H, T, d) and the softmax's weights (B, H, T, S). Vaswani et al. 2017, eq. 1.
+    """
     T, S = q.shape[2], k.shape[2]
     if mask is None:
         mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
@@ -122,11 +117,17 @@ def eager_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None)
     return weights @ v, weights
 
 
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """The same by PyTorch's function, which does not store the weights. This is the one the model uses."""
+    causal, grouped = mask is None and q.shape[2] > 1, q.shape[1] != k.shape[1]
+    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=grouped)
+
+
 class KVCache:
-    """The keys and values of all tokens so far, so that a new token costs the work of one token, not of the whole text.
+    """The keys and values of all tokens so far, so that only new tokens go through the layers.
 
     `k[layer]` and `v[layer]` are (B, K, capacity, d), of which the first `length` places are filled. `attention_mask`
-    is (B, tokens), False where one of the first tokens is padding, or None if none is. Make one with Llama.new_cache.
+    (B, tokens) is False at padding, or None if there is none. Made by Llama.new_cache.
     """
 
     def __init__(self, config: LlamaConfig, batch: int, capacity: int, dtype: torch.dtype, device):
@@ -137,7 +138,7 @@ class KVCache:
         self.attention_mask: Tensor | None = None
 
     def check(self, batch: int, tokens: int) -> None:
-        """Raise ValueError unless the cache is for this batch and has room for so many tokens, those in it included."""
+        """Raise ValueError unless the cache is for this batch and has room for so many tokens in total."""
         if batch != self.batch:
             raise ValueError(f"the cache is for a batch of {self.batch}, but the batch is {batch}")
         if tokens > self.capacity:
@@ -156,7 +157,7 @@ class KVCache:
 
 
 class LlamaAttention(nn.Module):
-    attention = staticmethod(attention)
+    attention = staticmethod(attention)  # training/ gives some modules another one with the same result
 
     def __init__(self, config: LlamaConfig, layer: int):
         super().__init__()
@@ -263,17 +264,18 @@ class Llama(nn.Module):
         return x
 
     @staticmethod
-    def padding_mask(mask: Tensor | None, B: int, S: int, cache: KVCache | None) -> Tensor | None:
-        """The mask over all keys as a boolean (B, S), or None if no key is padding. The cache keeps it for later."""
+    def padding_mask(attention_mask: Tensor | None, B: int, S: int, cache: KVCache | None) -> Tensor | None:
+        """The mask over all S keys as booleans, or None if no key is padding. The cache keeps it for later calls."""
         if cache is not None:
             cache.check(B, S)
-            if mask is None and cache.attention_mask is not None:  # tokens after the prompt are never padding
+            if attention_mask is None and cache.attention_mask is not None:  # tokens after the prompt are not padding
                 return F.pad(cache.attention_mask, (0, S - cache.attention_mask.shape[1]), value=True)
-        if mask is None:
+        if attention_mask is None:
             return None
-        if mask.shape != (B, S):
-            raise ValueError(f"attention_mask is {list(mask.shape)}, but batch and tokens so far are {[B, S]}")
-        mask = None if mask.all() else mask.bool()
+        if attention_mask.shape != (B, S):
+            shape = list(attention_mask.shape)
+            raise ValueError(f"attention_mask is {shape}, but batch and tokens so far are {[B, S]}")
+        mask = None if attention_mask.all() else attention_mask.bool()
         if cache is not None:
             cache.attention_mask = mask
         return mask

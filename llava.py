@@ -11,7 +11,7 @@ LLaVA-1.5: Liu et al. 2023, https://arxiv.org/abs/2310.03744.
     B batch    T tokens    D width of the decoder    P patches of a picture    V vocabulary
 
 `python llava.py --image x.jpg` answers about a picture. Classes and arguments have the names of Hugging Face
-transformers. Not implemented: gradient checkpointing, and pictures of other sizes than the tower was trained on.
+transformers. Not implemented: gradient checkpointing, and other input sizes than the tower was trained on.
 """
 
 import signal
@@ -59,7 +59,10 @@ class LlavaConfig:
 
     def __post_init__(self) -> None:
         if self.vision_config is None:
-            self.vision_config = CLIPVisionConfig(1024, 4096, 768, 24, 16, image_size=336, patch_size=14)
+            self.vision_config = CLIPVisionConfig(
+                hidden_size=1024, intermediate_size=4096, projection_dim=768, num_hidden_layers=24,
+                num_attention_heads=16, image_size=336, patch_size=14,
+            )  # fmt: skip
         elif isinstance(self.vision_config, dict):
             self.vision_config = CLIPVisionConfig(**known_fields(CLIPVisionConfig, self.vision_config))
         if not isinstance(self.text_config, LlamaConfig):
@@ -76,7 +79,7 @@ class LlavaConfig:
 
 
 class LlavaMultiModalProjector(nn.Module):
-    """Two matrices with a GELU between them map the tower's features to vectors of the decoder's width."""
+    """Two matrices with a GELU between them, from the tower's width to the decoder's (LLaVA-1.5, section 3.3)."""
 
     def __init__(self, config: LlavaConfig):
         super().__init__()
@@ -116,57 +119,6 @@ class LlavaForConditionalGeneration(nn.Module):
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         self.tie_weights()
 
-    def tie_weights(self) -> None:
-        if self.config.tie_word_embeddings:
-            self.lm_head.weight = self.language_model.embed_tokens.weight
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        path: str | Path,
-        dtype: torch.dtype | str | None = None,
-        device: str = "cpu",
-        quantize: str | None = None,
-        kernels: str = "auto",
-        torch_dtype: torch.dtype | str | None = None,
-    ) -> "LlavaForConditionalGeneration":
-        """Load a checkpoint from a folder or a hub id.
-
-        `dtype` (or its old name `torch_dtype`): default and "auto" are config.json's, or else that of the embedding.
-        `quantize="int8"` stores the decoder's matrices in a byte per weight (quantize.py). `kernels`: "auto" swaps in
-        faster modules with the same results, "torch" keeps the plain model of these files, "triton" insists on Triton.
-        Raises FileNotFoundError or ValueError, naming the file or tensor, for an incomplete checkpoint.
-        """
-        folder = find_checkpoint(path)
-        settings = read_config(folder)
-        model = cls.without_weights(settings)
-        load(model, folder)
-        model.tie_weights()
-        dtype = as_dtype(dtype or torch_dtype) or settings["dtype"] or model.dtype
-        if quantize:
-            from quantize import quantize_model
-            quantize_model(model, quantize, dtype)
-        model.to(device=device, dtype=dtype).eval()
-        model.generation_config = read_generation_settings(folder)
-        if kernels != "torch":
-            from kernels import accelerate
-            accelerate(model, kernels)
-        return model
-
-    @classmethod
-    def without_weights(cls, settings: dict) -> "LlavaForConditionalGeneration":
-        """The model that a config.json describes, on the meta device: shapes without memory, for `load` to fill."""
-        with sound_settings(), no_weights():
-            return cls(LlavaConfig(**known_fields(LlavaConfig, settings)))
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.language_model.embed_tokens.weight.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self.language_model.embed_tokens.weight.device
-
     def get_image_features(
         self,
         pixel_values: Tensor,
@@ -185,7 +137,7 @@ class LlavaForConditionalGeneration(nn.Module):
         return self.multi_modal_projector(torch.cat([hidden_states[layer][:, first:] for layer in layers], dim=-1))
 
     def embed(self, input_ids: Tensor) -> Tensor:  # (B, T) -> (B, T, D)
-        if input_ids.shape[1] > 1:  # generated ids are in range, and on a GPU a look at them would wait for the result
+        if input_ids.shape[1] > 1:  # generated ids are in range, and reading them here would wait for the GPU
             check_ids(input_ids, self.config.vocab_size)
         return self.language_model.embed_tokens(input_ids)
 
@@ -252,13 +204,66 @@ class LlavaForConditionalGeneration(nn.Module):
         return self(input_ids[:, None], position_ids=position_ids, past_key_values=cache).logits[:, -1]
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:  # (B, T, V), (B, T) -> one number
-        """Mean cross-entropy of each label under the scores at the position before it, in float32."""
+        """Mean cross-entropy of the scores at each position for the label after it, in float32."""
         logits, labels = logits[:, :-1].float(), labels[:, 1:]
         return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=self.config.ignore_index)
 
     def generate(self, input_ids: Tensor, pixel_values: Tensor | None = None, **options) -> Tensor:
         """Prompt and answer as ids (B, T + new). The arguments are those of generate.generate."""
         return generate.generate(self, input_ids, pixel_values, **options)
+
+    # Loading and settings
+
+    def tie_weights(self) -> None:
+        if self.config.tie_word_embeddings:
+            self.lm_head.weight = self.language_model.embed_tokens.weight
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        dtype: torch.dtype | str | None = None,
+        device: str = "cpu",
+        quantize: str | None = None,
+        kernels: str = "auto",
+        torch_dtype: torch.dtype | str | None = None,
+    ) -> "LlavaForConditionalGeneration":
+        """Load a checkpoint from a folder or a hub id.
+
+        `dtype` (or its old name `torch_dtype`): by default, and for "auto", that of config.json, or else of the weights.
+        `quantize="int8"` stores the decoder's matrices in a byte per weight (quantize.py). `kernels="torch"` runs the
+        plain model of these files; "auto" swaps in faster modules with the same results up to rounding, and "triton"
+        insists on Triton's (kernels/__init__.py). Raises FileNotFoundError or ValueError for an incomplete checkpoint.
+        """
+        folder = find_checkpoint(path)
+        settings = read_config(folder)
+        model = cls.without_weights(settings)
+        load(model, folder)
+        model.tie_weights()
+        dtype = as_dtype(dtype or torch_dtype) or settings["dtype"] or model.dtype
+        if quantize:
+            from quantize import quantize_model
+            quantize_model(model, quantize, dtype)
+        model.to(device=device, dtype=dtype).eval()
+        model.generation_config = read_generation_settings(folder)
+        if kernels != "torch":
+            from kernels import accelerate
+            accelerate(model, kernels)
+        return model
+
+    @classmethod
+    def without_weights(cls, settings: dict) -> "LlavaForConditionalGeneration":
+        """The model that a config.json describes, on the meta device: shapes without memory, for `load` to fill."""
+        with sound_settings(), no_weights():
+            return cls(LlavaConfig(**known_fields(LlavaConfig, settings)))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.language_model.embed_tokens.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.language_model.embed_tokens.weight.device
 
 
 # --- Prompts and pictures to the model's inputs ----------------------------------------------------------------------
@@ -298,8 +303,8 @@ class LlavaProcessor:
     ) -> Inputs:
         """input_ids and attention_mask (B, T), and pixel_values (pictures, 3, height, width) if there are pictures.
 
-        The <image> tokens of the prompts stand for the pictures in order. Raises ValueError if their numbers differ, or
-        the prompts' lengths without `padding`.
+        The <image> tokens of the prompts stand for the pictures in order. Raises ValueError if the counts differ, or if
+        prompts differ in length and `padding` is False.
         """
         texts = [text] if isinstance(text, str) else list(text or [])
         pictures = [] if images is None else flatten(images)

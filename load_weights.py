@@ -2,8 +2,8 @@
 
 A safetensors file is 8 bytes with the length of a header, the header (JSON: dtype, shape and place of each tensor), and
 then the numbers. It is mapped into memory: a tensor is a view of the file, read from the disk when it is first used.
-Changing a parameter does not change the file. But changing the file changes the parameters, and a file cut short under
-a running program kills it: to replace a checkpoint, rename new files over the old ones.
+Changing a parameter does not change the file. But changing the file changes the parameters, and truncating it crashes
+the process: to replace a checkpoint, rename new files over the old ones.
 
 The same tensor has different names in the hub's files, in those of newer releases of transformers and in those of
 LLaVA's authors; RENAME turns all of them into ours. Loading is strict: a tensor that is missing, unknown, given twice,
@@ -12,16 +12,15 @@ of another shape or not a floating-point number is an error that names it. hub/w
 
 from pathlib import Path
 
-import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from hub.device import DTYPES
-from hub.files import read_json, tower_folder, weight_files
+from hub.files import one_sentence, read_pickle, tensor_files
 
 # A prefix in a file and its replacement. All are tried in this order, so a name can be changed twice.
 RENAME = [
-    ("model.language_model.", "language_model."),  # transformers in memory
+    ("model.language_model.", "language_model."),  # names in transformers' state_dict
     ("model.vision_tower.vision_tower.", "vision_tower."),  # LLaVA's authors
     ("model.vision_tower.", "vision_tower."),
     ("model.multi_modal_projector.", "multi_modal_projector."),
@@ -44,59 +43,45 @@ def our_name(name: str) -> str:
 
 
 def read_tensors(file: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file, or of a pickle that holds tensors and nothing else, mapped into memory."""
-    try:
-        if file.suffix != ".bin":
-            with safe_open(file, framework="pt", device="cpu") as tensors:
-                return {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118
-        tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except SafetensorError as error:
-        why = " ".join(str(error).split())
-        raise ValueError(f"{file} is truncated or not a safetensors file ({why})") from error
-    except Exception as error:  # torch.load raises half a dozen kinds
-        raise ValueError(f"{file} is broken, or holds more than tensors and is not read for safety") from error
-    if not isinstance(tensors, dict) or {type(value) for item in tensors.items() for value in item} != {str, Tensor}:
-        raise ValueError(f"{file} does not hold tensors by name")
-    return {name: tensor.contiguous() for name, tensor in tensors.items()}  # a pickle keeps strides, too
+    """The tensors of a file by their names there, mapped into memory. Raises ValueError for a damaged file."""
+    if file.suffix == ".bin":
+        return read_pickle(file)
+    with one_sentence(file), safe_open(file, framework="pt", device="cpu") as tensors:
+        return {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118
 
 
 def match(model: nn.Module, folder: Path) -> tuple[dict[str, Tensor], list[str]]:
     """A checkpoint's tensors by the model's names, and a sentence for each one that does not fit the model."""
     wanted = dict(model.named_parameters())
-    tied = set(dict(model.named_parameters(remove_duplicate=False))) - set(wanted)  # second names of a tensor
-    stored = [(file, *item) for file in weight_files(folder) for item in read_tensors(file).items()]
-    config = read_json(folder / "config.json")
-    if "mm_vision_tower" in config and not any(".vision_tower." in name for _, name, _ in stored):
-        for file in weight_files(tower_folder(config, folder)):
-            stored += [(file, *item) for item in read_tensors(file).items() if item[0].startswith("vision_model.")]
+    tied = set(dict(model.named_parameters(remove_duplicate=False))) - set(wanted)  # other names of the same tensor
     found, sources, mismatches = {}, {}, []
-    for file, stored_name, tensor in stored:
-        name, where = our_name(stored_name), f"tensor {stored_name} in {file}"
-        if name not in wanted:
-            if name not in tied and not stored_name.endswith(IGNORE):
+    for file, prefix in tensor_files(folder):
+        for stored_name, tensor in read_tensors(file).items():
+            name, where = our_name(stored_name), f"tensor {stored_name} in {file}"
+            if not stored_name.startswith(prefix) or name in tied or stored_name.endswith(IGNORE):
+                continue
+            if name not in wanted:
                 mismatches.append(f"{where} is unknown")
-            continue
-        if name in found:
-            mismatches.append(f"{where} is also in {sources[name]}")
-        elif tensor.dtype not in DTYPES:
-            mismatches.append(f"{where} is {tensor.dtype}, not floating-point numbers")
-        elif tensor.shape != wanted[name].shape:
-            mismatches.append(f"{where} is {list(tensor.shape)}, but config.json makes it {list(wanted[name].shape)}")
-        found[name], sources[name] = tensor, file
+            elif name in found:
+                mismatches.append(f"{where} is also in {sources[name]}")
+            elif tensor.dtype not in DTYPES:
+                mismatches.append(f"{where} is {tensor.dtype}, not floating-point numbers")
+            elif tensor.shape != (shape := wanted[name].shape):
+                mismatches.append(f"{where} is {list(tensor.shape)}, but config.json makes it {list(shape)}")
+            found[name], sources[name] = tensor, file
     return found, mismatches + [f"tensor {name} is missing in {folder}" for name in wanted if name not in found]
 
 
 def load(model: nn.Module, folder: Path) -> None:
     """Give a model that was built on the meta device the tensors of a checkpoint, mapped, in the files' own dtypes.
 
-    Tied parameters are the caller's to tie again. Raises ValueError, naming the tensor, if anything does not fit.
+    Parameters that share a tensor no longer do so: call tie_weights again. Raises ValueError, naming the tensor, if
+    anything does not fit.
     """
     found, mismatches = match(model, folder)
     if mismatches:
         more = f" ({len(mismatches)} tensors do not fit)" if len(mismatches) > 1 else ""
         raise ValueError(mismatches[0] + more)
-    names: dict[Tensor, str] = {}  # tied parameters are one tensor with two names: a file needs only the first
-    for name, parameter in model.named_parameters():
-        names[parameter] = name
-    every_name = model.named_parameters(remove_duplicate=False)
-    model.load_state_dict({name: found[names[parameter]] for name, parameter in every_name}, assign=True)
+    for name, tensor in found.items():
+        parent, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, nn.Parameter(tensor))

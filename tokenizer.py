@@ -4,7 +4,7 @@ A sentencepiece model (Kudo & Richardson 2018, https://arxiv.org/abs/1808.06226)
 part of a piece and written "▁"; a character that is not in the vocabulary is spelled in bytes such as "<0xE7>". Special
 tokens are not text:
 
-    <unk> 0    <s> 1, starts every prompt    </s> 2, ends an answer    <image>, one per patch    <pad>, fills up a batch
+    <unk> 0    <s> 1, starts every prompt    </s> 2, ends an answer    <image>, one per patch    <pad>, pads shorter rows
 
     "USER: <image>\\nWhat is it? ASSISTANT:"  ->  1 3148 1001 29901 29871 32000 29871 13 5618 ...
 
@@ -36,7 +36,7 @@ class Tokenizer:
         self.bos_token_id, self.eos_token_id = self.sp.bos_id(), self.sp.eos_id()
         self.special_tokens = known | (special_tokens or {})
         if "<image>" not in self.special_tokens:
-            self.special_tokens |= {"<image>": self.sp.vocab_size(), "<pad>": self.sp.vocab_size() + 1}
+            self.special_tokens = {"<image>": self.sp.vocab_size(), "<pad>": self.sp.vocab_size() + 1} | self.special_tokens
         self.special_names = {i: name for name, i in self.special_tokens.items()}
         names = sorted(self.special_tokens, key=len, reverse=True)
         self.special_pattern = re.compile("(" + "|".join(map(re.escape, names)) + ")")
@@ -52,7 +52,7 @@ class Tokenizer:
         return cls((folder / "tokenizer.model").read_bytes(), *read_tokenizer_settings(folder))
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Split at special tokens, also at those a user typed, and encode each stretch between them as its own text."""
+        """Split at special tokens, including any that the user typed, and encode each part between them separately."""
         ids = [self.bos_token_id] if add_special_tokens else []
         for part in self.special_pattern.split(text):
             if part in self.special_tokens:
@@ -76,7 +76,7 @@ class Tokenizer:
         return [self.decode(ids, skip_special_tokens) for ids in batch]
 
     def join(self, ids: list[int] | Tensor, skip_special_tokens: bool) -> str:
-        """`decode` without removing the first space. Of bytes that are not UTF-8 each becomes one U+FFFD."""
+        """`decode` without removing the first space. If a run of bytes is not UTF-8, each byte of it becomes U+FFFD."""
         text, run = [], bytearray()
 
         def close_run() -> None:
@@ -129,7 +129,7 @@ class Template:
     assistant_end: str
 
     def render(self, messages: list[dict], add_generation_prompt: bool = False) -> str:
-        """Messages in the reference's form to one string; the pictures of a message come before its text.
+        """Convert messages, in the reference's form, to one prompt. The pictures of a message come before its text.
 
         A message is {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is it?"}]}; roles
         are system, user and assistant; the content may be a plain string. Raises ValueError for anything else.
@@ -150,7 +150,7 @@ class Template:
 
 
 TEMPLATES = {
-    # that of the hub's converted checkpoints (which have no space at the end of a message without text)
+    # used by the hub's llava-hf checkpoints, whose own omits the space after a message without text
     "hub": Template("", "USER: ", " ", "ASSISTANT: ", " "),
     # Vicuna's, with which LLaVA-1.5 was trained and evaluated (Liu et al. 2023, https://arxiv.org/abs/2310.03744)
     "v1": Template(
@@ -158,6 +158,6 @@ TEMPLATES = {
         "The assistant gives helpful, detailed, and polite answers to the user's questions.",
         "USER: ", " ", "ASSISTANT: ", "</s>",
     ),
-    # for alignment, with </s> after the caption; LLaVA's own has a newline there, and none after <image>
+    # for alignment: <image>, a newline, the caption, to which training/ adds </s>; LLaVA's own is <image>, caption, newline
     "plain": Template("", "", "", "", ""),
 }  # fmt: skip

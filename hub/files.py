@@ -3,9 +3,14 @@
 import json
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import torch
+from safetensors import SafetensorError, safe_open
 from sentencepiece import SentencePieceProcessor
+from torch import Tensor
 
 BUNDLED = Path(__file__).parent.parent / "checkpoints" / "tiny-llava"  # the model that comes with the project
 
@@ -80,6 +85,46 @@ def weight_files(folder: Path) -> list[Path]:
                     raise FileNotFoundError(f"{file} is missing, and {index.name} names it")
             return files
     raise FileNotFoundError(f"{folder} has no weights (model.safetensors or pytorch_model.bin): download them too")
+
+
+def tensor_files(folder: Path) -> list[tuple[Path, str]]:
+    """A checkpoint's weight files, each with the prefix of the names that are wanted from it ("" for all).
+
+    In the layout of LLaVA's authors the vision tower may be a checkpoint of its own, a whole CLIP.
+    """
+    files = [(file, "") for file in weight_files(folder)]
+    config = read_json(folder / "config.json")
+    if "mm_vision_tower" in config and not any(".vision_tower." in name for file, _ in files for name in names_in(file)):
+        files += [(file, "vision_model.") for file in weight_files(tower_folder(config, folder))]
+    return files
+
+
+def names_in(file: Path) -> list[str]:
+    if file.suffix == ".bin":
+        return list(read_pickle(file))
+    with one_sentence(file), safe_open(file, framework="pt") as tensors:
+        return list(tensors.keys())
+
+
+def read_pickle(file: Path) -> dict[str, Tensor]:
+    """The tensors of a PyTorch pickle that holds tensors and nothing else, mapped into memory."""
+    with one_sentence(file):
+        tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    if not isinstance(tensors, dict) or {type(value) for item in tensors.items() for value in item} != {str, Tensor}:
+        raise ValueError(f"{file} does not hold tensors by name")
+    return {name: tensor.contiguous() for name, tensor in tensors.items()}  # a pickle stores strides, too
+
+
+@contextmanager
+def one_sentence(file: Path) -> Iterator[None]:
+    """Turns what the readers of weight files raise, half a dozen kinds of errors, into a ValueError of one line."""
+    try:
+        yield
+    except SafetensorError as error:
+        why = " ".join(str(error).split())
+        raise ValueError(f"{file} is truncated or not a safetensors file ({why})") from error
+    except Exception as error:
+        raise ValueError(f"{file} is broken, or holds more than tensors and is rejected as unsafe") from error
 
 
 def tower_folder(config: dict, folder: Path) -> Path:

@@ -170,6 +170,7 @@ def read_processor_settings(folder: Path) -> tuple[dict, str]:
         template = template.read_text("utf-8", "replace") if template.is_file() else str(old)
     if not isinstance(settings, dict):
         raise ValueError(f"{file}: image_processor is not a JSON object")
+    settings = {name: value for name, value in settings.items() if value is not None}
     for name in ("size", "crop_size"):
         size = settings.get(name, 1)
         if not isinstance(size, dict):

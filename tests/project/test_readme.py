@@ -50,7 +50,7 @@ def test_links_and_pictures_exist(page):
 @pytest.mark.quick
 def test_the_map_names_every_folder_and_command():
     folders = {path.name for path in ROOT.iterdir() if path.is_dir() and list(path.glob("*.py"))}
-    named = set(re.findall(r"\]\((\w+(?:\.py)?)\)", README))
+    named = set(re.findall(r"\]\((\w+(?:\.py)?)(?:/README.md)?\)", README))
     assert folders | {path.name for path in ROOT.glob("*.py")} <= named
 
 
