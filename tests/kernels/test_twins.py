@@ -1,0 +1,356 @@
+"""Each module that `accelerate` swaps in against the plain module, with the same weights and random inputs."""
+
+import contextlib
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.testing import assert_close
+from twin_cases import KINDS, answer, batch, filled, make, random
+
+from kernels import accelerate
+from kernels.cpu import FewRowsLinear, FusedAttention, FusedMLP
+from llama import KVCache, rope_angles, visible_keys
+
+pytest.importorskip("triton")
+from kernels import graph
+from kernels.decoder import FastCache, FastInt8Linear, FastLlama
+from kernels.graph import GraphStep
+
+FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
+every_kind = pytest.mark.parametrize("kind", KINDS)
+
+
+def pairs(plain: nn.Module, fast: nn.Module):
+    """The modules that were swapped: name, plain one, twin."""
+    for name, twin in fast.named_modules():
+        module = plain.get_submodule(name)
+        if type(twin) is not type(module):
+            yield name, module, twin
+
+
+def close(ours: Tensor, theirs: Tensor, exact: Tensor) -> None:
+    """In float32 the twin has the plain module's numbers. In bfloat16 its error is hardly larger than the plain one's."""
+    assert ours.shape == theirs.shape and ours.dtype == theirs.dtype
+    if ours.dtype == FP32:
+        assert_close(ours, theirs, atol=2e-5, rtol=2e-5)
+    else:
+        error = (theirs.float() - exact).abs().max()
+        assert (ours.float() - exact).abs().max() <= 2 * error + 0.01 * exact.std()
+
+
+# --- On a CPU --------------------------------------------------------------------------------------------------------
+
+
+def run_attention(module: nn.Module, config, rows: int, tokens: int, dtype: torch.dtype) -> list[Tensor]:
+    """The output for new tokens after three others, and then the layer's keys and values."""
+    cache, outs = KVCache(config, rows, 3 + tokens, dtype, "cpu"), []
+    for T in (3, tokens):
+        angles = rope_angles(config, torch.arange(cache.length, cache.length + T)[None])[:, None]
+        rope = angles.cos().to(dtype), angles.sin().to(dtype)
+        mask = visible_keys(None, cache.length, T, config.sliding_window, "cpu")
+        outs.append(module(random(rows, T, config.hidden_size, dtype=dtype), rope, mask, cache))
+        cache.length += T
+    return [*outs, cache.k[module.layer], cache.v[module.layer]]
+
+
+def run(module: nn.Module, twin: nn.Module, config, rows: int, tokens: int, dtype: torch.dtype) -> list[Tensor]:
+    if isinstance(twin, FusedAttention):
+        return run_attention(module, config, rows, tokens, dtype)
+    width = config.hidden_size if isinstance(twin, FusedMLP) else twin.in_features
+    x = random(rows, tokens, width, dtype=dtype)
+    given = x.clone()
+    y = module(x)
+    assert torch.equal(x, given)  # what a module overwrites is its own
+    return [y]
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
+@every_kind
+def test_every_twin_on_a_cpu(kind, dtype):
+    plain = make(kind, dtype)
+    fast, exact = accelerate(copy.deepcopy(plain)), copy.deepcopy(plain).float()
+    found = set()
+    for name, module, twin in pairs(plain, fast):
+        found.add(type(twin))
+        assert name.startswith(("language_model.", "lm_head"))
+        for rows, tokens in ((1, 1), (4, 1), (1, 4), (1, 70), (70, 1)):
+            where = plain.config.text_config, rows, tokens
+            ours, theirs = run(twin, twin, *where, dtype), run(module, twin, *where, dtype)
+            for a, b, c in zip(ours, theirs, run(exact.get_submodule(name), twin, *where, FP32), strict=True):
+                close(a, b, c)
+    assert found == {FewRowsLinear, FusedAttention, FusedMLP} - ({FewRowsLinear} if kind == "int8" else set())
+
+
+@pytest.mark.quick
+@every_kind
+def test_the_whole_model_on_a_cpu(kind):
+    plain = make(kind)
+    fast = accelerate(copy.deepcopy(plain))
+    (ours, our_cache), (theirs, their_cache) = answer(fast), answer(plain)
+    assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+    assert_close(our_cache, their_cache, atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.quick
+def test_matrices_are_fused_only_where_they_are_small(monkeypatch):
+    plain = make()
+    fast = accelerate(copy.deepcopy(plain))
+    attn = fast.language_model.layers[0].self_attn
+    assert attn.q_proj.weight.untyped_storage().data_ptr() == attn.v_proj.weight.untyped_storage().data_ptr()
+    monkeypatch.setattr("kernels.cpu.LARGEST_FUSED", 3 * attn.q_proj.weight.nbytes - 1)
+    fast = accelerate(copy.deepcopy(plain))
+    for name, parameter in fast.named_parameters():  # nothing was copied
+        assert parameter.untyped_storage().nbytes() == parameter.nbytes, name
+    assert torch.equal(answer(fast)[0], answer(accelerate(copy.deepcopy(plain)))[0])
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("kind", ["MHA", "biases"])
+def test_gradients_and_autocast_run_the_formula_on_a_cpu(kind):
+    plain = make(kind)
+    fast, ids = accelerate(copy.deepcopy(plain)), torch.tensor([[7]])
+    for model in (plain, fast):
+        with torch.enable_grad():
+            model(ids).logits.square().mean().backward()
+    for (name, ours), theirs in zip(fast.named_parameters(), plain.parameters(), strict=True):
+        assert (ours.grad is None) == (theirs.grad is None), name
+        assert ours.grad is None or torch.equal(ours.grad, theirs.grad), name
+    with torch.autocast("cpu", BF16):
+        ours, theirs = fast(ids).logits, plain(ids).logits
+    assert ours.dtype == theirs.dtype and torch.equal(ours, theirs)
+
+
+# --- On a GPU, in Triton's interpreter -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def attended(monkeypatch) -> list[int]:
+    """A list with an entry for each layer that the kernels ran."""
+    calls, attend = [], FastLlama.attend
+    monkeypatch.setattr(FastLlama, "attend", lambda *args: calls.append(1) or attend(*args))
+    return calls
+
+
+@every_kind
+def test_the_decoder_on_a_gpu(kind, attended):
+    plain = make(kind)
+    fast = accelerate(copy.deepcopy(plain), "triton")
+    swapped = {type(twin) for _, _, twin in pairs(plain, fast)}
+    assert swapped == {FastLlama} | ({FastInt8Linear} if "int8" in kind else set())
+    (ours, our_cache), (theirs, their_cache) = answer(fast), answer(plain)
+    assert len(attended) == 3 * 2  # three forwards, two layers
+    assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+    assert_close(our_cache, their_cache, atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize("dtype", [FP32, FP16], ids=str)
+def test_an_int8_matrix_on_a_gpu(dtype):
+    plain = make("int8", dtype)
+    fast, exact = accelerate(copy.deepcopy(plain), "triton"), copy.deepcopy(plain).float()
+    twins = [(name, *pair) for name, *pair in pairs(plain, fast) if isinstance(pair[1], FastInt8Linear)]
+    assert len(twins) == 2 * 7 + 1
+    for name, module, twin in twins[-3:]:  # up and down of the last layer, and the head
+        for rows in (1, 4, 70):
+            x = random(rows, 1, module.q.shape[1], dtype=dtype)
+            close(twin(x), module(x), exact.get_submodule(name)(x.float()))
+
+
+def test_the_tower_on_a_gpu():
+    plain = make()
+    fast = accelerate(copy.deepcopy(plain), "triton")
+    pixels = batch()["pixel_values"]
+    for ours, theirs in zip(fast.vision_tower(pixels), plain.vision_tower(pixels), strict=True):
+        assert_close(ours, theirs, atol=2e-5, rtol=2e-5)
+
+
+FALLBACKS = {
+    "attentions": {"output_attentions": True},
+    "hidden states": {"output_hidden_states": True},
+    "no cache": {"use_cache": False},
+    "gradients": {},
+    "autocast": {},
+    "a mask with holes": {},
+    "a plain cache": {},
+    "float64": {},
+}
+
+
+@pytest.mark.parametrize("why", FALLBACKS)
+def test_the_formula_runs_where_kernels_cannot(why, attended):
+    plain = make("GQA and window")
+    fast = accelerate(copy.deepcopy(plain), "triton")
+    results = []
+    for model in (fast, plain):
+        given = batch() | FALLBACKS[why]
+        scope = contextlib.nullcontext()
+        if why == "gradients":
+            scope = torch.enable_grad()
+        elif why == "autocast":
+            scope = torch.autocast("cpu", BF16)
+        elif why == "a mask with holes":
+            given["attention_mask"][0, 1] = 0
+        elif why == "a plain cache":
+            given["past_key_values"] = KVCache(model.config.text_config, 2, 20, FP32, "cpu")
+        elif why == "float64":
+            model.double()
+        with scope:
+            out = model(**given)
+            if why == "gradients":
+                out.logits.square().mean().backward()
+                results.append([p.grad for p in model.parameters() if p.grad is not None])
+            elif why not in ("attentions", "hidden states", "no cache"):  # what follows knows the same of the mask
+                results.append([out.logits[:, -1], model.step(torch.tensor([7, 8]), None, out.past_key_values)])
+            else:
+                real = given["attention_mask"].bool()
+                results.append([out.logits[real], *(x[real] for x in out.hidden_states or ())])
+                results[-1] += [x[:, :, -1] for x in out.attentions or ()]
+    assert not attended
+    for ours, theirs in zip(*results, strict=True):
+        assert_close(ours, theirs, atol=1e-4 if ours.dtype == FP32 else 0.02, rtol=1e-4)
+
+
+def test_a_full_cache_says_so():
+    fast = accelerate(make(), "triton")
+    for mask in (None, torch.tensor([[0, 1, 1]])):
+        cache = fast.language_model.new_cache(1, 2)
+        with pytest.raises(ValueError, match="room for 2 tokens, and 3"):
+            fast(torch.tensor([[1, 5, 6]]), attention_mask=mask, past_key_values=cache)
+    cache = fast.language_model.new_cache(1, 2)
+    fast(torch.tensor([[1, 5]]), past_key_values=cache)
+    with pytest.raises(ValueError, match="room for 2 tokens, and 3"):
+        fast.step(torch.tensor([6]), torch.tensor([[2]]), cache)
+    with pytest.raises(ValueError, match="a batch of 1, but the batch is 2"):
+        fast.step(torch.tensor([6, 7]), torch.tensor([[2]]), cache)
+
+
+# --- The CUDA graph --------------------------------------------------------------------------------------------------
+
+
+class StandIn:
+    """In the place of torch.cuda.CUDAGraph: a replay runs the step with the host's count of the recording."""
+
+    fails = False
+
+    def __init__(self, step: GraphStep):
+        self.step, self.cache = step, None
+
+    def replay(self) -> None:
+        recorded, length = self.cache.recorded, self.cache.length
+        self.cache.length = self.length
+        with self.cache.recording():
+            scores = self.step.plain_step(self.step.model, recorded.ids, recorded.position_ids, self.cache)
+        self.cache.length = length
+        recorded.scores.copy_(scores)
+        if StandIn.fails:
+            raise KeyboardInterrupt
+
+
+@pytest.fixture
+def with_graph(monkeypatch):
+    """A model whose steps are recorded and replayed, by a stand-in."""
+    fast = accelerate(make("GQA and window"), "triton")
+    monkeypatch.setattr(graph, "on_gpu", lambda x: True)
+
+    @contextlib.contextmanager
+    def record(made, **options):
+        made.cache = next(cache for cache in CACHES if cache.is_recorded)
+        made.length = made.cache.length
+        yield
+
+    CACHES = []
+    new_cache = fast.language_model.new_cache
+    monkeypatch.setattr(fast.language_model, "new_cache", lambda *args: CACHES.append(new_cache(*args)) or CACHES[-1])
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: StandIn(fast.step))
+    monkeypatch.setattr(torch.cuda, "graph", record)
+    monkeypatch.setattr(StandIn, "fails", False)
+    return fast
+
+
+def start(model) -> tuple[FastCache, Tensor]:
+    given = batch()
+    cache = model.language_model.new_cache(2, 20)
+    model(**given, past_key_values=cache)
+    return cache, given["attention_mask"].sum(-1, keepdim=True)
+
+
+def test_a_replayed_step_gives_the_scores_of_a_step(with_graph):
+    plain = make("GQA and window")
+    for _ in range(2):  # a second answer records its own graph
+        (ours, positions), (theirs, _) = start(with_graph), start(plain)
+        for i, ids in enumerate(torch.tensor([[5, 6], [7, 8], [9, 10], [11, 12], [13, 14]])):
+            wanted = plain.step(ids, positions + i, theirs)
+            assert_close(with_graph.step(ids, positions + i, ours), wanted, atol=1e-4, rtol=1e-4)
+            assert (ours.recorded.graph is not None) == (i > 0) and ours.length == theirs.length
+        assert_close(filled(ours), filled(theirs), atol=2e-5, rtol=2e-5)
+
+
+def test_two_answers_in_turns_do_not_mix(with_graph):
+    plain = make("GQA and window")
+    caches = [(start(with_graph)[0], start(plain)[0]) for _ in range(2)]
+    for i in range(4):
+        ids, positions = torch.tensor([20 + i, 30 + i]), torch.tensor([[8 + i], [6 + i]])
+        for n, (ours, theirs) in enumerate(caches):
+            wanted = plain.step(ids + 5 * n, positions, theirs)
+            assert_close(with_graph.step(ids + 5 * n, positions, ours), wanted, atol=1e-4, rtol=1e-4)
+
+
+def test_a_step_interrupted_after_its_replay_can_be_repeated(with_graph):
+    plain = make("GQA and window")
+    (ours, positions), (theirs, _) = start(with_graph), start(plain)
+    for i, ids in enumerate(torch.tensor([[5, 6], [7, 8], [9, 10], [11, 12]])):
+        if i == 2:
+            StandIn.fails = True
+            with pytest.raises(KeyboardInterrupt):
+                with_graph.step(torch.tensor([40, 41]), positions + i, ours)
+            StandIn.fails = False
+        wanted = plain.step(ids, positions + i, theirs)
+        assert_close(with_graph.step(ids, positions + i, ours), wanted, atol=1e-4, rtol=1e-4)
+        assert ours.length == theirs.length
+
+
+def test_a_rewound_cache_is_continued_from_there(with_graph):
+    cache, positions = start(with_graph)
+    ids = torch.tensor([[5, 6], [7, 8], [9, 10]])
+    scores = [with_graph.step(x, positions + i, cache).clone() for i, x in enumerate(ids)]
+    cache.length -= 2
+    for i in (1, 2):
+        assert torch.equal(with_graph.step(ids[i], positions + i, cache), scores[i])
+
+
+def test_what_a_graph_cannot_replay_is_not_recorded(with_graph, monkeypatch):
+    given = batch()
+    given["attention_mask"][0, 1] = 0
+    cache = with_graph.language_model.new_cache(2, 20)
+    with_graph(**given, past_key_values=cache)
+    steps = [lambda: with_graph.step(torch.tensor([5, 6]), torch.tensor([[8], [6]]), cache)] * 3
+    for step in steps:
+        step()
+    assert cache.recorded is None
+    cache, positions = start(with_graph)
+    with torch.autocast("cpu", BF16):
+        for i in range(3):
+            with_graph.step(torch.tensor([5, 6]), positions + i, cache)
+    assert cache.recorded is None
+    monkeypatch.setattr(graph, "on_gpu", lambda x: False)
+    with_graph.step(torch.tensor([5, 6]), positions + 3, cache)
+    assert cache.recorded is None and cache.length == 12
+
+
+def test_a_full_cache_is_not_replayed(with_graph):
+    cache, positions = start(with_graph)
+    for i in range(12):
+        with_graph.step(torch.tensor([5, 6]), positions + i, cache)
+    with pytest.raises(ValueError, match="room for 20 tokens, and 21"):
+        with_graph.step(torch.tensor([5, 6]), positions + 12, cache)
+    assert cache.length == 20
+
+
+@pytest.mark.quick
+def test_a_decode_step_waits_for_no_value():
+    """On the meta device tensors have no values, so whatever looked at one would fail here, as it would in a graph."""
+    model = accelerate(make(), "triton").to("meta")
+    ids = torch.zeros(2, dtype=torch.long, device="meta")
+    assert model.step(ids, ids[:, None], model.language_model.new_cache(2, 20)).shape == (2, 70)
