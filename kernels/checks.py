@@ -36,7 +36,7 @@ def can_run(x: Tensor) -> bool:
 
 
 def check_tensors(**tensors: Tensor) -> None:
-    """Raise ValueError unless all are of one dtype the kernels support, on one device they run on, without gradients."""
+    """Raise ValueError unless all have one dtype and one device that the kernels support, and none needs gradients."""
     (first, x), *_ = tensors.items()
     if x.dtype not in DTYPES:
         raise ValueError(f"{first} is {x.dtype}, but the kernels support float32, float16 and bfloat16")
@@ -65,7 +65,7 @@ def check_int32(name: str, tensor: Tensor, length: int, device: torch.device) ->
 
 
 def check_attention(q: Tensor, k: Tensor, v: Tensor, first_key: Tensor | None) -> tuple[int, ...]:
-    """B, H, K, T, S, d of q (B, H, T, d), k and v (B, K, S, d) and first_key (B,) int32 or None; or ValueError."""
+    """Check q (B, H, T, d), k and v (B, K, S, d) and first_key (B,) int32 or None. Returns B, H, K, T, S, d."""
     check_tensors(q=q, k=k, v=v)
     if q.dim() != 4 or k.dim() != 4:
         raise ValueError(f"q is {list(q.shape)} and k {list(k.shape)}, but both must be (batch, heads, tokens, width)")
@@ -73,7 +73,8 @@ def check_attention(q: Tensor, k: Tensor, v: Tensor, first_key: Tensor | None) -
     check_shape("k", k, B, K, S, d)
     check_shape("v", v, B, K, S, d)
     if H % K or d > WIDEST_HEAD:
-        raise ValueError(f"{H} heads of width {d} on {K} key heads: they must divide, and be at most {WIDEST_HEAD} wide")
+        heads = f"{H} query heads of width {d} for {K} key heads"
+        raise ValueError(f"{heads}: the second number must divide the first, and the width be at most {WIDEST_HEAD}")
     if first_key is not None:
         check_int32("first_key", first_key, B, q.device)
     return B, H, K, T, S, d

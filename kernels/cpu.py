@@ -1,13 +1,12 @@
 """Twins for a CPU: the decoder's modules with the same weights and results, and faster products.
 
-While decoding, each matrix multiplies one row, or a few, so the time is the time to read the weights; which of PyTorch's
-products reads fastest depends on the number of rows and the dtype. Small matrices that read the same x are multiplied as
-one. Large ones stay views of the mapped file, because fusing would copy them.
-
     nn.Linear -> FewRowsLinear    llama.LlamaAttention -> FusedAttention    llama.LlamaMLP -> FusedMLP
 
-A twin runs the plain formula while gradients are recorded and under autocast. What each gains is in
-benchmarks/README.md.
+While decoding, each matrix multiplies one row or a few, which takes the time to read the weights. Which of PyTorch's
+products reads fastest depends on the number of rows and the dtype. Small matrices with the same input are fused into
+one; large ones stay views of the mapped file, because fusing copies them.
+
+A twin runs the plain formula while gradients are recorded and under autocast. benchmarks/README.md has the gains.
 """
 
 import torch

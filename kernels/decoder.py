@@ -3,10 +3,10 @@
     llama.Llama -> FastLlama    llama.KVCache -> FastCache    quantize.Int8Linear -> FastInt8Linear
     clip.attention -> tower_attention
 
-FastLlama has the children of the Llama that it replaces, under the same names, and gives the same results. q, k and v are
-one product, gate and up another. Keys and values are rotated straight into a FastCache, whose length and padding the
-kernels read on the device. It runs the plain formula when gradients, autocast, attentions or hidden states are asked for,
-without a FastCache, for dtypes and devices that the kernels do not support, and for padding inside a row.
+FastLlama has the children of the Llama that it replaces, under the same names, and gives the same results. q, k and v
+are one product, gate and up another. Keys and values go straight into a FastCache, whose length and padding the
+kernels read on the device. FastLlama runs the plain formula for attentions, hidden states, gradients and autocast,
+without a FastCache, for dtypes and devices that the kernels do not support, and for padding between a row's tokens.
 """
 
 from collections.abc import Iterator
@@ -24,7 +24,7 @@ from kernels.int8 import MOST_ROWS, int8_linear
 from kernels.rms_norm import add_rms_norm, rms_norm
 from kernels.rope import rope_into_cache
 from kernels.swiglu import swiglu
-from kernels.twins import FusedLinears, adopt, formula_needed, swap
+from kernels.twins import FusedLinears, adopt, swap
 from llama import KVCache, Llama, LlamaConfig, rope_angles
 from quantize import Int8Linear
 
@@ -33,8 +33,8 @@ class FastCache(KVCache):
     """A KVCache with what the kernels need of it on the device. `length`, on the host, is the only count of tokens.
 
     `past` (1,) is set to `length` by begin(), before each forward. `first_key` (B,) is where the left padding of each
-    row ends. `holes`: the attention mask has padding elsewhere too, which the kernels do not support. `recorded` is the
-    step of this cache as a CUDA graph (kernels/graph.py).
+    row ends. `holes`: a row has padding elsewhere too, which the kernels do not support. `recorded` is the decode step
+    of this cache as a CUDA graph (kernels/graph.py).
     """
 
     def __init__(self, config: LlamaConfig, batch: int, capacity: int, dtype: torch.dtype, device):
@@ -57,7 +57,7 @@ class FastCache(KVCache):
             self.holes = bool((self.first_key + mask.sum(-1) < mask.shape[1]).any())
 
     def begin(self) -> None:
-        """Tell the device how many tokens there are. Not while recording: each replay would repeat it."""
+        """Set `past` on the device, except while recording: each replay would repeat the number."""
         if not self.is_recorded:
             self.past.fill_(self.length)
 
@@ -79,14 +79,14 @@ class FastInt8Linear(Int8Linear):
     def forward(self, x: Tensor) -> Tensor:  # (..., in) -> (..., out)
         if x.dtype != self.scale.dtype or not can_run(x):
             return super().forward(x)
-        if x.numel() <= MOST_ROWS * x.shape[-1]:
+        if 0 < x.numel() <= MOST_ROWS * x.shape[-1]:
             return int8_linear(x, self.q, self.scale)
-        # Not dequantize(): its buffer is shared, and may be gone when a CUDA graph is replayed.
+        # Without dequantize(), whose buffer is shared and may have moved when a CUDA graph is replayed.
         return F.linear(x, self.q * self.scale[:, None])
 
 
 class FastLlama(Llama):
-    """The twin of Llama: see the top of this file."""
+    """The twin of Llama. The top of this file says what it does."""
 
     def __init__(self, plain: Llama):
         adopt(self, plain)
@@ -114,7 +114,7 @@ class FastLlama(Llama):
         B, T, _ = x.shape
         asked = hidden_states is not None or attentions is not None
         if attention_mask is not None and isinstance(cache, FastCache) and not asked:
-            self.padding_mask(attention_mask, B, cache.length + T, cache)  # the cache keeps it, and sees its holes
+            self.padding_mask(attention_mask, B, cache.length + T, cache)  # the cache keeps it
             attention_mask = None
         if asked or not self.can_use(cache, x):
             return super().forward(x, attention_mask, position_ids, cache, hidden_states, attentions)

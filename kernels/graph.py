@@ -1,10 +1,10 @@
 """The decode step as a CUDA graph: recorded once, then replayed for every token.
 
-A step of the 7B launches about four hundred kernels, and each launch takes the host longer than most kernels run. A graph
-keeps the list of launches on the GPU, and one call runs it. What it records are addresses and numbers: a replay makes the
-same launches with the same arguments on the same memory. So everything that changes from token to token must be read
-from memory at a fixed address: the ids and positions here, the cache's length in FastCache.past. The plain decoder cannot
-be replayed, because it slices the cache at a length that only the host knows; nor can a step that waits for a result.
+A step of the 7B launches about four hundred kernels, and a launch takes the host longer than most kernels run. A graph
+keeps the list of launches on the GPU, and one call runs it. It records addresses and numbers: a replay makes the same
+launches with the same arguments on the same memory. So whatever changes from token to token must be read from memory at
+a fixed address: the ids and positions here, the cache's length in FastCache.past. The plain decoder cannot be replayed,
+because it slices the cache at a length that only the host knows; nor can a step that waits for a result.
 """
 
 import threading
@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from kernels.decoder import FastCache, FastLlama
 from llama import KVCache
 
-RECORDING = threading.Lock()  # PyTorch records every graph on the same stream
+RECORDING = threading.Lock()  # PyTorch records all graphs on one stream
 
 
 class RecordedStep:
-    """A cache's step: the tensors at fixed addresses, and the graph once it is recorded."""
+    """The decode step of one cache: tensors at fixed addresses, and the graph once it is recorded."""
 
     @torch.inference_mode(False)  # tensors made in inference mode could not be written to outside it
     def __init__(self, input_ids: Tensor, position_ids: Tensor):
@@ -29,10 +29,10 @@ class RecordedStep:
 
 
 class GraphStep:
-    """Takes the place of a model's `step`: the same arguments, the same scores (B, V), overwritten by the next call.
+    """Replaces a model's `step`: the same arguments and the same scores (B, V), which the next call overwrites.
 
-    A graph belongs to one cache, which holds it. The first step with a cache runs normally, because Triton compiles its
-    kernels then; the second one is recorded.
+    A graph belongs to one cache and is stored there. The first step with a cache runs normally, because Triton compiles
+    kernels in it; the second one is recorded.
     """
 
     def __init__(self, model: nn.Module):
@@ -59,7 +59,7 @@ class GraphStep:
         return step.scores
 
     def can_replay(self, cache: KVCache) -> bool:
-        """Whether the step with this cache runs on a GPU, and by kernels alone."""
+        """Whether a step with this cache runs on a GPU, by kernels alone."""
         decoder = self.model.language_model
         x = decoder.norm.weight  # for its dtype and device
         return isinstance(decoder, FastLlama) and on_gpu(x) and decoder.can_use(cache, x)

@@ -1,6 +1,6 @@
-"""What the twins have in common: how they take a plain module's place, and one product for several matrices.
+"""What the twins share: replacing a module, and one product for several matrices with the same input.
 
-The plain modules stay: a twin has their parameters and their children, under the same names.
+A twin has the parameters and the children of the plain module, under the same names.
 """
 
 import copy
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 
 def swap(model: nn.Module, name: str, twin: nn.Module) -> None:
-    """Put `twin` in the place of the module `name`."""
+    """Replace the module called `name` by `twin`."""
     parent, _, leaf = name.rpartition(".")
     setattr(model.get_submodule(parent), leaf, twin)
 
@@ -28,25 +28,25 @@ def formula_needed(x: Tensor) -> bool:
 
 
 class FusedLinears:
-    """Several linears that read the same x, as one product: fewer and larger ones are faster.
+    """Several linears with the same input as one product, because one large product is faster than several.
 
     In every parameter (weight and bias of an nn.Linear, q and scale of an Int8Linear) a row belongs to one output. The
-    parameters are concatenated by rows, and those of each linear become views of the result, so that nothing is stored
-    twice and writing to them takes effect. If they are moved or replaced, by .to() or load_state_dict(assign=True),
-    the next call fuses them again. A copy starts empty for the same reason. Linears of more than `largest` bytes
-    together, or of different kinds, are called one by one.
+    parameters are concatenated by rows, and those of each linear become views of the result: nothing is stored twice,
+    and writing to them takes effect. When they have been moved or replaced, by .to() or load_state_dict(assign=True),
+    the next call fuses them again. Linears with more than `largest` bytes together, or of different kinds, are called
+    one by one.
     """
 
     def __init__(self, largest: float = math.inf):
         self.largest = largest
         self.forget()
 
-    def __reduce__(self):  # for copy.deepcopy and pickle
+    def __reduce__(self):  # copy.deepcopy and pickle make an empty one: the copied linears have memory of their own
         return FusedLinears, (self.largest,)
 
     def forget(self) -> None:
-        """Let go of the fused parameters, before those of the linears are moved."""
-        # The linears for which it was made, and the module. One tuple, because another thread may read it meanwhile.
+        """Release the fused parameters, so that moving the linears frees the old memory."""
+        # What was fused (see identity), and the result. One tuple, so that other threads read both or neither.
         self.made: tuple[list, nn.Module | None] = ([], None)
 
     def __call__(self, x: Tensor, *linears: nn.Module) -> tuple[Tensor, ...]:  # (..., in) -> (..., out) of each linear
@@ -60,7 +60,7 @@ class FusedLinears:
     @torch.inference_mode(False)  # tensors made in inference mode could not be trained later
     @torch.no_grad()
     def fuse(self, *linears: nn.Module) -> nn.Module | None:
-        """Make one module of the linears; None if they are too large or not alike."""
+        """Make one module of the linears and remember it; None if they are too large or not alike."""
         whole = None
         if alike(linears) and sum(p.nbytes for linear in linears for p in linear.parameters()) <= self.largest:
             whole = copy.copy(linears[0])  # its class and settings; the parameters follow
@@ -76,13 +76,14 @@ class FusedLinears:
 
 
 def identity(linears: tuple[nn.Module, ...]) -> list:
-    """Their classes, and where their parameters are in memory. (nn.Module.parameters() would be slower.)"""
+    """The linears' classes and the addresses of their parameters."""
+    # nn.Module.parameters() is slower than the dictionary, and this runs in every layer for every token.
     stored = [p.data_ptr() for linear in linears for p in linear._parameters.values() if p is not None]
     return [type(linear) for linear in linears] + stored
 
 
 def alike(linears: tuple[nn.Module, ...]) -> bool:
-    """Whether all are of one class, nn.Linear or Int8Linear or a twin of one, with the same parameters and no children."""
+    """Whether all have one class and the parameters of an nn.Linear or an Int8Linear, and nothing else."""
     kinds = {(type(linear), *(name for name, _ in linear.named_parameters())) for linear in linears}
     return len(kinds) == 1 and next(iter(kinds))[1:] in (("weight",), ("weight", "bias"), ("q", "scale"))
 

@@ -5,9 +5,9 @@ import copy
 
 import pytest
 import torch
+from kernel_helpers import BF16, FP16, FP32, KINDS, answer, batch, filled, make, random
 from torch import Tensor, nn
 from torch.testing import assert_close
-from twin_cases import KINDS, answer, batch, filled, make, random
 
 from kernels import accelerate
 from kernels.cpu import FewRowsLinear, FusedAttention, FusedMLP
@@ -16,9 +16,7 @@ from llama import KVCache, rope_angles, visible_keys
 pytest.importorskip("triton")
 from kernels import graph
 from kernels.decoder import FastCache, FastInt8Linear, FastLlama
-from kernels.graph import GraphStep
 
-FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
 every_kind = pytest.mark.parametrize("kind", KINDS)
 
 
@@ -30,8 +28,8 @@ def pairs(plain: nn.Module, fast: nn.Module):
             yield name, module, twin
 
 
-def close(ours: Tensor, theirs: Tensor, exact: Tensor) -> None:
-    """In float32 the twin has the plain module's numbers. In bfloat16 its error is hardly larger than the plain one's."""
+def no_worse(ours: Tensor, theirs: Tensor, exact: Tensor) -> None:
+    """In float32 a twin has the plain module's numbers; in others its error is hardly larger than the plain one's."""
     assert ours.shape == theirs.shape and ours.dtype == theirs.dtype
     if ours.dtype == FP32:
         assert_close(ours, theirs, atol=2e-5, rtol=2e-5)
@@ -80,7 +78,7 @@ def test_every_twin_on_a_cpu(kind, dtype):
             where = plain.config.text_config, rows, tokens
             ours, theirs = run(twin, twin, *where, dtype), run(module, twin, *where, dtype)
             for a, b, c in zip(ours, theirs, run(exact.get_submodule(name), twin, *where, FP32), strict=True):
-                close(a, b, c)
+                no_worse(a, b, c)
     assert found == {FewRowsLinear, FusedAttention, FusedMLP} - ({FewRowsLinear} if kind == "int8" else set())
 
 
@@ -136,26 +134,27 @@ def attended(monkeypatch) -> list[int]:
 
 @every_kind
 def test_the_decoder_on_a_gpu(kind, attended):
-    plain = make(kind)
+    layers = 2 if kind == "MHA" else 1
+    plain = make(kind, layers=layers)
     fast = accelerate(copy.deepcopy(plain), "triton")
     swapped = {type(twin) for _, _, twin in pairs(plain, fast)}
     assert swapped == {FastLlama} | ({FastInt8Linear} if "int8" in kind else set())
     (ours, our_cache), (theirs, their_cache) = answer(fast), answer(plain)
-    assert len(attended) == 3 * 2  # three forwards, two layers
+    assert len(attended) == 3 * layers  # three forwards
     assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
     assert_close(our_cache, their_cache, atol=2e-5, rtol=2e-5)
 
 
 @pytest.mark.parametrize("dtype", [FP32, FP16], ids=str)
 def test_an_int8_matrix_on_a_gpu(dtype):
-    plain = make("int8", dtype)
+    plain = make("int8", dtype, layers=1)
     fast, exact = accelerate(copy.deepcopy(plain), "triton"), copy.deepcopy(plain).float()
     twins = [(name, *pair) for name, *pair in pairs(plain, fast) if isinstance(pair[1], FastInt8Linear)]
-    assert len(twins) == 2 * 7 + 1
+    assert len(twins) == 7 + 1
     for name, module, twin in twins[-3:]:  # up and down of the last layer, and the head
         for rows in (1, 4, 70):
             x = random(rows, 1, module.q.shape[1], dtype=dtype)
-            close(twin(x), module(x), exact.get_submodule(name)(x.float()))
+            no_worse(twin(x), module(x), exact.get_submodule(name)(x.float()))
 
 
 def test_the_tower_on_a_gpu():
@@ -229,123 +228,114 @@ def test_a_full_cache_says_so():
 # --- The CUDA graph --------------------------------------------------------------------------------------------------
 
 
+CAPACITY = 8
+
+
 class StandIn:
-    """In the place of torch.cuda.CUDAGraph: a replay runs the step with the host's count of the recording."""
+    """In the place of torch.cuda.CUDAGraph. A replay runs the step with the host's count as it was when recorded."""
 
-    fails = False
-
-    def __init__(self, step: GraphStep):
-        self.step, self.cache = step, None
+    cache, interrupted = None, False
 
     def replay(self) -> None:
-        recorded, length = self.cache.recorded, self.cache.length
+        step, length = self.cache.recorded, self.cache.length
         self.cache.length = self.length
         with self.cache.recording():
-            scores = self.step.plain_step(self.step.model, recorded.ids, recorded.position_ids, self.cache)
+            step.scores.copy_(type(self.model).step(self.model, step.ids, step.position_ids, self.cache))
         self.cache.length = length
-        recorded.scores.copy_(scores)
-        if StandIn.fails:
+        if StandIn.interrupted:
             raise KeyboardInterrupt
 
 
 @pytest.fixture
-def with_graph(monkeypatch):
-    """A model whose steps are recorded and replayed, by a stand-in."""
-    fast = accelerate(make("GQA and window"), "triton")
-    monkeypatch.setattr(graph, "on_gpu", lambda x: True)
+def models(monkeypatch):
+    """A model that records its steps, by the stand-in, and the plain one."""
+    plain = make("GQA and window", layers=1)
+    fast = accelerate(copy.deepcopy(plain), "triton")
+    recording = FastCache.recording
 
-    @contextlib.contextmanager
-    def record(made, **options):
-        made.cache = next(cache for cache in CACHES if cache.is_recorded)
-        made.length = made.cache.length
-        yield
+    def remember(cache):
+        StandIn.cache = cache
+        return recording(cache)
 
-    CACHES = []
-    new_cache = fast.language_model.new_cache
-    monkeypatch.setattr(fast.language_model, "new_cache", lambda *args: CACHES.append(new_cache(*args)) or CACHES[-1])
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: StandIn(fast.step))
+    def record(made: StandIn, **options):
+        made.model, made.cache, made.length = fast, StandIn.cache, StandIn.cache.length
+        return contextlib.nullcontext()
+
+    monkeypatch.setattr(FastCache, "recording", remember)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", StandIn)
     monkeypatch.setattr(torch.cuda, "graph", record)
-    monkeypatch.setattr(StandIn, "fails", False)
-    return fast
+    monkeypatch.setattr(StandIn, "interrupted", False)
+    monkeypatch.setattr(graph, "on_gpu", lambda x: True)
+    return fast, plain
 
 
-def start(model) -> tuple[FastCache, Tensor]:
-    given = batch()
-    cache = model.language_model.new_cache(2, 20)
-    model(**given, past_key_values=cache)
-    return cache, given["attention_mask"].sum(-1, keepdim=True)
+def start(model, mask=((1, 1, 1), (0, 1, 1))) -> KVCache:
+    """A cache after a prompt."""
+    cache, mask = model.language_model.new_cache(2, CAPACITY), torch.tensor(mask)
+    model(torch.tensor([[1, 5, 9], [0, 1, 7]]), attention_mask=mask, past_key_values=cache)
+    return cache
 
 
-def test_a_replayed_step_gives_the_scores_of_a_step(with_graph):
-    plain = make("GQA and window")
+def step(model, cache, i: int = 0) -> Tensor:
+    """The scores after a token that depends on the cache's length and on `i`."""
+    ids, length = torch.tensor([10 + i, 30 - i]) + cache.length, cache.length
+    return model.step(ids, torch.tensor([[length], [length - 1]]), cache).clone()
+
+
+def test_a_replayed_step_is_a_step(models):
     for _ in range(2):  # a second answer records its own graph
-        (ours, positions), (theirs, _) = start(with_graph), start(plain)
-        for i, ids in enumerate(torch.tensor([[5, 6], [7, 8], [9, 10], [11, 12], [13, 14]])):
-            wanted = plain.step(ids, positions + i, theirs)
-            assert_close(with_graph.step(ids, positions + i, ours), wanted, atol=1e-4, rtol=1e-4)
-            assert (ours.recorded.graph is not None) == (i > 0) and ours.length == theirs.length
+        ours, theirs = map(start, models)
+        for i in range(4):
+            assert_close(step(models[0], ours), step(models[1], theirs), atol=1e-4, rtol=1e-4)
+            assert ours.length == theirs.length and (ours.recorded.graph is not None) == (i > 0)
         assert_close(filled(ours), filled(theirs), atol=2e-5, rtol=2e-5)
 
 
-def test_two_answers_in_turns_do_not_mix(with_graph):
-    plain = make("GQA and window")
-    caches = [(start(with_graph)[0], start(plain)[0]) for _ in range(2)]
+def test_two_answers_in_turns_do_not_mix(models):
+    pairs = [list(map(start, models)) for _ in range(2)]
+    for _ in range(3):
+        for i, (ours, theirs) in enumerate(pairs):
+            assert_close(step(models[0], ours, i), step(models[1], theirs, i), atol=1e-4, rtol=1e-4)
+
+
+def test_a_step_interrupted_after_its_replay_can_be_repeated(models):
+    ours, theirs = map(start, models)
     for i in range(4):
-        ids, positions = torch.tensor([20 + i, 30 + i]), torch.tensor([[8 + i], [6 + i]])
-        for n, (ours, theirs) in enumerate(caches):
-            wanted = plain.step(ids + 5 * n, positions, theirs)
-            assert_close(with_graph.step(ids + 5 * n, positions, ours), wanted, atol=1e-4, rtol=1e-4)
-
-
-def test_a_step_interrupted_after_its_replay_can_be_repeated(with_graph):
-    plain = make("GQA and window")
-    (ours, positions), (theirs, _) = start(with_graph), start(plain)
-    for i, ids in enumerate(torch.tensor([[5, 6], [7, 8], [9, 10], [11, 12]])):
         if i == 2:
-            StandIn.fails = True
+            StandIn.interrupted = True
             with pytest.raises(KeyboardInterrupt):
-                with_graph.step(torch.tensor([40, 41]), positions + i, ours)
-            StandIn.fails = False
-        wanted = plain.step(ids, positions + i, theirs)
-        assert_close(with_graph.step(ids, positions + i, ours), wanted, atol=1e-4, rtol=1e-4)
+                step(models[0], ours, 7)
+            StandIn.interrupted = False
+        assert_close(step(models[0], ours), step(models[1], theirs), atol=1e-4, rtol=1e-4)
         assert ours.length == theirs.length
 
 
-def test_a_rewound_cache_is_continued_from_there(with_graph):
-    cache, positions = start(with_graph)
-    ids = torch.tensor([[5, 6], [7, 8], [9, 10]])
-    scores = [with_graph.step(x, positions + i, cache).clone() for i, x in enumerate(ids)]
+def test_a_rewound_cache_continues_from_there(models):
+    cache = start(models[0])
+    scores = [step(models[0], cache) for _ in range(3)]
     cache.length -= 2
-    for i in (1, 2):
-        assert torch.equal(with_graph.step(ids[i], positions + i, cache), scores[i])
+    assert torch.equal(torch.stack(scores[1:]), torch.stack([step(models[0], cache) for _ in range(2)]))
 
 
-def test_what_a_graph_cannot_replay_is_not_recorded(with_graph, monkeypatch):
-    given = batch()
-    given["attention_mask"][0, 1] = 0
-    cache = with_graph.language_model.new_cache(2, 20)
-    with_graph(**given, past_key_values=cache)
-    steps = [lambda: with_graph.step(torch.tensor([5, 6]), torch.tensor([[8], [6]]), cache)] * 3
-    for step in steps:
-        step()
-    assert cache.recorded is None
-    cache, positions = start(with_graph)
-    with torch.autocast("cpu", BF16):
-        for i in range(3):
-            with_graph.step(torch.tensor([5, 6]), positions + i, cache)
-    assert cache.recorded is None
+def test_what_a_graph_cannot_replay_is_not_recorded(models, monkeypatch):
+    holes = start(models[0], mask=((1, 0, 1), (0, 1, 1)))
+    cache = start(models[0])
+    for _ in range(2):
+        step(models[0], holes)
+        with torch.autocast("cpu", BF16):
+            step(models[0], cache)
     monkeypatch.setattr(graph, "on_gpu", lambda x: False)
-    with_graph.step(torch.tensor([5, 6]), positions + 3, cache)
-    assert cache.recorded is None and cache.length == 12
+    step(models[0], cache)
+    assert holes.recorded is None and cache.recorded is None and cache.length == 6
 
 
-def test_a_full_cache_is_not_replayed(with_graph):
-    cache, positions = start(with_graph)
-    for i in range(12):
-        with_graph.step(torch.tensor([5, 6]), positions + i, cache)
-    with pytest.raises(ValueError, match="room for 20 tokens, and 21"):
-        with_graph.step(torch.tensor([5, 6]), positions + 12, cache)
-    assert cache.length == 20
+def test_a_full_cache_is_not_replayed(models):
+    cache = start(models[0])
+    for _ in range(CAPACITY - cache.length):
+        step(models[0], cache)
+    with pytest.raises(ValueError, match="room for 8 tokens, and 9"):
+        step(models[0], cache)
+    assert cache.length == CAPACITY
 
 
 @pytest.mark.quick

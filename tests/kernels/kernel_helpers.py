@@ -1,12 +1,16 @@
 """Small models with random weights, without files and without transformers, and what to run through them."""
 
+import pytest
 import torch
 from torch import Tensor
+from torch.testing import assert_close
 
 from llama import KVCache
 from llava import LlavaConfig, LlavaForConditionalGeneration
 from quantize import quantize_model
 
+FP32, FP16, BF16, FP64 = torch.float32, torch.float16, torch.bfloat16, torch.float64
+both = pytest.mark.parametrize("dtype", [FP32, FP16], ids=str)  # bfloat16 is garbage in the interpreter
 VISION = {
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -15,7 +19,8 @@ VISION = {
     "image_size": 28,
     "patch_size": 14,
 }
-TEXT = {  # PyTorch's int8 product in bfloat16 reads beyond a row whose length is no multiple of 8 (with AVX-512: of 16)
+# PyTorch's int8 product in bfloat16 reads beyond a row whose length is no multiple of 8.
+TEXT = {
     "hidden_size": 32,
     "intermediate_size": 64,
     "num_attention_heads": 2,
@@ -33,12 +38,19 @@ KINDS = {
 }
 
 
-def random(*shape: int, dtype=torch.float32) -> Tensor:
+def close(ours: Tensor, exact: Tensor) -> None:
+    """A kernel's result has the float32 numbers, up to rounding in its dtype."""
+    assert ours.shape == exact.shape
+    tolerance = {FP32: 1e-5, FP16: 3e-3}[ours.dtype]
+    assert_close(ours.float(), exact.float(), atol=tolerance, rtol=tolerance)
+
+
+def random(*shape: int, dtype=FP32) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape))).to(dtype)
 
 
 @torch.no_grad()
-def make(kind: str = "MHA", dtype: torch.dtype = torch.float32, layers: int = 2) -> LlavaForConditionalGeneration:
+def make(kind: str = "MHA", dtype: torch.dtype = FP32, layers: int = 2) -> LlavaForConditionalGeneration:
     """A plain model."""
     text, quantize = KINDS[kind]
     text = TEXT | text | {"num_hidden_layers": layers}
@@ -53,7 +65,7 @@ def make(kind: str = "MHA", dtype: torch.dtype = torch.float32, layers: int = 2)
     return model
 
 
-def batch(dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+def batch(dtype: torch.dtype = FP32) -> dict[str, Tensor]:
     """Two prompts with a picture each; the second one is shorter, and padded."""
     ids = torch.tensor([[1, 5, 9, *[IMAGE] * PATCHES, 8], [0, 0, 1, *[IMAGE] * PATCHES, 30]])
     mask = torch.ones_like(ids)
@@ -62,14 +74,14 @@ def batch(dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
 
 
 def filled(cache: KVCache) -> list[Tensor]:
-    """The keys and values in a cache where a token is no padding: of each layer (tokens, K, d)."""
+    """The keys and values in a cache where a token is no padding: (tokens, K, d) for each layer."""
     real = torch.ones(cache.batch, cache.length, dtype=torch.bool)
     if (mask := cache.attention_mask) is not None:
         real[:, : mask.shape[1]] = mask
-    return [part[:, :, : cache.length].transpose(1, 2)[real] for layer in zip(cache.k, cache.v) for part in layer]
+    return [part[:, :, : cache.length].transpose(1, 2)[real] for part in (*cache.k, *cache.v)]
 
 
-def answer(model, dtype: torch.dtype = torch.float32) -> tuple[Tensor, list[Tensor]]:
+def answer(model, dtype: torch.dtype = FP32) -> tuple[Tensor, list[Tensor]]:
     """The scores of a padded batch with pictures, of two tokens after it, and of one more; and the cache's contents."""
     given = batch(dtype)
     cache = model.language_model.new_cache(2, given["input_ids"].shape[1] + 3)
