@@ -1,19 +1,20 @@
-"""How fast this is on a CPU, against Hugging Face transformers on the same weights: the README's table.
+"""How fast this project is on a CPU, compared with Hugging Face transformers on the same weights: README.md's table.
 
     python benchmarks/cpu.py                       the tiny model and one of 161 million weights
     python benchmarks/cpu.py --also FOLDER         and another checkpoint, such as random_weights.py's 7B
+    python benchmarks/cpu.py --plain               and the plain model, without the twins of kernels/cpu.py
 
-Both models stand in one process and take turns, theirs on views of our weights, so that noise hits both and a 7B fits.
-What only a process of its own can tell is measured in such processes, also in turns. Who begins changes every round.
-Where a 7B with int8 weights does not fit beside the two, it takes its turns after them.
+The models are in one process and run in turns, theirs on views of our weights, so that noise affects all of them and a
+7B fits. Start and memory are measured in separate processes, also in turns. The order changes every round. A large
+checkpoint in int8 runs after the others, because the memory may not hold all of them.
 
-    first token      from pixels and ids to the scores of the first word: tower, projector, the whole prompt
-    decode           each further word, of every row of the batch at once
+    first token      from pixels and ids to the scores of the first token: tower, projector, the whole prompt
+    decode           each further token, for all rows of the batch together
     start to first   from the start of a process to the end of the first token, imports and loading included
-    load to first    from the start of loading; cold: the files must come from the disk
-    peak             the most memory that the process had, files it maps included (VmHWM)
+    load to first    from the start of loading; cold: the files are not in the system's cache
+    peak             the most memory that the process used, mapped files included (VmHWM)
 
-In float32 both must give the same tokens, or there is no table. The last three rows are known on Linux only.
+In float32 both must give the same tokens; otherwise no table is printed. The last three rows need Linux.
 """
 
 import argparse
@@ -27,27 +28,26 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
+from functools import partial
 from pathlib import Path
 
 import torch
-import transformers  # before our folder is in the path: it would take our kernels/ for a package that it knows
+import transformers  # before our folder is in sys.path: it would mistake our kernels/ for Hugging Face's package
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from random_weights import make
 
-from checkpoint import read_config
-from clip import open_image
-from command import BUNDLED, fast_dtype, run
+from hub.device import fast_dtype
+from hub.files import BUNDLED, weight_files
+from hub.pictures import open_image
 from llava import LlavaForConditionalGeneration, LlavaProcessor
-from load_weights import named_parts
-from memory import cache_bytes, free_bytes, needed_bytes
 
 ROOT = Path(__file__).parent.parent
 IMAGE = ROOT / "images" / "cat-and-apple.jpg"
 PROMPT = "USER: <image>\nDescribe the picture. ASSISTANT:"
 NEW = 17  # tokens of an answer: one from the prompt, the others decoded
-# The same lines for both libraries: a process that loads, answers with one token, and says when it had it.
+# The same lines for both libraries: a process that loads, answers with one token, and prints when it had it.
 ALONE = """
 import json, pathlib, time
 import torch
@@ -74,17 +74,18 @@ def rival(ours: LlavaForConditionalGeneration, folder: Path) -> torch.nn.Module:
     config = transformers.AutoConfig.from_pretrained(folder)
     with torch.device("meta"):
         theirs = transformers.LlavaForConditionalGeneration._from_config(config, dtype=ours.dtype)
-    tensors = {("" if name.startswith("lm_head") else "model.") + name: t.detach() for name, t in named_parts(ours)}
+    parameters = ours.named_parameters()
+    tensors = {("" if name.startswith("lm_head") else "model.") + name: t.detach() for name, t in parameters}
     missing, unknown = theirs.load_state_dict(tensors, strict=False, assign=True)
     if unknown or set(missing) - {"lm_head.weight"}:
-        raise ValueError(f"transformers names other weights: it lacks {missing}, and does not know {unknown}")
+        raise SystemExit(f"transformers has other names for weights: {missing} are missing, {unknown} are unknown")
     theirs.tie_weights()
-    for part in theirs.modules():  # what is computed and not stored still lies on the meta device
+    for part in theirs.modules():  # buffers that are computed and not stored are still on the meta device
         if hasattr(part, "inv_freq"):
             part.__init__(config.text_config)
         if hasattr(part, "position_ids"):
             part.position_ids = torch.arange(part.num_positions)[None]
-    theirs.generation_config.eos_token_id = None  # every answer is as long as asked for
+    theirs.generation_config.eos_token_id = None  # no answer ends early
     return theirs.to(ours.device).eval()
 
 
@@ -97,39 +98,40 @@ def time_answer(model: torch.nn.Module, inputs: dict, **stop) -> tuple[float, fl
         ids = model.generate(**inputs, max_new_tokens=NEW, do_sample=False, **stop).tolist()
     hook.remove()
     if len(clock) != NEW:
-        raise ValueError(f"an answer took {len(clock)} runs of the head, not {NEW}: its times mean nothing")
+        raise SystemExit(f"an answer took {len(clock)} runs of the head, not {NEW}: the times mean nothing")
     return clock[0] - start, statistics.median(b - a for a, b in itertools.pairwise(clock)), ids
 
 
-def bytes_a_token(model: LlavaForConditionalGeneration, context: int) -> int:
-    """What a decoded token must read at least: the decoder, the head, and the keys and values of the context."""
+def bytes_per_token(model: LlavaForConditionalGeneration, context: int) -> int:
+    """What must be read to decode a token: the decoder, the head, and the keys and values of the context."""
     parts = {id(p): p.nbytes for part in (model.language_model, model.lm_head) for p in part.parameters()}
-    if not model.config.tie_word_embeddings:  # a row of the table is all that is read of it
+    if not model.config.tie_word_embeddings:  # only one row of the table is read
         del parts[id(model.language_model.embed_tokens.weight)]
-    return sum(parts.values()) + context * cache_bytes(model.config, model.dtype)
+    text = model.config.text_config
+    keys_and_values = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * model.dtype.itemsize
+    return sum(parts.values()) + context * keys_and_values
 
 
 def read_speed(numbers: torch.Tensor) -> float:
-    """Bytes a second of a plain sum, which does nothing but read; of more than a CPU's caches hold."""
+    """Bytes per second of a sum, which only reads, over more numbers than a CPU's caches hold."""
     start = time.perf_counter()
     numbers.sum()
     return numbers.nbytes / (time.perf_counter() - start)
 
 
 def turns(names, i: int) -> list:
-    """The names in an order that begins with another one every round."""
+    """The names, starting with a different one every round."""
     names = list(names)
     return names[i % len(names) :] + names[: i % len(names)]
 
 
-def together(folder: Path, dtype: torch.dtype) -> list[list[str]]:
-    """Which models stand in memory at once: all, or where a 7B is too large for it, int8 by itself after the others."""
+def together(folder: Path, dtype: torch.dtype, plain: bool) -> list[list[str]]:
+    """Which models are in memory together: all, or int8 by itself after the others if the checkpoint is large."""
+    names = ["theirs", "ours"] + ["plain"] * plain
     if dtype != torch.bfloat16:
-        return [["theirs", "ours"]]
-    settings, tokens = read_config(folder), 4 * 700  # the cache of four rows
-    needed = needed_bytes(settings, dtype, None, tokens) + needed_bytes(settings, dtype, "int8", 0) + 2**30
-    free = free_bytes("cpu")
-    return [["theirs", "ours", "int8"]] if free is None or needed < free else [["theirs", "ours"], ["int8"]]
+        return [names]
+    size, memory = sum(file.stat().st_size for file in weight_files(folder)), os.sysconf("SC_PHYS_PAGES") * 4096
+    return [[*names, "int8"]] if size < memory / 3 else [names, ["int8"]]
 
 
 def load_models(names: list[str], folder: Path, dtype: torch.dtype) -> dict[str, torch.nn.Module]:
@@ -137,16 +139,18 @@ def load_models(names: list[str], folder: Path, dtype: torch.dtype) -> dict[str,
     if "ours" in names:
         models["ours"] = LlavaForConditionalGeneration.from_pretrained(folder, dtype)
         models["theirs"] = rival(models["ours"], folder)
+    if "plain" in names:
+        models["plain"] = LlavaForConditionalGeneration.from_pretrained(folder, dtype, kernels="torch")
     if "int8" in names:
         models["int8"] = LlavaForConditionalGeneration.from_pretrained(folder, dtype, quantize="int8")
     return models
 
 
-def in_turns(folder: Path, dtype: torch.dtype, rounds: int) -> list[dict]:
-    """A row for each of first token and decode at batch 1 and 4: ours, int8 and theirs in turns."""
+def in_turns(folder: Path, dtype: torch.dtype, rounds: int, plain: bool) -> list[dict]:
+    """A row for each of first token and decode at batch 1 and 4, with all models in turns."""
     processor, memory = LlavaProcessor.from_pretrained(folder), torch.ones(2**28)
     found, speeds, sizes, rows = defaultdict(list), [], {}, []
-    for names in together(folder, dtype):
+    for names in together(folder, dtype, plain):
         models = load_models(names, folder, dtype)
         for batch in (1, 4):
             inputs = processor(images=[open_image(IMAGE)] * batch, text=[PROMPT] * batch).to("cpu", dtype)
@@ -156,26 +160,26 @@ def in_turns(folder: Path, dtype: torch.dtype, rounds: int) -> list[dict]:
                     found[batch, name].append(time_answer(models[name], dict(inputs), **stop))
                 speeds.append(read_speed(memory))
         context = inputs["input_ids"].shape[1] + NEW // 2
-        sizes |= {name: bytes_a_token(model, context) for name, model in models.items() if name != "theirs"}
+        sizes |= {name: bytes_per_token(models[name], context) for name in models if name in ("ours", "int8")}
         del models  # before the next ones are loaded
     for batch in (1, 4):
         if dtype == torch.float32 and found[batch, "ours"][0][2] != found[batch, "theirs"][0][2]:
-            raise ValueError(f"{folder.name}: transformers' tokens are others, so there is nothing to compare")
-        for i, what in enumerate(("first token", "decode")):  # the answers of round 0 are to warm up
+            raise SystemExit(f"{folder.name}: transformers gives other tokens, so there is nothing to compare")
+        for i, what in enumerate(("first token", "decode")):  # round 0 is a warm-up
             values = {name: [answer[i] for answer in answers[1:]] for (b, name), answers in found.items() if b == batch}
             rows.append({"what": what, "batch": batch, "values": values})
     rows[1] |= {"bytes": sizes, "read speed": speeds}
     return rows
 
 
-# --- In processes of their own ---------------------------------------------------------------------------------------
+# --- In separate processes -------------------------------------------------------------------------------------------
 
 
 def forget(folder: Path) -> None:
-    """Let the system drop what it keeps of a checkpoint's files in memory."""
+    """Make the system drop a checkpoint's files from its cache."""
     for file in folder.glob("*.safetensors"):
         with open(file, "rb") as opened:
-            os.fsync(opened.fileno())  # what is not written yet would stay
+            os.fsync(opened.fileno())  # pages that are not written yet would stay
             os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
@@ -188,8 +192,8 @@ def answer_alone(library: str, options: str, folder: Path, dtype: torch.dtype, e
     begun = time.time()
     done = subprocess.run([sys.executable, "-c", script], check=True, stdout=subprocess.PIPE, text=True, cwd=empty,
                           env=os.environ | settings)  # fmt: skip
-    told = json.loads(done.stdout.splitlines()[-1])
-    return {"start": told["end"] - begun, "load": told["end"] - told["start"], "peak": told["peak"]}
+    printed = json.loads(done.stdout.splitlines()[-1])
+    return {"start": printed["end"] - begun, "load": printed["end"] - printed["start"], "peak": printed["peak"]}
 
 
 def alone(folder: Path, dtype: torch.dtype, rounds: int) -> list[dict]:
@@ -204,7 +208,7 @@ def alone(folder: Path, dtype: torch.dtype, rounds: int) -> list[dict]:
                 warm = answer_alone(*kinds[name], folder, dtype, empty)
                 forget(folder)
                 cold = answer_alone(*kinds[name], folder, dtype, empty)
-                if i:  # the first is to warm up
+                if i:  # round 0 is a warm-up
                     found["start to first"][name].append(warm["start"])
                     found["load to first"][name].append(warm["load"])
                     found["load to first, cold"][name].append(cold["load"])
@@ -216,7 +220,8 @@ def alone(folder: Path, dtype: torch.dtype, rounds: int) -> list[dict]:
 
 
 def machine() -> str:
-    found = Path("/proc/cpuinfo")  # where there is Linux
+    """The processor and the versions that a table is for."""
+    found = Path("/proc/cpuinfo")  # on Linux
     lines = found.read_text().splitlines() if found.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     amx = ", bf16 matrix units" if torch.cpu._is_amx_tile_supported() else ""
@@ -231,11 +236,11 @@ def show(value: float, what: str) -> str:
     return f"{value:.2f} s" if value >= 0.9995 else f"{value * 1000:.3g} ms"
 
 
-def line(row: dict) -> str:
-    """Medians; a ratio is theirs over ours of the same round, its median and, in brackets, the smallest and largest."""
+def line(row: dict, columns: list[str]) -> str:
+    """Medians. Ratios are theirs / ours of the same round: the median and, in brackets, the smallest and largest."""
     cells, theirs = [row["model"], row["dtype"], row["what"], str(row["batch"])], row["values"]["theirs"]
     cells.append(show(statistics.median(theirs), row["what"]))
-    for name in ("ours", "int8"):
+    for name in columns:
         if name not in row["values"]:
             cells += ["", ""]
             continue
@@ -247,32 +252,38 @@ def line(row: dict) -> str:
 
 
 def bandwidth(row: dict) -> list[str]:
-    """How near decoding comes to the speed of memory, for models that no cache holds."""
-    told, plain = [], statistics.median(row["read speed"])
+    """How near decoding comes to the speed of memory, for models larger than the CPU's caches."""
+    sentences, plain = [], statistics.median(row["read speed"])
     for name, n in row["bytes"].items():
         if n > 1e8:
             kind, speed = row["dtype"] if name == "ours" else name, n / statistics.median(row["values"][name])
-            share = f"{speed / plain:.0%} of the {plain / 1e9:.1f} GB/s of a plain sum"
-            told.append(f"{row['model']} in {kind} reads {speed / 1e9:.1f} GB/s while it decodes, {share}.")
-    return told
+            share = f"{speed / plain:.0%} of the {plain / 1e9:.1f} GB/s of a sum"
+            sentences.append(f"{row['model']} in {kind} reads {speed / 1e9:.1f} GB/s while it decodes, {share}.")
+    return sentences
 
 
-def table(rows: list[dict]) -> str:
-    head = "| model | dtype | what | batch | transformers | ours | theirs / ours | int8 | theirs / int8 |"
-    lines = [head, "|---" * 9 + "|", *map(line, rows)]
+def table(rows: list[dict], columns: list[str]) -> str:
+    head = ["model", "dtype", "what", "batch", "transformers"]
+    for name in columns:
+        head += [name, f"theirs / {name}"]
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|", *(line(row, columns) for row in rows)]
     return "\n".join(lines) + "\n\n" + "\n".join(text for row in rows if "bytes" in row for text in bandwidth(row))
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Time this project and transformers on the same weights.")
     parser.add_argument("--also", type=Path, action="append", default=[], help="one more checkpoint, in bfloat16")
-    parser.add_argument("--only", action="store_true", help="nothing but what --also names")
-    parser.add_argument("--rounds", type=int, default=7, help="of answers; of processes, half as many")
+    parser.add_argument("--only", action="store_true", help="only the checkpoints given with --also")
+    parser.add_argument("--plain", action="store_true", help="also time the plain model")
+    parser.add_argument("--rounds", type=int, default=7, help="rounds of answers; half as many of processes")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--json", type=Path, help="where every single value is written")
+    parser.add_argument("--json", type=Path, help="write every value to this file")
     args = parser.parse_args()
     if args.rounds < 1 or (args.only and not args.also):
-        raise ValueError("--rounds must be 1 at least, and --only needs --also")
+        parser.error("--rounds must be at least 1, and --only needs --also")
+    for folder in args.also:
+        if not (folder / "config.json").is_file():
+            parser.error(f"{folder} is not a checkpoint: it has no config.json")
     return args
 
 
@@ -281,7 +292,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     transformers.logging.set_verbosity_error()
-    rows = []
+    rows, columns = [], ["ours", "int8"] + ["plain"] * args.plain
     with tempfile.TemporaryDirectory() as scratch:
         todo = [(folder.resolve(), folder.name, [torch.bfloat16]) for folder in args.also]
         if not args.only:
@@ -290,14 +301,15 @@ def main() -> None:
             todo = [(BUNDLED, "tiny", both), (Path(scratch), "161M", both), *todo]
         for folder, name, dtypes in todo:
             for dtype in dtypes:
-                for work, rounds in ((in_turns, args.rounds), (alone, -(-args.rounds // 2))):
-                    for row in work(folder, dtype, rounds):
+                answers = partial(in_turns, rounds=args.rounds, plain=args.plain)
+                for work in (answers, partial(alone, rounds=-(-args.rounds // 2))):
+                    for row in work(folder, dtype):
                         rows.append({"model": name, "dtype": str(dtype).removeprefix("torch."), **row})
-                        print(line(rows[-1]), file=sys.stderr, flush=True)
+                        print(line(rows[-1], columns), file=sys.stderr, flush=True)
                     if args.json:
                         args.json.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1))
-    print(f"{machine()}\n\n{table(rows)}")
+    print(f"{machine()}\n\n{table(rows, columns)}")
 
 
 if __name__ == "__main__":
-    sys.exit(run(main))
+    main()

@@ -1,11 +1,11 @@
-"""Does the page of --explain show the right place? How often a name's heat lies on the thing that it names.
+"""How often the heat map of --explain is on the thing that a word names.
 
     python benchmarks/heat.py [CHECKPOINT] [--scenes 200]
 
-Scenes of the emoji world with two different things, from the seeds kept for judging; the model is asked what is in
-them. For each name in the answer that is true, the heat is the attention over the patches when its tokens were chosen.
-Two questions: is there more of it per patch on the named thing than on the other one? A blind guess is right half the
-time. Is the hottest patch on the named thing? A blind guess is right as often as the thing is large.
+The model describes scenes of the emoji world with two different things, from seeds that training does not use. The
+heat of a name is the attention over the patches when its tokens were chosen, for each name in the answer that is
+correct. Two measures: is the mean heat per patch higher on the named thing than on the other one (chance: one half)?
+Is the hottest patch on the named thing (chance: its share of the picture)?
 """
 
 import argparse
@@ -18,17 +18,18 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import emoji_world
-from command import BUNDLED, run
-from explain import Recorder, study
-from judge import UNSEEN
+from evaluation.judge import UNSEEN
+from playground.explain import Recorder, study
+from training import emoji_world
+
+from hub.files import BUNDLED
 from llava import LlavaForConditionalGeneration, LlavaProcessor
 
 QUESTION = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is in the picture?"}]}]
 
 
 def scenes(n: int, side: int):
-    """n times (picture, truth), with two things of different names."""
+    """n pairs (picture, truth) with two things of different names."""
     sprites = emoji_world.load_sprites()
     seeds = (seed for seed in itertools.count(UNSEEN) if has_two(emoji_world.make_truth(seed)))
     return (emoji_world.make_scene(sprites, seed, side) for seed in itertools.islice(seeds, n))
@@ -39,7 +40,7 @@ def has_two(truth: dict) -> bool:
 
 
 def tokens_of(name: str, ids: list[int], tokenizer) -> list[int]:
-    """Which tokens of an answer spell the first place where it says `name`; none if it does not."""
+    """The indices of the tokens that spell `name` where an answer first contains it; [] if it does not."""
     ends = [len(tokenizer.decode(ids[: i + 1], skip_special_tokens=True)) for i in range(len(ids))]
     spoken_of = emoji_world.A_THING.finditer(tokenizer.decode(ids, skip_special_tokens=True).lower())
     found = next((match for match in spoken_of if emoji_world.SINGULAR[match[2]] == name), None)
@@ -48,7 +49,7 @@ def tokens_of(name: str, ids: list[int], tokenizer) -> list[int]:
 
 
 def covered(thing: dict, side: int) -> Tensor:  # -> (P,) booleans
-    """The patches whose middle lies in the square that a thing is drawn in."""
+    """Which patches have their centre inside the square that a thing is drawn in."""
     middles = (torch.arange(side) + 0.5) / side
     across, down = ((middles - thing[axis]).abs() <= thing["size"] / 2 for axis in "xy")
     return (down[:, None] & across).flatten()
@@ -56,7 +57,7 @@ def covered(thing: dict, side: int) -> Tensor:  # -> (P,) booleans
 
 @torch.no_grad()
 def measure(model, processor, n: int) -> tuple[list[Tensor], list[float]]:
-    """For each true name (2, 1 + L) booleans, more heat and hottest patch, of all layers and of each; and its area."""
+    """For each correct name: the two measures (2, 1 + L), of all layers and of each, and the thing's area."""
     vision, prompt = model.config.vision_config, processor.apply_chat_template(QUESTION, add_generation_prompt=True)
     hits, areas = [], []
     for picture, truth in scenes(n, vision.image_size):
@@ -84,12 +85,16 @@ def main() -> None:
     parser.add_argument("--scenes", type=int, default=200, help="how many (default: %(default)s)")
     args = parser.parse_args()
     if args.scenes < 1:
-        raise ValueError("--scenes must be 1 at least")
-    model = LlavaForConditionalGeneration.from_pretrained(args.checkpoint, torch.float32)
-    hits, areas = measure(model, LlavaProcessor.from_pretrained(args.checkpoint), args.scenes)
+        parser.error("--scenes must be at least 1")
+    try:
+        model = LlavaForConditionalGeneration.from_pretrained(args.checkpoint, torch.float32, kernels="torch")
+        processor = LlavaProcessor.from_pretrained(args.checkpoint)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    hits, areas = measure(model, processor, args.scenes)
     if not hits:
-        raise ValueError(f"in {args.scenes} scenes the model named nothing that was there: there is no heat to judge")
-    print(f"{args.scenes} scenes with two things, {len(hits)} names that are true\n")
+        sys.exit(f"in {args.scenes} scenes the model named nothing correctly: there is no heat to measure")
+    print(f"{args.scenes} scenes with two things, {len(hits)} correct names\n")
     print("| heat | more on the named thing than on the other | hottest patch on the named thing |\n|---|---|---|")
     more, hottest = torch.stack(hits).float().mean(0)
     for layer, (x, y) in enumerate(zip(more, hottest, strict=True)):
@@ -98,4 +103,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run(main))
+    main()

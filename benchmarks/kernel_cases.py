@@ -1,7 +1,7 @@
-"""The kernels at the shapes of LLaVA-1.5 7B (and of Mistral 7B): what gpu.py checks and times, and what it compiles.
+"""The kernels at the shapes of LLaVA-1.5 7B and Mistral 7B, for gpu.py to check, time and compile.
 
-Compiling needs no GPU. A wrapper is run on tensors of the meta device, which have shapes and no numbers; the launches
-it would make are caught, and compiled as Triton would compile them for these arguments.
+Compiling needs no GPU. A wrapper is run on tensors of the meta device, which have shapes but no numbers. The launches
+it would make are intercepted, and compiled as Triton would compile them for these arguments.
 """
 
 import re
@@ -38,12 +38,12 @@ POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp
 
 class Case(NamedTuple):
     kernel: Callable
-    plain: Callable  # what the model does without it
+    plain: Callable  # the plain model's way to the same result
     bytes: int  # that must be read and written
-    flops: int = 0  # on the matrix units
+    flops: int = 0  # on tensor cores
 
 
-# what: heads, key heads, tokens, head width, causal, window
+# heads, key heads, tokens, head width, causal, window
 ATTENTION = {
     "attention, CLIP, 577 tokens": (16, 16, 577, 64, False, None),
     "attention, causal, 608 tokens": (32, 32, 608, 128, True, None),
@@ -51,7 +51,7 @@ ATTENTION = {
     "attention, Mistral, 608 tokens": (32, 8, 608, 128, True, 4096),
 }
 DECODE = {"decode attention, token 640": (32, 32, None), "decode attention, Mistral": (32, 8, 4096)}
-# what: rows, and the matrix
+# rows of x, and the matrix
 INT8 = {
     "int8, 1 row, 4096 to 22016": (1, 22016, 4096),
     "int8, 4 rows, 4096 to 22016": (4, 22016, 4096),
@@ -72,7 +72,7 @@ def cases(device: str, dtype: torch.dtype = torch.bfloat16) -> dict[str, Case]:
         both = torch.randn(1, rows, 22016, device=device).to(dtype)
         gate, up = both.split(11008, -1)
         found[f"SiLU times up, {rows} rows"] = Case(
-            partial(swiglu, gate, up), partial(llama.swiglu, gate, up), both.nbytes * 3 // 2
+            partial(swiglu, gate, up), lambda gate=gate, up=up: F.silu(gate) * up, both.nbytes * 3 // 2
         )
     return found | {what: int8_case(*sizes, device, dtype) for what, sizes in INT8.items()}
 
@@ -104,7 +104,12 @@ def decode_case(H: int, K: int, window: int | None, device, dtype) -> Case:
 def norm_case(rows: int, device, dtype) -> Case:
     x, y = (torch.randn(1, rows, 4096, device=device).to(dtype) for _ in range(2))
     norm = llama.RMSNorm(4096, 1e-5).to(device, dtype)
-    return Case(lambda: add_rms_norm(x, y, norm.weight, norm.eps), lambda: norm.after_adding(x, y), 4 * x.nbytes)
+
+    def plain() -> tuple[Tensor, Tensor]:
+        total = x + y
+        return total, norm(total)
+
+    return Case(lambda: add_rms_norm(x, y, norm.weight, norm.eps), plain, 4 * x.nbytes)
 
 
 def rope_case(T: int, device, dtype) -> Case:
@@ -135,11 +140,11 @@ def int8_case(rows: int, out: int, n: int, device, dtype) -> Case:
 
 
 def launches(work: Callable, capability: tuple[int, int]) -> list[tuple]:
-    """The kernels that `work` would launch on such a GPU, with their arguments and options; nothing runs."""
+    """The kernels that `work` would launch on a GPU of this generation, with arguments and options. Nothing runs."""
     caught = []
     with (
         mock.patch.object(JITFunction, "run", lambda fn, *args, grid, warmup, **how: caught.append((fn, args, how))),
-        mock.patch("kernels.checks.has_a_gpu", lambda x: True),
+        mock.patch("kernels.checks.runs_kernels", lambda x: True),
         mock.patch("kernels.attention.capability", lambda device: capability),
     ):
         work()
@@ -147,7 +152,7 @@ def launches(work: Callable, capability: tuple[int, int]) -> list[tuple]:
 
 
 def compile_launch(kernel: JITFunction, args: tuple, how: dict, capability: tuple[int, int]):
-    """Compile one launch, specialised for its arguments as Triton does: None, 1, and what 16 divides."""
+    """Compile one launch, specialised for its arguments as Triton does: None, 1, and multiples of 16."""
     signature, constants, attributes = {}, {}, {}
     for i, (parameter, value) in enumerate(zip(kernel.params, args, strict=True)):
         if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1):
@@ -164,7 +169,7 @@ def compile_launch(kernel: JITFunction, args: tuple, how: dict, capability: tupl
 
 @torch.no_grad()
 def compiled_rows(capability: tuple[int, int]) -> list[dict]:
-    """A row for every kernel of every case: what it takes of a GPU of this generation."""
+    """A row for every kernel of every case: the resources it needs on a GPU of this generation."""
     rows = []
     found = cases("meta") | {
         f"{what}, float32": attention_case(*ATTENTION[what], "meta", torch.float32) for what in list(ATTENTION)[:2]

@@ -1,10 +1,10 @@
-"""A checkpoint of a real size without real weights: random ones, with the tiny model's tokenizer and prompt.
+"""Make a checkpoint of a real size with random weights, and with the tiny model's tokenizer.
 
     python benchmarks/random_weights.py 161M OUT
     python benchmarks/random_weights.py 7B OUT
 
-OUT becomes a folder that loads like the real one, and runs as fast, and talks nonsense. 7B has the shapes of LLaVA-1.5
-7B and takes 14 GB of memory and of disk.
+The folder OUT loads like a real checkpoint and runs as fast; its answers are meaningless. 7B has the shapes of
+LLaVA-1.5 7B and takes 14 GB of memory and of disk.
 """
 
 import argparse
@@ -15,12 +15,12 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from checkpoint import NoInit, take_memory
 from clip import CLIPVisionConfig, ImageProcessor
-from command import BUNDLED, run
+from hub.device import no_weights
+from hub.files import BUNDLED
+from hub.writer import save
 from llama import LlamaConfig
 from llava import LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
-from save_checkpoint import save
 
 SIZES = {
     "161M": (
@@ -32,10 +32,10 @@ SIZES = {
 
 
 def random_model(config: LlavaConfig, device: str) -> LlavaForConditionalGeneration:
-    """A model in bfloat16, its weights drawn on the device."""
-    with torch.device("meta"), NoInit():
+    """A plain model in bfloat16, with weights sampled on the device."""
+    with no_weights():
         model = LlavaForConditionalGeneration(config)
-    take_memory(model.to(torch.bfloat16), device)
+    model.to(torch.bfloat16).to_empty(device=device)
     for name, parameter in model.named_parameters():
         torch.nn.init.normal_(parameter, mean=float("norm" in name and name.endswith("weight")), std=0.02)
     return model.eval()
@@ -59,4 +59,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run(main))
+    main()

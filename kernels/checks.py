@@ -1,4 +1,4 @@
-"""What every wrapper asks of its tensors before it launches a kernel."""
+"""What the kernels can serve: which dtypes and devices, and the checks of every wrapper before it launches a kernel."""
 
 import os
 from functools import cache
@@ -6,8 +6,11 @@ from functools import cache
 import torch
 from torch import Tensor
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton reads it once too, when a kernel is defined
+from kernels.twins import formula_needed
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton also decides it once, when a kernel is defined
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+WIDEST_HEAD = 256
 
 
 @cache
@@ -17,28 +20,34 @@ def capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device) if is_nvidia else (0, 0)
 
 
-def has_a_gpu(x: Tensor) -> bool:
-    """Whether Triton can run where x lies: on this process's current NVIDIA GPU, of Ampere (2020) or newer."""
+def runs_kernels(x: Tensor) -> bool:
+    """Whether kernels run where x is: on this thread's current NVIDIA GPU, if it is an Ampere (2020) or newer.
+
+    In Triton's interpreter, on a CPU only.
+    """
+    if INTERPRETED:
+        return x.is_cpu
     return x.is_cuda and x.device.index == torch.cuda.current_device() and capability(x.device) >= (8, 0)
 
 
-def wants_gradient(*tensors: Tensor) -> bool:
-    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+def can_run(x: Tensor) -> bool:
+    """Whether kernels can compute with x: its dtype and device, no gradients are recorded and autocast is off."""
+    return x.dtype in DTYPES and runs_kernels(x) and not formula_needed(x)
 
 
 def check_tensors(**tensors: Tensor) -> None:
-    """Raise ValueError unless all are of one dtype the kernels know, on one device they run on, without gradients."""
+    """Raise ValueError unless all have one dtype and one device that the kernels support, and none needs gradients."""
     (first, x), *_ = tensors.items()
     if x.dtype not in DTYPES:
-        raise ValueError(f"{first} is {x.dtype}, but the kernels know float32, float16 and bfloat16")
+        raise ValueError(f"{first} is {x.dtype}, but the kernels support float32, float16 and bfloat16")
     for name, tensor in tensors.items():
         if tensor.dtype != x.dtype:
             raise ValueError(f"{name} is {tensor.dtype}, but {first} is {x.dtype}")
         if tensor.device != x.device:
             raise ValueError(f"{name} is on {tensor.device}, but {first} is on {x.device}")
-    if not (has_a_gpu(x) or (INTERPRETED and x.device.type == "cpu")):
+    if not runs_kernels(x):
         raise ValueError(f"{first} is on {x.device}, but the kernels run on the current CUDA device, from Ampere on")
-    if wants_gradient(*tensors.values()):
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors.values()):
         raise ValueError("the kernels have no gradients: use torch.no_grad(), or the plain functions to train")
 
 
@@ -56,15 +65,16 @@ def check_int32(name: str, tensor: Tensor, length: int, device: torch.device) ->
 
 
 def check_attention(q: Tensor, k: Tensor, v: Tensor, first_key: Tensor | None) -> tuple[int, ...]:
-    """B, H, K, T, S, d of q (B, H, T, d), k and v (B, K, S, d) and first_key (B,) int32 or None; or ValueError."""
+    """Check q (B, H, T, d), k and v (B, K, S, d) and first_key (B,) int32 or None. Returns B, H, K, T, S, d."""
     check_tensors(q=q, k=k, v=v)
     if q.dim() != 4 or k.dim() != 4:
         raise ValueError(f"q is {list(q.shape)} and k {list(k.shape)}, but both must be (batch, heads, tokens, width)")
     (B, H, T, d), (K, S) = q.shape, k.shape[1:3]
     check_shape("k", k, B, K, S, d)
     check_shape("v", v, B, K, S, d)
-    if H % K or d > 256:
-        raise ValueError(f"{H} heads of width {d} on {K} key heads: they must divide, and be at most 256 wide")
+    if H % K or d > WIDEST_HEAD:
+        heads = f"{H} query heads of width {d} for {K} key heads"
+        raise ValueError(f"{heads}: the second number must divide the first, and the width be at most {WIDEST_HEAD}")
     if first_key is not None:
         check_int32("first_key", first_key, B, q.device)
     return B, H, K, T, S, d

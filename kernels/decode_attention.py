@@ -2,19 +2,19 @@
 
     out = sum over j of softmax_j(q . k[j] / sqrt(d)) v[j]            Vaswani et al. 2017, equation 1
 
-For one query a head, a GPU has nothing to do but to read the cache, so all of the GPU must read: the keys of a head are
-split into SPLITS stretches, and each has a program of its own (flash-decoding, Dao et al. 2023). Each keeps m, l and
-acc as in attention.py; a second kernel joins them: with M the largest m,
+With one query per head this takes the time to read the cache, so the whole GPU should read. The keys of a head are
+split into SPLITS ranges, each with a program of its own (flash-decoding, Dao et al. 2023), which computes m, l and
+acc as in attention.py. A second kernel joins them: with M the largest m,
 
     out = sum of exp(m - M) * acc / sum of exp(m - M) * l
 
-The query heads that share a key head sit in one program. So grouped keys and values are read once, not once for each
-query head: 2 * K * d numbers for each token of the context. Nothing of the context's length is written.
+The query heads that share a key head are in one program, so that grouped keys and values are read once and not once per
+query head: 2 * K * d numbers per token of the context. Nothing of the context's length is written.
 
-The length of the cache is read from the device. So the launches are the same for every token, and a CUDA graph
-captured once can be replayed: programs whose stretch is still empty end at once.
+The length of the cache is read on the device. So the launches are the same for every token, and a recorded CUDA graph
+can be replayed; programs whose range is still empty end at once.
 
-The reference is llama.attention_by_hand with one query. Forward only.
+The reference is llama.eager_attention with one query. Forward only.
 """
 
 import torch
@@ -22,28 +22,28 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.attention import LOG2E, online_softmax, key_bounds
+from kernels.attention import LOG2E, key_bounds, online_softmax
 from kernels.checks import check_attention, check_int32, check_shape
 
 
 @triton.jit
 def decode_kernel(
-    q_ptr, q_batch, q_head, q_d,  # (B, H, 1, d): its first number, and three of its strides
+    q_ptr, q_batch, q_head, q_d,  # (B, H, 1, d): address of the first number, and three of its strides
     k_ptr, v_ptr,  # (B, K, capacity, d), contiguous
-    past_ptr,  # (1,), how many tokens came before the new one, whose key lies behind theirs
-    first_key_ptr,  # (B,), the first key that is not padding; or None
+    past_ptr,  # (1,), the number of tokens before the new one
+    first_key_ptr,  # (B,), each row's first key that is not padding; or None
     m_ptr, l_ptr,  # (B, H, SPLITS) float32
     acc_ptr,  # (B, H, SPLITS, d) float32
-    capacity, window, scale,  # the query sees `window` keys, its own included; scale is log2(e) / sqrt(d)
-    K: tl.constexpr, GROUP: tl.constexpr, SPLITS: tl.constexpr,  # key heads, query heads that share each, stretches
-    d: tl.constexpr, BLOCK_D: tl.constexpr,  # head width, and that as a power of two
-    BLOCK_G: tl.constexpr, BLOCK_N: tl.constexpr,  # heads (at least the 16 that tl.dot wants), keys of a step
+    capacity, window, scale,  # the query attends to `window` keys, its own included; scale is log2(e) / sqrt(d)
+    K: tl.constexpr, GROUP: tl.constexpr, SPLITS: tl.constexpr,  # key heads, query heads per key head, ranges
+    d: tl.constexpr, BLOCK_D: tl.constexpr,  # head width, and d rounded up to a power of two
+    BLOCK_G: tl.constexpr, BLOCK_N: tl.constexpr,  # query heads (tl.dot needs at least 16), keys per step
 ):  # fmt: skip
-    pair, split = tl.program_id(0).to(tl.int64), tl.program_id(1)  # a program for each row, key head and stretch
+    pair, split = tl.program_id(0).to(tl.int64), tl.program_id(1)  # one program for each row, key head and range
     b, kv_head = pair // K, pair % K
     g = tl.arange(0, BLOCK_G)  # (BLOCK_G,), the query heads of this key head
-    n = tl.arange(0, BLOCK_N)  # (BLOCK_N,), keys of a step
-    c = tl.arange(0, BLOCK_D)[None, :]  # (1, BLOCK_D), places in a head's vector
+    n = tl.arange(0, BLOCK_N)  # (BLOCK_N,), keys of one step
+    c = tl.arange(0, BLOCK_D)[None, :]  # (1, BLOCK_D), positions in a head's vector
     head = kv_head * GROUP + g  # (BLOCK_G,)
     ours = (g < GROUP)[:, None] & (c < d)  # (BLOCK_G, BLOCK_D)
     q = tl.load(q_ptr + b * q_batch + head[:, None] * q_head + c * q_d, mask=ours, other=0.0)  # (BLOCK_G, BLOCK_D)
@@ -51,11 +51,11 @@ def decode_kernel(
     past = tl.load(past_ptr)
     first_key = 0 if first_key_ptr is None else tl.load(first_key_ptr + b)
     low, high = key_bounds(past, first_key, window, past + 1, True)
-    share = tl.cdiv(tl.cdiv(high - low, SPLITS), BLOCK_N) * BLOCK_N  # whole steps for each stretch
+    share = tl.cdiv(tl.cdiv(high - low, SPLITS), BLOCK_N) * BLOCK_N  # a multiple of BLOCK_N
     start = low + split * share
     stop = tl.minimum(start + share, high)
 
-    m = tl.full([BLOCK_G], -1e30, tl.float32)  # not -inf: exp(-inf - -inf) would be no number
+    m = tl.full([BLOCK_G], -1e30, tl.float32)  # not -inf: exp(-inf - -inf) is NaN
     l = tl.zeros([BLOCK_G], tl.float32)
     acc = tl.zeros([BLOCK_G, BLOCK_D], tl.float32)
     for j in range(start, stop, BLOCK_N):
@@ -73,11 +73,11 @@ def decode_kernel(
 
 @triton.jit
 def join_kernel(
-    m_ptr, l_ptr, acc_ptr,  # (B, H, SPLITS), (B, H, SPLITS), (B, H, SPLITS, d): what decode_kernel wrote
+    m_ptr, l_ptr, acc_ptr,  # (B, H, SPLITS), (B, H, SPLITS), (B, H, SPLITS, d), from decode_kernel
     out_ptr,  # (B, H, d)
     SPLITS: tl.constexpr, d: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    head = tl.program_id(0).to(tl.int64)  # a program for each row and head
+    head = tl.program_id(0).to(tl.int64)  # one program for each row and head
     s = head * SPLITS + tl.arange(0, SPLITS)  # (SPLITS,)
     c = tl.arange(0, BLOCK_D)  # (BLOCK_D,)
     m = tl.load(m_ptr + s)  # (SPLITS,)
@@ -90,17 +90,17 @@ def join_kernel(
 def decode_attention(
     q: Tensor, k: Tensor, v: Tensor, past: Tensor, first_key: Tensor | None = None, window: int | None = None
 ) -> Tensor:
-    """One query a row (B, H, 1, d) over the first past + 1 keys of the cache (B, K, capacity, d): (B, H, 1, d).
+    """One query per row (B, H, 1, d) over the first past + 1 keys of the cache (B, K, capacity, d): (B, H, 1, d).
 
-    `past` (1,) int32 counts the tokens before this one, `first_key` (B,) int32 says where each row's left padding
-    ends. Raises ValueError for shapes, dtypes, devices or gradients it cannot serve.
+    `past` (1,) int32 is the number of tokens before it, `first_key` (B,) int32 the end of each row's left padding.
+    Raises ValueError for unsupported shapes, dtypes and devices, and if gradients are needed.
     """
     B, H, K, _, capacity, d = check_attention(q, k, v, first_key)
     check_shape("q", q, B, H, 1, d)
     check_int32("past", past, 1, q.device)
     if not (k.is_contiguous() and v.is_contiguous()):
-        raise ValueError("k and v must be contiguous: pass the cache as it is")
-    # Some 512 programs fill the largest GPU of today; a stretch shorter than a step would have nothing to do.
+        raise ValueError("k and v must be contiguous: pass the whole cache")
+    # About 512 programs occupy the largest GPUs. A range shorter than one step would be idle.
     SPLITS = min(triton.next_power_of_2(triton.cdiv(512, B * K)), triton.next_power_of_2(triton.cdiv(capacity, 64)), 64)
     m, l = torch.empty(2, B, H, SPLITS, dtype=torch.float32, device=q.device)
     acc = torch.empty(B, H, SPLITS, d, dtype=torch.float32, device=q.device)

@@ -1,39 +1,46 @@
-"""The decoder's twin for a GPU: fused matrices, and Triton kernels for everything between the matrices.
+"""Twins for a GPU: the decoder with fused matrices, and Triton kernels for what is between the matrices.
 
-FastLlama has the children of the llama.Llama that it replaces, under the same names, and gives the same results. q, k
-and v are stored as one matrix, gate and up as another; the plain weights are views of them. Keys and values are rotated
-straight into a FastCache, whose length and padding the kernels read on the device. It runs the plain formula when
-gradients, autocast, attentions or hidden states are asked for, and for masks with padding inside a row.
+    llama.Llama -> FastLlama    llama.KVCache -> FastCache    quantize.Int8Linear -> FastInt8Linear
+    clip.attention -> tower_attention
+
+FastLlama has the children of the Llama that it replaces, under the same names, and gives the same results. q, k and v
+are one product, gate and up another. Keys and values go straight into a FastCache, whose length and padding the
+kernels read on the device. FastLlama runs the plain formula for attentions, hidden states, gradients and autocast,
+without a FastCache, for dtypes and devices that the kernels do not support, and for padding between a row's tokens.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+import clip
 from kernels.attention import attention
-from kernels.cpu import adopt, fuse
+from kernels.checks import WIDEST_HEAD, can_run
 from kernels.decode_attention import decode_attention
 from kernels.int8 import MOST_ROWS, int8_linear
 from kernels.rms_norm import add_rms_norm, rms_norm
 from kernels.rope import rope_into_cache
 from kernels.swiglu import swiglu
+from kernels.twins import FusedLinears, adopt, swap
 from llama import KVCache, Llama, LlamaConfig, rope_angles
 from quantize import Int8Linear
 
 
 class FastCache(KVCache):
-    """A KVCache that tells kernels on the device what they need of it. `length`, on the host, is the only count.
+    """A KVCache with what the kernels need of it on the device. `length`, on the host, is the only count of tokens.
 
     `past` (1,) is set to `length` by begin(), before each forward. `first_key` (B,) is where the left padding of each
-    row ends. `holes`: the mask has padding elsewhere too, which the kernels do not support.
+    row ends. `holes`: a row has padding elsewhere too, which the kernels do not support. `recorded` is the decode step
+    of this cache as a CUDA graph (kernels/graph.py).
     """
 
     def __init__(self, config: LlamaConfig, batch: int, capacity: int, dtype: torch.dtype, device):
         self.past = torch.zeros(1, dtype=torch.int32, device=device)
         self.first_key = torch.zeros(batch, dtype=torch.int32, device=device)
-        self.holes, self.is_recorded = False, False
+        self.holes, self.is_recorded, self.recorded = False, False, None
         super().__init__(config, batch, capacity, dtype, device)
 
     @property
@@ -50,7 +57,8 @@ class FastCache(KVCache):
             self.holes = bool((self.first_key + mask.sum(-1) < mask.shape[1]).any())
 
     def begin(self) -> None:
-        if not self.is_recorded:  # a replay would write the length of the recording
+        """Set `past` on the device, except while recording: each replay would repeat the number."""
+        if not self.is_recorded:
             self.past.fill_(self.length)
 
     @contextmanager
@@ -63,69 +71,73 @@ class FastCache(KVCache):
 
 
 class FastInt8Linear(Int8Linear):
-    """Int8Linear with a kernel for a few rows."""
+    """Int8Linear with a kernel for a few rows. For more, the matrix is written out in x's dtype."""
 
     def __init__(self, plain: Int8Linear):
         adopt(self, plain)
 
     def forward(self, x: Tensor) -> Tensor:  # (..., in) -> (..., out)
-        if x.numel() <= MOST_ROWS * x.shape[-1] and not torch.is_grad_enabled():
+        if x.dtype != self.scale.dtype or not can_run(x):
+            return super().forward(x)
+        if 0 < x.numel() <= MOST_ROWS * x.shape[-1]:
             return int8_linear(x, self.q, self.scale)
-        return super().forward(x)
+        # Without dequantize(), whose buffer is shared and may have moved when a CUDA graph is replayed.
+        return F.linear(x, self.q * self.scale[:, None])
 
 
 class FastLlama(Llama):
-    """The twin of Llama. See the top of this file."""
+    """The twin of Llama. The top of this file says what it does."""
 
     def __init__(self, plain: Llama):
         adopt(self, plain)
-        self.fuse()
+        self.fused = [(FusedLinears(), FusedLinears()) for _ in self.layers]  # q, k and v; gate and up
+        for layer, (qkv, gate_up) in zip(self.layers, self.fused, strict=True):
+            qkv.fuse(layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj)
+            gate_up.fuse(layer.mlp.gate_proj, layer.mlp.up_proj)
 
-    def fuse(self) -> None:  # a list, so that state_dict() has the names of the plain decoder
-        self.fused: list[tuple[nn.Module, nn.Module]] = []
-        for layer in self.layers:
-            attn, mlp = layer.self_attn, layer.mlp
-            qkv, gate_up = [attn.q_proj, attn.k_proj, attn.v_proj], [mlp.gate_proj, mlp.up_proj]
-            self.fused.append((fuse(qkv, largest=None), fuse(gate_up, largest=None)))
-
-    def _apply(self, fn, recurse: bool = True):  # .to(), .float(), ...
-        super()._apply(fn, recurse)
-        self.fuse()
-        return self
+    def _apply(self, fn, recurse: bool = True):  # what .to(), .float() and so on call
+        for fused in self.fused:
+            for linears in fused:
+                linears.forget()
+        return super()._apply(fn, recurse)
 
     def new_cache(self, batch: int, capacity: int) -> FastCache:
         return FastCache(self.config, batch, capacity, self.norm.weight.dtype, self.norm.weight.device)
 
+    def can_use(self, cache: KVCache | None, x: Tensor) -> bool:
+        """Whether the kernels can run x with this cache."""
+        if not isinstance(cache, FastCache) or cache.holes or self.config.head_dim > WIDEST_HEAD:
+            return False
+        return cache.k[0].dtype == x.dtype and can_run(x)
+
     def forward(self, x, attention_mask=None, position_ids=None, cache=None, hidden_states=None, attentions=None):
-        plain = not isinstance(cache, FastCache) or hidden_states is not None or attentions is not None
-        if plain or torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type):
-            return super().forward(x, attention_mask, position_ids, cache, hidden_states, attentions)
         B, T, _ = x.shape
-        if attention_mask is None:
-            cache.check(B, cache.length + T)
-        else:
+        asked = hidden_states is not None or attentions is not None
+        if attention_mask is not None and isinstance(cache, FastCache) and not asked:
             self.padding_mask(attention_mask, B, cache.length + T, cache)  # the cache keeps it
-        if cache.holes:
-            return super().forward(x, attention_mask, position_ids, cache)
+            attention_mask = None
+        if asked or not self.can_use(cache, x):
+            return super().forward(x, attention_mask, position_ids, cache, hidden_states, attentions)
+        cache.check(B, cache.length + T)
         cache.begin()
         if position_ids is None:
             position_ids = torch.arange(cache.length, cache.length + T, device=x.device)[None]
         angles = rope_angles(self.config, position_ids)[:, None]  # (B, 1, T, d / 2)
-        rope = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+        rope, eps = (angles.cos().to(x.dtype), angles.sin().to(x.dtype)), self.config.rms_norm_eps
         for layer, (qkv, gate_up) in zip(self.layers, self.fused, strict=True):
-            y = rms_norm(x, layer.input_layernorm.weight, self.config.rms_norm_eps)
-            y = layer.self_attn.o_proj(self.attend(qkv(y), rope, cache, layer.self_attn.layer))
-            x, y = add_rms_norm(x, y, layer.post_attention_layernorm.weight, self.config.rms_norm_eps)
-            x = x + layer.mlp.down_proj(swiglu(*gate_up(y).chunk(2, dim=-1)))
+            attn, mlp = layer.self_attn, layer.mlp
+            y = rms_norm(x, layer.input_layernorm.weight, eps)
+            y = attn.o_proj(self.attend(*qkv(y, attn.q_proj, attn.k_proj, attn.v_proj), rope, cache, attn.layer))
+            x, y = add_rms_norm(x, y, layer.post_attention_layernorm.weight, eps)
+            x = x + mlp.down_proj(swiglu(*gate_up(y, mlp.gate_proj, mlp.up_proj)))
         cache.length += T
-        return rms_norm(x, self.norm.weight, self.config.rms_norm_eps)
+        return rms_norm(x, self.norm.weight, eps)
 
-    def attend(self, qkv: Tensor, rope: tuple[Tensor, Tensor], cache: FastCache, layer: int) -> Tensor:
-        """RoPE, the cache's update and attention: (B, T, (H + K + K) * d) -> (B, T, H * d)."""
-        H, K, window = self.config.num_attention_heads, self.config.num_key_value_heads, self.config.sliding_window
-        heads = qkv.unflatten(-1, (-1, self.config.head_dim)).transpose(1, 2)  # (B, H + K + K, T, d)
-        q, k, v = heads.split((H, K, K), dim=1)
-        k_cache, v_cache, end = cache.k[layer], cache.v[layer], cache.length + q.shape[2]
+    def attend(self, q, k, v, rope: tuple[Tensor, Tensor], cache: FastCache, layer: int) -> Tensor:
+        """RoPE, the cache's update and attention: q (B, T, H * d), k and v (B, T, K * d) -> (B, T, H * d)."""
+        q, k, v = (y.unflatten(-1, (-1, self.config.head_dim)).transpose(1, 2) for y in (q, k, v))
+        window, end = self.config.sliding_window, cache.length + q.shape[2]
+        k_cache, v_cache = cache.k[layer], cache.v[layer]
         q = rope_into_cache(q, k, v, *rope, k_cache, v_cache, cache.past)
         if q.shape[2] == 1:
             out = decode_attention(q, k_cache, v_cache, cache.past, cache.first_key, window)
@@ -136,6 +148,16 @@ class FastLlama(Llama):
 
 def tower_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # three (B, H, T, d) -> (B, H, T, d)
     """clip.attention by the kernel."""
-    if torch.is_grad_enabled() or torch.is_autocast_enabled(q.device.type):
-        return nn.functional.scaled_dot_product_attention(q, k, v)
+    if q.shape[-1] > WIDEST_HEAD or not can_run(q):
+        return clip.attention(q, k, v)
     return attention(q, k, v, causal=False)
+
+
+def accelerate_on_gpu(model: nn.Module) -> None:
+    """Swap int8 matrices, the tower's attention and the decoder for their twins."""
+    for name, module in list(model.named_modules()):
+        if type(module) is Int8Linear:
+            swap(model, name, FastInt8Linear(module))
+    for layer in model.vision_tower.encoder.layers:
+        layer.self_attn.attention = tower_attention
+    model.language_model = FastLlama(model.language_model)

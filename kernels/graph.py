@@ -1,56 +1,78 @@
 """The decode step as a CUDA graph: recorded once, then replayed for every token.
 
-A step of the 7B launches some four hundred kernels, and each launch costs the host longer than most kernels run. A
-graph keeps the whole list on the GPU, and one call runs it. What it records are addresses and numbers: a replay runs the
-same launches with the same arguments on the same memory. So everything that changes from token to token has to be read
-from memory at a fixed address: the ids and positions here, the cache's length in FastCache.past. The plain decoder
-slices the cache at a length known to the host, so its step cannot be replayed, nor can one that waits for a result.
+A step of the 7B launches about four hundred kernels, and a launch takes the host longer than most kernels run. A graph
+keeps the list of launches on the GPU, and one call runs it. It records addresses and numbers: a replay makes the same
+launches with the same arguments on the same memory. So whatever changes from token to token must be read from memory at
+a fixed address: the ids and positions here, the cache's length in FastCache.past. The plain decoder cannot be replayed,
+because it slices the cache at a length that only the host knows; nor can a step that waits for a result.
 """
+
+import threading
 
 import torch
 from torch import Tensor, nn
 
-from kernels.decoder import FastCache
+from kernels.decoder import FastCache, FastLlama
+from llama import KVCache
+
+RECORDING = threading.Lock()  # PyTorch records all graphs on one stream
+
+
+class RecordedStep:
+    """The decode step of one cache: tensors at fixed addresses, and the graph once it is recorded."""
+
+    @torch.inference_mode(False)  # tensors made in inference mode could not be written to outside it
+    def __init__(self, input_ids: Tensor, position_ids: Tensor):
+        self.ids, self.position_ids = input_ids.clone(), position_ids.clone()  # (B,), (B, 1): what the graph reads
+        self.scores: Tensor | None = None  # (B, V): what it writes
+        self.graph: torch.cuda.CUDAGraph | None = None
 
 
 class GraphStep:
-    """Takes the place of a model's `step`: the same arguments, the same scores (B, V), overwritten by the next call.
+    """Replaces a model's `step`: the same arguments and the same scores (B, V), which the next call overwrites.
 
-    A graph belongs to one cache. With another cache the first step runs normally, for Triton compiles in it, and the
-    second one is recorded.
+    A graph belongs to one cache and is stored there. The first step with a cache runs normally, because Triton compiles
+    kernels in it; the second one is recorded.
     """
 
     def __init__(self, model: nn.Module):
         self.model, self.plain_step = model, type(model).step
-        self.forget()
 
-    def forget(self) -> None:
-        self.cache: FastCache | None = None
-        self.graph: torch.cuda.CUDAGraph | None = None
-        self.ids = self.position_ids = self.logits = None  # (B,), (B, 1), (B, V): what the graph reads and writes
+    def __reduce__(self):  # for copy.deepcopy and pickle
+        return GraphStep, (self.model,)
 
-    def __call__(self, input_ids: Tensor, position_ids: Tensor, cache) -> Tensor:
-        if not isinstance(cache, FastCache) or not cache.k[0].is_cuda or cache.holes:
+    def __call__(self, input_ids: Tensor, position_ids: Tensor, cache: KVCache) -> Tensor:
+        if not self.can_replay(cache):
             return self.plain_step(self.model, input_ids, position_ids, cache)
-        if cache is not self.cache:
-            self.forget()
-            self.cache, self.ids, self.position_ids = cache, input_ids.clone(), position_ids.clone()
+        if cache.recorded is None:
+            cache.recorded = RecordedStep(input_ids, position_ids)
             return self.plain_step(self.model, input_ids, position_ids, cache)
-        cache.check(cache.batch, cache.length + 1)
-        if self.graph is None:
-            self.record(cache)
-        self.ids.copy_(input_ids)
-        self.position_ids.copy_(position_ids)
+        cache.check(len(input_ids), cache.length + 1)
+        step = cache.recorded
+        if step.graph is None:
+            self.record(step, cache)
+        step.ids.copy_(input_ids)
+        step.position_ids.copy_(position_ids)
         cache.begin()
-        self.graph.replay()
+        step.graph.replay()
         cache.length += 1
-        return self.logits
+        return step.scores
 
-    def record(self, cache: FastCache) -> None:
+    def can_replay(self, cache: KVCache) -> bool:
+        """Whether a step with this cache runs on a GPU, by kernels alone."""
+        decoder = self.model.language_model
+        x = decoder.norm.weight  # for its dtype and device
+        return isinstance(decoder, FastLlama) and on_gpu(x) and decoder.can_use(cache, x)
+
+    def record(self, step: RecordedStep, cache: FastCache) -> None:
         length, graph = cache.length, torch.cuda.CUDAGraph()
-        try:
-            with cache.recording(), torch.cuda.graph(graph):  # kernels are recorded, not run
-                self.logits = self.plain_step(self.model, self.ids, self.position_ids, cache)
+        try:  # kernels are recorded, not run; other threads may allocate memory meanwhile
+            with RECORDING, cache.recording(), torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                step.scores = self.plain_step(self.model, step.ids, step.position_ids, cache)
         finally:
             cache.length = length
-        self.graph = graph
+        step.graph = graph
+
+
+def on_gpu(x: Tensor) -> bool:
+    return x.is_cuda

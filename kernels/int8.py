@@ -2,12 +2,12 @@
 
     y[row, o] = scale[o] * sum over i of x[row, i] * q[o, i]          weights as in quantize.py: w is about q * scale
 
-With one row, every weight is read for a single product, so the time is the time to read the matrix. In int8 it is one
-byte a weight instead of bfloat16's two, and a token takes about half as long. Torch has no such product on a GPU short
-of writing the matrix out in bfloat16, which is 5 bytes a weight: read one, write two, read two.
+With one row every weight is used in a single product, so this takes the time to read the matrix: one byte per weight
+in int8 instead of the two of bfloat16. Without a kernel the matrix is first written out in bfloat16, which moves 5
+bytes per weight: it reads one, writes two and reads two.
 
-The scale belongs to a whole row of q, so it is multiplied in once, behind the sum. The reference is F.linear with
-quantize.Int8Linear.written_out. Forward only.
+The scale is the same for a whole row of q, so it multiplies the sum once. The reference is F.linear with
+quantize.Int8Linear.dequantize. Forward only.
 """
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from kernels.checks import check_shape, check_tensors
 
-MOST_ROWS = 4  # of x; with more, tensor cores and the matrix written out are the better way
+MOST_ROWS = 4  # of x; for more, writing the matrix out for the tensor cores is faster
 
 
 @triton.jit
@@ -28,13 +28,13 @@ def int8_kernel(
     y_ptr,  # (rows, OUT), the result
     rows, OUT, IN,
     ROWS: tl.constexpr,  # rows rounded up to a power of two
-    BLOCK_OUT: tl.constexpr,  # a program makes so many numbers of each row
-    BLOCK_IN: tl.constexpr,  # and reads so many weights of each at a time
+    BLOCK_OUT: tl.constexpr,  # outputs per row and program
+    BLOCK_IN: tl.constexpr,  # weights per output and step
 ):  # fmt: skip
     row = tl.arange(0, ROWS)[:, None, None]  # (ROWS, 1, 1)
     out = (tl.program_id(0).to(tl.int64) * BLOCK_OUT + tl.arange(0, BLOCK_OUT))[None, :, None]  # (1, BLOCK_OUT, 1)
     i = tl.arange(0, BLOCK_IN)[None, None, :]  # (1, 1, BLOCK_IN)
-    acc = tl.zeros([ROWS, BLOCK_OUT, BLOCK_IN], tl.float32)  # one number of each sum for each place of a step
+    acc = tl.zeros([ROWS, BLOCK_OUT, BLOCK_IN], tl.float32)  # partial sums, one for each position in a step
     for start in range(0, IN, BLOCK_IN):
         inside = start + i < IN
         x = tl.load(x_ptr + row * IN + start + i, mask=(row < rows) & inside, other=0.0)  # (ROWS, 1, BLOCK_IN)
@@ -47,7 +47,7 @@ def int8_kernel(
 
 
 def int8_linear(x: Tensor, q: Tensor, scale: Tensor) -> Tensor:  # (..., in), (out, in) int8, (out,) -> (..., out)
-    """x @ (q * scale).T for at most MOST_ROWS rows. Raises ValueError for what it cannot serve."""
+    """x @ (q * scale[:, None]).T for 1 to MOST_ROWS rows. Raises ValueError for anything else."""
     check_tensors(x=x, scale=scale)
     OUT, IN = len(scale), x.shape[-1]
     check_shape("scale", scale, OUT)

@@ -2,11 +2,11 @@
 
     (x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin)    Su et al. 2021, section 3.2.2
 
-x1 and x2 are the halves of a head's vector: number i turns together with number i + d / 2. Plain PyTorch takes sixteen
-launches for this in each layer, and moves 18 bytes a number of q in bfloat16, 22 of k and 4 of v. Here it is 4 of each:
-all is read once and written once, the keys and values straight to their place. That place, behind the keys already
-there, is read from the device: a captured CUDA graph can be replayed for the next token, although every number on the
-host is frozen in it.
+x1 and x2 are the halves of a head's vector: number i forms a pair with number i + d / 2. Plain PyTorch takes sixteen
+launches for this in each layer, and moves 18 bytes per number of q in bfloat16, 22 of k and 4 of v. Here it is 4 of
+each: everything is read once and written once, keys and values straight to their place in the cache. That place,
+after the keys already there, is read on the device, so that a recorded CUDA graph can be replayed for the next token
+although it repeats every number of the host.
 
 The reference is llama.apply_rope, then llama.KVCache.update. Forward only.
 """
@@ -21,37 +21,37 @@ from kernels.checks import check_int32, check_shape, check_tensors
 
 @triton.jit
 def rope_kernel(
-    q_ptr, q_batch, q_head, q_token,  # (B, H, T, d): its first number, and how far apart rows, heads and tokens are
+    q_ptr, q_batch, q_head, q_token,  # (B, H, T, d): address of the first number, strides of rows, heads and tokens
     k_ptr, k_batch, k_head, k_token,  # (B, K, T, d)
     v_ptr, v_batch, v_head, v_token,  # (B, K, T, d)
     cos_ptr, sin_ptr,  # (B or 1, 1, T, d / 2)
-    angle_batch,  # how far apart the angles of two rows are; 0 where all rows share them
-    turned_ptr,  # (B, H, T, d), the queries' result
+    angle_batch,  # stride of the angles' rows; 0 if all rows share them
+    rotated_ptr,  # (B, H, T, d), the rotated queries
     k_cache_ptr, v_cache_ptr,  # (B, K, capacity, d)
-    past_ptr,  # (1,), how many tokens the cache holds already
-    T, capacity,  # new tokens, and how many the cache can hold
+    past_ptr,  # (1,), the number of tokens in the cache
+    T, capacity,  # new tokens; tokens that fit into the cache
     H: tl.constexpr, K: tl.constexpr, d: tl.constexpr,  # query heads, key heads, head width
     BLOCK: tl.constexpr,  # d / 2 rounded up to a power of two
 ):  # fmt: skip
     token, b = tl.program_id(0) % T, (tl.program_id(0) // T).to(tl.int64)
-    head = tl.program_id(1)  # a program a token and head: first the H of q, then the K of k, then the K of v
-    place = tl.load(past_ptr) + token  # in the cache
+    head = tl.program_id(1)  # one program per token and head: the H of q, then the K of k, then the K of v
+    place = tl.load(past_ptr) + token  # the token's place in the cache
     i = tl.arange(0, BLOCK)  # (BLOCK,)
-    inside = i < tl.where(place < capacity, d // 2, 0)  # the caller counts; but never write behind the cache's end
+    inside = i < tl.where(place < capacity, d // 2, 0)  # never write beyond the cache, though the caller checks it
     angle = b * angle_batch + token * (d // 2) + i
     cos = tl.load(cos_ptr + angle, mask=inside, other=0.0).to(tl.float32)  # (BLOCK,)
     sin = tl.load(sin_ptr + angle, mask=inside, other=0.0).to(tl.float32)  # (BLOCK,)
 
     if head < H:
         source = q_ptr + b * q_batch + head * q_head + token * q_token
-        target = turned_ptr + ((b * H + head) * T + token) * d
+        target = rotated_ptr + ((b * H + head) * T + token) * d
     elif head < H + K:
         source = k_ptr + b * k_batch + (head - H) * k_head + token * k_token
         target = k_cache_ptr + ((b * K + head - H) * capacity + place) * d
     else:
         source = v_ptr + b * v_batch + (head - H - K) * v_head + token * v_token
         target = v_cache_ptr + ((b * K + head - H - K) * capacity + place) * d
-        cos, sin = tl.full([BLOCK], 1.0, tl.float32), tl.zeros([BLOCK], tl.float32)  # values do not turn
+        cos, sin = tl.full([BLOCK], 1.0, tl.float32), tl.zeros([BLOCK], tl.float32)  # values are not rotated
     x1 = tl.load(source + i, mask=inside, other=0.0).to(tl.float32)  # (BLOCK,)
     x2 = tl.load(source + d // 2 + i, mask=inside, other=0.0).to(tl.float32)  # (BLOCK,)
     tl.store(target + i, x1 * cos - x2 * sin, mask=inside)
@@ -61,10 +61,10 @@ def rope_kernel(
 def rope_into_cache(
     q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, k_cache: Tensor, v_cache: Tensor, past: Tensor
 ) -> Tensor:
-    """Turned queries (B, H, T, d); the turned keys and the values (B, K, T, d) go into the cache (B, K, capacity, d).
+    """Rotate q (B, H, T, d) and k (B, K, T, d); write k and v to the cache (B, K, capacity, d). Returns the rotated q.
 
-    `cos` and `sin` are (B or 1, 1, T, d / 2) and `past` (1,) int32, the cache's length before. Raises ValueError for
-    shapes, dtypes, devices or gradients it cannot serve.
+    `cos` and `sin` are (B or 1, 1, T, d / 2); `past` (1,) int32 is the cache's length before. Raises ValueError for
+    unsupported shapes, dtypes and devices, and if gradients are needed.
     """
     check_tensors(q=q, k=k, v=v, cos=cos, sin=sin, k_cache=k_cache, v_cache=v_cache)
     (B, H, T, d), K, capacity = q.shape, k.shape[1], k_cache.shape[2]
@@ -79,9 +79,9 @@ def rope_into_cache(
     check_int32("past", past, 1, q.device)
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     cos, sin = cos.contiguous(), sin.contiguous()
-    turned = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    rotated = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     rope_kernel[(B * T, H + 2 * K)](
         q, *q.stride()[:3], k, *k.stride()[:3], v, *v.stride()[:3], cos, sin, cos.stride(0) if len(cos) > 1 else 0,
-        turned, k_cache, v_cache, past, T, capacity, H, K, d, triton.next_power_of_2(d // 2), num_warps=1,
+        rotated, k_cache, v_cache, past, T, capacity, H, K, d, triton.next_power_of_2(d // 2), num_warps=1,
     )  # fmt: skip
-    return turned
+    return rotated

@@ -1,12 +1,18 @@
-"""SiLU(gate) * up, the middle of the decoder's MLP, in one launch.
+"""SwiGLU without its matrices, silu(gate) * up, in one launch. The shortest kernel: begin here.
 
     y = gate / (1 + exp(-gate)) * up                  Shazeer 2020, equation 6
 
-Plain PyTorch writes SiLU(gate) to memory and reads it again: 10 bytes a number in bfloat16. Here it stays in a
-register: 6 bytes, and one launch less in each layer. `gate` and `up` are halves of what one matrix gave
-(llama.FusedLinear), so their rows lie further apart than they are long; the kernel takes the distance.
+Plain PyTorch writes silu(gate) to memory and reads it back: 10 bytes per number in bfloat16. Here it stays in a
+register: 6 bytes, and one launch less per layer. `gate` and `up` may be slices of one product, whose rows are further
+apart than they are long; the kernel is passed the distance.
 
-The reference is llama.swiglu. Forward only.
+The reference is the middle of llama.LlamaMLP.forward. Forward only.
+
+How to read a kernel: `kernel[grid](...)` starts one program for each index of the grid. All programs run the same
+lines; tl.program_id tells them apart. A program computes with blocks, whose shapes are the comments on its lines:
+powers of two, known at compile time (tl.constexpr), broadcast as in PyTorch. A tensor is passed as the address of its
+first number, so `x_ptr + i` with a block i is a block of addresses. tl.load and tl.store access all of them at once,
+except where `mask` is False. Between the two everything stays on the chip; only they move bytes.
 """
 
 import torch
@@ -22,27 +28,27 @@ def swiglu_kernel(
     gate_ptr,  # (rows, N)
     up_ptr,  # (rows, N)
     y_ptr,  # (rows, N), the result
-    gate_stride,  # numbers from one row to the next
+    gate_stride,  # distance from one row to the next, in numbers
     up_stride,
-    N,  # numbers in a row
-    BLOCK: tl.constexpr,  # numbers of a program
+    N,  # numbers per row
+    BLOCK: tl.constexpr,  # numbers per program
 ):
-    row = tl.program_id(0).to(tl.int64)  # a program for each row and each BLOCK of it
+    row = tl.program_id(0).to(tl.int64)  # one program for each BLOCK of each row; int64: row * stride can exceed int32
     i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)  # (BLOCK,)
     inside = i < N
     gate = tl.load(gate_ptr + row * gate_stride + i, mask=inside, other=0.0).to(tl.float32)  # (BLOCK,)
     up = tl.load(up_ptr + row * up_stride + i, mask=inside, other=0.0)  # (BLOCK,)
-    y = (gate * tl.sigmoid(gate)).to(up.dtype) * up  # (BLOCK,), rounded where plain PyTorch rounds
+    y = (gate * tl.sigmoid(gate)).to(up.dtype) * up  # (BLOCK,), rounded where PyTorch rounds
     tl.store(y_ptr + row * N + i, y, mask=inside)
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:  # two (..., N) -> (..., N)
-    """What llama.swiglu gives. Raises ValueError for shapes, dtypes, devices or gradients it cannot serve."""
+    """F.silu(gate) * up. Raises ValueError for unsupported shapes, dtypes and devices, and if gradients are needed."""
     check_tensors(gate=gate, up=up)
     check_shape("up", up, *gate.shape)
     N = gate.shape[-1]
     y = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
-    if not y.numel():  # a grid must not be empty
+    if not y.numel():  # an empty grid is an error
         return y
     gate, up = (x.reshape(-1, N) if x.stride(-1) == 1 else x.contiguous().view(-1, N) for x in (gate, up))
     BLOCK = 1024

@@ -1,0 +1,346 @@
+"""Each module that `accelerate` swaps in against the plain module, with the same weights and random inputs."""
+
+import contextlib
+import copy
+
+import pytest
+import torch
+from kernel_helpers import BF16, FP16, FP32, KINDS, answer, batch, filled, make, random
+from torch import Tensor, nn
+from torch.testing import assert_close
+
+from kernels import accelerate
+from kernels.cpu import FewRowsLinear, FusedAttention, FusedMLP
+from llama import KVCache, rope_angles, visible_keys
+
+pytest.importorskip("triton")
+from kernels import graph
+from kernels.decoder import FastCache, FastInt8Linear, FastLlama
+
+every_kind = pytest.mark.parametrize("kind", KINDS)
+
+
+def pairs(plain: nn.Module, fast: nn.Module):
+    """The modules that were swapped: name, plain one, twin."""
+    for name, twin in fast.named_modules():
+        module = plain.get_submodule(name)
+        if type(twin) is not type(module):
+            yield name, module, twin
+
+
+def no_worse(ours: Tensor, theirs: Tensor, exact: Tensor) -> None:
+    """In float32 a twin has the plain module's numbers; in others its error is hardly larger than the plain one's."""
+    assert ours.shape == theirs.shape and ours.dtype == theirs.dtype
+    if ours.dtype == FP32:
+        assert_close(ours, theirs, atol=2e-5, rtol=2e-5)
+    else:
+        error = (theirs.float() - exact).abs().max()
+        assert (ours.float() - exact).abs().max() <= 2 * error + 0.01 * exact.std()
+
+
+# --- On a CPU --------------------------------------------------------------------------------------------------------
+
+
+def run_attention(module: nn.Module, config, rows: int, tokens: int, dtype: torch.dtype) -> list[Tensor]:
+    """The output for new tokens after three others, and then the layer's keys and values."""
+    cache, outs = KVCache(config, rows, 3 + tokens, dtype, "cpu"), []
+    for T in (3, tokens):
+        angles = rope_angles(config, torch.arange(cache.length, cache.length + T)[None])[:, None]
+        rope = angles.cos().to(dtype), angles.sin().to(dtype)
+        mask = visible_keys(None, cache.length, T, config.sliding_window, "cpu")
+        outs.append(module(random(rows, T, config.hidden_size, dtype=dtype), rope, mask, cache))
+        cache.length += T
+    return [*outs, cache.k[module.layer], cache.v[module.layer]]
+
+
+def run(module: nn.Module, twin: nn.Module, config, rows: int, tokens: int, dtype: torch.dtype) -> list[Tensor]:
+    if isinstance(twin, FusedAttention):
+        return run_attention(module, config, rows, tokens, dtype)
+    width = config.hidden_size if isinstance(twin, FusedMLP) else twin.in_features
+    x = random(rows, tokens, width, dtype=dtype)
+    given = x.clone()
+    y = module(x)
+    assert torch.equal(x, given)  # what a module overwrites is its own
+    return [y]
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
+@every_kind
+def test_every_twin_on_a_cpu(kind, dtype):
+    plain = make(kind, dtype)
+    fast, exact = accelerate(copy.deepcopy(plain)), copy.deepcopy(plain).float()
+    found = set()
+    for name, module, twin in pairs(plain, fast):
+        found.add(type(twin))
+        assert name.startswith(("language_model.", "lm_head"))
+        for rows, tokens in ((1, 1), (4, 1), (1, 4), (1, 70), (70, 1)):
+            where = plain.config.text_config, rows, tokens
+            ours, theirs = run(twin, twin, *where, dtype), run(module, twin, *where, dtype)
+            for a, b, c in zip(ours, theirs, run(exact.get_submodule(name), twin, *where, FP32), strict=True):
+                no_worse(a, b, c)
+    assert found == {FewRowsLinear, FusedAttention, FusedMLP} - ({FewRowsLinear} if kind == "int8" else set())
+
+
+@pytest.mark.quick
+@every_kind
+def test_the_whole_model_on_a_cpu(kind):
+    plain = make(kind)
+    fast = accelerate(copy.deepcopy(plain))
+    (ours, our_cache), (theirs, their_cache) = answer(fast), answer(plain)
+    assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+    assert_close(our_cache, their_cache, atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.quick
+def test_matrices_are_fused_only_where_they_are_small(monkeypatch):
+    plain = make()
+    fast = accelerate(copy.deepcopy(plain))
+    attn = fast.language_model.layers[0].self_attn
+    assert attn.q_proj.weight.untyped_storage().data_ptr() == attn.v_proj.weight.untyped_storage().data_ptr()
+    monkeypatch.setattr("kernels.cpu.LARGEST_FUSED", 3 * attn.q_proj.weight.nbytes - 1)
+    fast = accelerate(copy.deepcopy(plain))
+    for name, parameter in fast.named_parameters():  # nothing was copied
+        assert parameter.untyped_storage().nbytes() == parameter.nbytes, name
+    assert torch.equal(answer(fast)[0], answer(accelerate(copy.deepcopy(plain)))[0])
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("kind", ["MHA", "biases"])
+def test_gradients_and_autocast_run_the_formula_on_a_cpu(kind):
+    plain = make(kind)
+    fast, ids = accelerate(copy.deepcopy(plain)), torch.tensor([[7]])
+    for model in (plain, fast):
+        with torch.enable_grad():
+            model(ids).logits.square().mean().backward()
+    for (name, ours), theirs in zip(fast.named_parameters(), plain.parameters(), strict=True):
+        assert (ours.grad is None) == (theirs.grad is None), name
+        assert ours.grad is None or torch.equal(ours.grad, theirs.grad), name
+    with torch.autocast("cpu", BF16):
+        ours, theirs = fast(ids).logits, plain(ids).logits
+    assert ours.dtype == theirs.dtype and torch.equal(ours, theirs)
+
+
+# --- On a GPU, in Triton's interpreter -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def attended(monkeypatch) -> list[int]:
+    """A list with an entry for each layer that the kernels ran."""
+    calls, attend = [], FastLlama.attend
+    monkeypatch.setattr(FastLlama, "attend", lambda *args: calls.append(1) or attend(*args))
+    return calls
+
+
+@every_kind
+def test_the_decoder_on_a_gpu(kind, attended):
+    layers = 2 if kind == "MHA" else 1
+    plain = make(kind, layers=layers)
+    fast = accelerate(copy.deepcopy(plain), "triton")
+    swapped = {type(twin) for _, _, twin in pairs(plain, fast)}
+    assert swapped == {FastLlama} | ({FastInt8Linear} if "int8" in kind else set())
+    (ours, our_cache), (theirs, their_cache) = answer(fast), answer(plain)
+    assert len(attended) == 3 * layers  # three forwards
+    assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+    assert_close(our_cache, their_cache, atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize("dtype", [FP32, FP16], ids=str)
+def test_an_int8_matrix_on_a_gpu(dtype):
+    plain = make("int8", dtype, layers=1)
+    fast, exact = accelerate(copy.deepcopy(plain), "triton"), copy.deepcopy(plain).float()
+    twins = [(name, *pair) for name, *pair in pairs(plain, fast) if isinstance(pair[1], FastInt8Linear)]
+    assert len(twins) == 7 + 1
+    for name, module, twin in twins[-3:]:  # up and down of the last layer, and the head
+        for rows in (1, 4, 70):
+            x = random(rows, 1, module.q.shape[1], dtype=dtype)
+            no_worse(twin(x), module(x), exact.get_submodule(name)(x.float()))
+
+
+def test_the_tower_on_a_gpu():
+    plain = make()
+    fast = accelerate(copy.deepcopy(plain), "triton")
+    pixels = batch()["pixel_values"]
+    for ours, theirs in zip(fast.vision_tower(pixels), plain.vision_tower(pixels), strict=True):
+        assert_close(ours, theirs, atol=2e-5, rtol=2e-5)
+
+
+FALLBACKS = {
+    "attentions": {"output_attentions": True},
+    "hidden states": {"output_hidden_states": True},
+    "no cache": {"use_cache": False},
+    "gradients": {},
+    "autocast": {},
+    "a mask with holes": {},
+    "a plain cache": {},
+    "float64": {},
+}
+
+
+@pytest.mark.parametrize("why", FALLBACKS)
+def test_the_formula_runs_where_kernels_cannot(why, attended):
+    plain = make("GQA and window")
+    fast = accelerate(copy.deepcopy(plain), "triton")
+    results = []
+    for model in (fast, plain):
+        given = batch() | FALLBACKS[why]
+        scope = contextlib.nullcontext()
+        if why == "gradients":
+            scope = torch.enable_grad()
+        elif why == "autocast":
+            scope = torch.autocast("cpu", BF16)
+        elif why == "a mask with holes":
+            given["attention_mask"][0, 1] = 0
+        elif why == "a plain cache":
+            given["past_key_values"] = KVCache(model.config.text_config, 2, 20, FP32, "cpu")
+        elif why == "float64":
+            model.double()
+        with scope:
+            out = model(**given)
+            if why == "gradients":
+                out.logits.square().mean().backward()
+                results.append([p.grad for p in model.parameters() if p.grad is not None])
+            elif why not in ("attentions", "hidden states", "no cache"):  # what follows knows the same of the mask
+                results.append([out.logits[:, -1], model.step(torch.tensor([7, 8]), None, out.past_key_values)])
+            else:
+                real = given["attention_mask"].bool()
+                results.append([out.logits[real], *(x[real] for x in out.hidden_states or ())])
+                results[-1] += [x[:, :, -1] for x in out.attentions or ()]
+    assert not attended
+    for ours, theirs in zip(*results, strict=True):
+        assert_close(ours, theirs, atol=1e-4 if ours.dtype == FP32 else 0.02, rtol=1e-4)
+
+
+def test_a_full_cache_says_so():
+    fast = accelerate(make(), "triton")
+    for mask in (None, torch.tensor([[0, 1, 1]])):
+        cache = fast.language_model.new_cache(1, 2)
+        with pytest.raises(ValueError, match="room for 2 tokens, and 3"):
+            fast(torch.tensor([[1, 5, 6]]), attention_mask=mask, past_key_values=cache)
+    cache = fast.language_model.new_cache(1, 2)
+    fast(torch.tensor([[1, 5]]), past_key_values=cache)
+    with pytest.raises(ValueError, match="room for 2 tokens, and 3"):
+        fast.step(torch.tensor([6]), torch.tensor([[2]]), cache)
+    with pytest.raises(ValueError, match="a batch of 1, but the batch is 2"):
+        fast.step(torch.tensor([6, 7]), torch.tensor([[2]]), cache)
+
+
+# --- The CUDA graph --------------------------------------------------------------------------------------------------
+
+
+CAPACITY = 8
+
+
+class StandIn:
+    """In the place of torch.cuda.CUDAGraph. A replay runs the step with the host's count as it was when recorded."""
+
+    cache, interrupted = None, False
+
+    def replay(self) -> None:
+        step, length = self.cache.recorded, self.cache.length
+        self.cache.length = self.length
+        with self.cache.recording():
+            step.scores.copy_(type(self.model).step(self.model, step.ids, step.position_ids, self.cache))
+        self.cache.length = length
+        if StandIn.interrupted:
+            raise KeyboardInterrupt
+
+
+@pytest.fixture
+def models(monkeypatch):
+    """A model that records its steps, by the stand-in, and the plain one."""
+    plain = make("GQA and window", layers=1)
+    fast = accelerate(copy.deepcopy(plain), "triton")
+    recording = FastCache.recording
+
+    def remember(cache):
+        StandIn.cache = cache
+        return recording(cache)
+
+    def record(made: StandIn, **options):
+        made.model, made.cache, made.length = fast, StandIn.cache, StandIn.cache.length
+        return contextlib.nullcontext()
+
+    monkeypatch.setattr(FastCache, "recording", remember)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", StandIn)
+    monkeypatch.setattr(torch.cuda, "graph", record)
+    monkeypatch.setattr(StandIn, "interrupted", False)
+    monkeypatch.setattr(graph, "on_gpu", lambda x: True)
+    return fast, plain
+
+
+def start(model, mask=((1, 1, 1), (0, 1, 1))) -> KVCache:
+    """A cache after a prompt."""
+    cache, mask = model.language_model.new_cache(2, CAPACITY), torch.tensor(mask)
+    model(torch.tensor([[1, 5, 9], [0, 1, 7]]), attention_mask=mask, past_key_values=cache)
+    return cache
+
+
+def step(model, cache, i: int = 0) -> Tensor:
+    """The scores after a token that depends on the cache's length and on `i`."""
+    ids, length = torch.tensor([10 + i, 30 - i]) + cache.length, cache.length
+    return model.step(ids, torch.tensor([[length], [length - 1]]), cache).clone()
+
+
+def test_a_replayed_step_is_a_step(models):
+    for _ in range(2):  # a second answer records its own graph
+        ours, theirs = map(start, models)
+        for i in range(4):
+            assert_close(step(models[0], ours), step(models[1], theirs), atol=1e-4, rtol=1e-4)
+            assert ours.length == theirs.length and (ours.recorded.graph is not None) == (i > 0)
+        assert_close(filled(ours), filled(theirs), atol=2e-5, rtol=2e-5)
+
+
+def test_two_answers_in_turns_do_not_mix(models):
+    pairs = [list(map(start, models)) for _ in range(2)]
+    for _ in range(3):
+        for i, (ours, theirs) in enumerate(pairs):
+            assert_close(step(models[0], ours, i), step(models[1], theirs, i), atol=1e-4, rtol=1e-4)
+
+
+def test_a_step_interrupted_after_its_replay_can_be_repeated(models):
+    ours, theirs = map(start, models)
+    for i in range(4):
+        if i == 2:
+            StandIn.interrupted = True
+            with pytest.raises(KeyboardInterrupt):
+                step(models[0], ours, 7)
+            StandIn.interrupted = False
+        assert_close(step(models[0], ours), step(models[1], theirs), atol=1e-4, rtol=1e-4)
+        assert ours.length == theirs.length
+
+
+def test_a_rewound_cache_continues_from_there(models):
+    cache = start(models[0])
+    scores = [step(models[0], cache) for _ in range(3)]
+    cache.length -= 2
+    assert torch.equal(torch.stack(scores[1:]), torch.stack([step(models[0], cache) for _ in range(2)]))
+
+
+def test_what_a_graph_cannot_replay_is_not_recorded(models, monkeypatch):
+    holes = start(models[0], mask=((1, 0, 1), (0, 1, 1)))
+    cache = start(models[0])
+    for _ in range(2):
+        step(models[0], holes)
+        with torch.autocast("cpu", BF16):
+            step(models[0], cache)
+    monkeypatch.setattr(graph, "on_gpu", lambda x: False)
+    step(models[0], cache)
+    assert holes.recorded is None and cache.recorded is None and cache.length == 6
+
+
+def test_a_full_cache_is_not_replayed(models):
+    cache = start(models[0])
+    for _ in range(CAPACITY - cache.length):
+        step(models[0], cache)
+    with pytest.raises(ValueError, match="room for 8 tokens, and 9"):
+        step(models[0], cache)
+    assert cache.length == CAPACITY
+
+
+@pytest.mark.quick
+def test_a_decode_step_waits_for_no_value():
+    """On the meta device tensors have no values, so whatever looked at one would fail here, as it would in a graph."""
+    model = accelerate(make(), "triton").to("meta")
+    ids = torch.zeros(2, dtype=torch.long, device="meta")
+    assert model.step(ids, ids[:, None], model.language_model.new_cache(2, 20)).shape == (2, 70)
