@@ -70,20 +70,17 @@ def answer_many(model, processor, questions: list[Question], args: Namespace) ->
 
 def answer_batch(model, processor, batch: list[Question], args: Namespace) -> list[dict]:
     """The answers in the order of the questions, or {"error": ...} for a question that has none."""
-    answers, opened = {}, {}
-    for question in batch:
-        try:
-            check_places(question[1], len(question[0]))
-            opened[question] = [open_image(path) for path in question[0]], question[1]
-        except (OSError, ValueError) as error:
-            answers[question] = {"error": str(error)}
     try:
-        answers |= zip(opened, ask(model, processor, list(opened.values()), args) if opened else [], strict=True)
-    except ValueError as error:
+        asked = []
+        for paths, prompt in batch:
+            check_places(prompt, len(paths))
+            asked.append(([open_image(path) for path in paths], prompt))
+        return ask(model, processor, asked, args)
+    except (OSError, ValueError) as error:
         if len(batch) == 1:
             return [{"error": str(error)}]
-        return [answer for question in batch for answer in answer_batch(model, processor, [question], args)]
-    return [answers[question] for question in batch]
+        halves = batch[: len(batch) // 2], batch[len(batch) // 2 :]  # the others are still answered together
+        return [answer for half in halves for answer in answer_batch(model, processor, half, args)]
 
 
 def progress(done: int, total: int, start: float, show: bool) -> None:

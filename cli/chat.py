@@ -131,10 +131,9 @@ def note(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def command(chat: Chat, line: str) -> bool:
-    """Execute a line that starts with a slash; False to leave."""
-    name, _, rest = line.partition(" ")
-    path = os.path.expanduser(rest.strip().strip("'\""))
+def command(chat: Chat, line: str) -> None:
+    name, _, path = line.strip().partition(" ")
+    path = os.path.expanduser(path.strip().strip("'\""))
     if name in ("/image", "/save") and not path:
         raise ValueError(f"{name} needs a path")
     if name == "/image":
@@ -148,46 +147,41 @@ def command(chat: Chat, line: str) -> bool:
         note("the conversation is forgotten")
     elif name == "/help":
         note(HELP)
-    elif name != "/quit":
+    else:
         raise ValueError(f"{name} is not a command: /help lists them")
-    return name != "/quit"
 
 
-def answer(chat: Chat, line: str) -> None:
-    try:
-        why = chat.say(line, lambda text: print(text, end="", flush=True))
-    except KeyboardInterrupt:
-        why = "interrupt"
-    print(flush=True)
-    if why == "context":
-        note(f"The answer stops here: the context of {chat.context} tokens is full. /clear starts a new conversation.")
-
-
-def respond(chat: Chat, line: str) -> bool:
-    """Execute a command or answer a question; False to leave. An error is a note, and the conversation continues."""
+def respond(chat: Chat, line: str) -> None:
+    """Execute a command, or print the answer to a question. After an error or Ctrl-C the conversation continues."""
     try:
         if line.startswith("/"):
-            return command(chat, line.strip())
-        answer(chat, line)
+            return command(chat, line)
+        why = chat.say(line, lambda text: print(text, end="", flush=True))
+        print(flush=True)
+        if why == "context":
+            note(f"The answer stops here: the context of {chat.context} tokens is full. /clear starts again.")
+    except KeyboardInterrupt:
+        print(flush=True)
     except BrokenPipeError:
         raise
     except USER_ERRORS as error:
         note(sentence(error, "/clear starts a new conversation"))
-    return True
 
 
 def converse(chat: Chat) -> None:
-    """Read lines and answer them until an empty one, /quit or the end of the input."""
+    """Read lines and respond to them until an empty one, /quit or the end of the input."""
     with suppress(ImportError):
         import readline  # noqa: F401  (lets `input` edit a line and recall old ones)
     prompt = "> " if sys.stdin.isatty() else ""
     note("Ask, or type /help. An empty line leaves.")
     while True:
         try:
-            line = input(prompt)  # an error here is not caught: it would repeat without end
-            if not line.strip() or not respond(chat, line):
-                return
+            line = input(prompt)  # an OSError ends the command: it would occur again and again
         except EOFError:
             return
         except KeyboardInterrupt:
             note("\nAn empty line or Ctrl-D leaves.")
+            continue
+        if line.strip() in ("", "/quit"):
+            return
+        respond(chat, line)

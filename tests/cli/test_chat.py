@@ -159,7 +159,7 @@ def test_ctrl_c_stops_the_answer_not_the_conversation(model, monkeypatch, capsys
     question = len(talk.turn_ids("what is it?"))
     with monkeypatch.context() as patch:
         interrupted(model, patch, after)
-        chat.answer(talk, "what is it?")
+        chat.respond(talk, "what is it?")
     if after == 0:  # the question was not read: it never was asked, and the picture is still to be shown
         assert (talk.ids, talk.turns, talk.cache.length, len(talk.pictures)) == ([], [], 0, 1)
     else:  # run 1 is that of the first token, which was shown before; its keys are not complete
@@ -172,9 +172,36 @@ def test_ctrl_c_stops_the_answer_not_the_conversation(model, monkeypatch, capsys
     assert talk.ids == anew.tolist()
 
 
+class Interrupted:
+    """A tensor that Ctrl-C keeps from being written to."""
+
+    def __setitem__(self, *_):
+        raise KeyboardInterrupt
+
+
+def test_ctrl_c_while_the_cache_grows_leaves_the_old_one(model, monkeypatch):
+    talk, new_cache = begin(model), model.language_model.new_cache
+    say(talk, "hello")
+
+    def interrupted_cache(*sizes):
+        cache = new_cache(*sizes)
+        cache.v[-1] = Interrupted()
+        return cache
+
+    with monkeypatch.context() as patch:
+        old = talk.cache
+        patch.setattr(model.language_model, "new_cache", interrupted_cache)
+        chat.respond(talk, "and?")
+        assert talk.cache is old and len(talk.turns) == 2
+    prompt = talk.ids + talk.turn_ids("and?")
+    say(talk, "and?")
+    assert talk.cache is not old
+    assert talk.ids == model.generate(input_ids=torch.tensor([prompt]), max_new_tokens=8)[0].tolist()
+
+
 def test_the_contexts_end_stops_an_answer_and_the_next_turn(model, capsys):
     talk = begin(model, max_new_tokens=1000)
-    chat.answer(talk, "hello")
+    chat.respond(talk, "hello")
     assert len(talk.ids) == 400  # max_position_embeddings
     assert "the context of 400 tokens is full" in capsys.readouterr().err
     before = list(talk.ids), talk.cache.length, list(talk.turns)
@@ -282,7 +309,7 @@ def test_a_closed_pipe_is_not_swallowed(model, monkeypatch, capsys):
     def closed(*_):
         raise BrokenPipeError
 
-    monkeypatch.setattr(chat, "answer", closed)
+    monkeypatch.setattr(Chat, "say", closed)
     with pytest.raises(BrokenPipeError):
         converse(begin(model), monkeypatch, capsys, "hello")
 
