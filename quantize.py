@@ -26,6 +26,8 @@ def quantize_rows(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]: 
     """q in int8 and scale in `dtype`, such that q * scale, row by row, is as near as possible to `weight`."""
     q = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
     scale = torch.empty(len(weight), dtype=dtype, device=weight.device)
+    if weight.is_meta:  # shapes only: the memory of a quantized model is known before it is loaded
+        return q, scale
     n = rows_at_once(weight)
     for rows, q_rows, scale_rows in zip(weight.split(n), q.split(n), scale.split(n), strict=True):
         rows = rows.to(dtype).float()  # float: a bfloat16 above 64 is a multiple of 1/2, and would be rounded twice

@@ -1,8 +1,9 @@
-"""Where a checkpoint's files are: a folder, or a hub id in the local cache; its weights; its JSON."""
+"""Where a checkpoint's files are: a folder, or a hub id in the local cache; its weights; its JSON. And safe writing."""
 
 import json
 import os
 import re
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,6 +27,22 @@ def read_json(path: Path) -> dict:
     if not isinstance(settings, dict):
         raise ValueError(f"{path} holds a {type(settings).__name__}, not a JSON object")
     return settings
+
+
+def write_whole(path: str | Path, text: str) -> None:
+    """Write a text file that takes the place of an old one when it is complete, with the old one's permissions.
+
+    A link stays a link. Lone surrogates, which UTF-8 cannot encode, are written as \\udcff, their escape in JSON.
+    """
+    path = Path(os.path.realpath(path))
+    scratch = path.with_name(f".unfinished-{os.getpid()}")
+    try:
+        scratch.write_bytes(text.encode("utf-8", "backslashreplace"))
+        if path.exists():
+            shutil.copymode(path, scratch)
+        scratch.replace(path)
+    finally:
+        scratch.unlink(missing_ok=True)
 
 
 def open_sentencepiece(model: bytes) -> tuple[SentencePieceProcessor, dict[str, int]]:

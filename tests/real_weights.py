@@ -15,8 +15,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from clip import open_image
-from command import fast_dtype, run
+from cli import run
+from hub.device import fast_dtype
+from hub.pictures import open_image
 from llava import LlavaForConditionalGeneration, LlavaProcessor
 
 CATS = "http://images.cocodataset.org/val2017/000000039769.jpg"

@@ -2,13 +2,14 @@
 
 import shutil
 import sys
+from pathlib import Path
 
 import huggingface_hub
 import pytest
 import torch
 
 from folders import hub_cache, load
-from hub.files import find_checkpoint
+from hub.files import find_checkpoint, write_whole
 from reference import reference_model
 
 
@@ -52,3 +53,21 @@ def test_a_path_that_leads_nowhere(path, tmp_path, monkeypatch):
     hub_cache(monkeypatch, tmp_path, "a/b")
     with pytest.raises(FileNotFoundError, match="neither a folder nor a hub id"):
         find_checkpoint(path)
+
+
+def test_a_file_is_replaced_as_a_whole_or_not_at_all(tmp_path, monkeypatch):
+    (file := tmp_path / "file.txt").write_text("old")
+    file.chmod(0o640)
+    (tmp_path / "link.txt").symlink_to("file.txt")
+    write_whole(tmp_path / "link.txt", "n\u00e4w \udcff")
+    assert file.read_text("utf-8") == "n\u00e4w \\udcff" and file.stat().st_mode & 0o777 == 0o640
+    assert (tmp_path / "link.txt").is_symlink()
+
+    def full(*_):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(Path, "replace", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_whole(file, "newer")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file.txt", "link.txt"]
+    assert file.read_text("utf-8") == "n\u00e4w \\udcff"

@@ -7,15 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 
-import chat
-from batches import Records
-from chat import Chat
-from clip import open_image
-from command import main
+import cli
+from cli import chat
+from cli.chat import Chat
+from hub.pictures import open_image
+from llava import LlavaForConditionalGeneration, LlavaProcessor
 from small import small
 from tokenizer import TEMPLATES
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 PICTURES = [str(ROOT / "images" / f"{name}.jpg") for name in ("rocket", "owl-and-key")]
 
 
@@ -31,6 +31,10 @@ def talk(model, request):
 
 def begin(model, template="hub", **options):
     return Chat(model, small(template=template)[1], **{"max_new_tokens": 8} | options)
+
+
+def show(talk, path):
+    talk.pictures.append((path, open_image(path)))
 
 
 def say(talk, text):
@@ -53,7 +57,7 @@ def runs(model, monkeypatch):
 
 
 def test_a_turn_runs_its_own_words_only(talk, runs):
-    talk.show(PICTURES[0])
+    show(talk, PICTURES[0])
     for text in ("what is this?", "and where?", "why"):
         before, own = len(talk.ids), len(talk.turn_ids(text))
         assert say(talk, text)[0] == "length"
@@ -70,7 +74,7 @@ def test_the_answers_are_those_of_the_whole_conversation_run_anew(talk, model):
     for i, text in enumerate(["a cat", "and?", "what is that", "no"]):
         pixels = talk.processor.image_processor([open_image(path) for path in PICTURES[: 1 + i // 2]])
         if i in (0, 2):
-            talk.show(PICTURES[i // 2])
+            show(talk, PICTURES[i // 2])
         prompt = talk.ids + talk.turn_ids(text)
         _, said = say(talk, text)
         anew = model.generate(input_ids=torch.tensor([prompt]), pixel_values=pixels, max_new_tokens=8)[0]
@@ -86,7 +90,7 @@ def test_the_ids_are_those_of_the_template(model, template, system):
         return  # nothing stands between its turns
     talk, messages = begin(model, template, system=system), []
     tokenizer = talk.processor.tokenizer
-    talk.show(PICTURES[0])
+    show(talk, PICTURES[0])
     for text, answer in (("what is it?", "a cat"), ("and this", "It is red."), ("why", "no")):
         content = [{"type": "image"}] * len(talk.pictures) + [{"type": "text", "text": text}]
         messages.append({"role": "user", "content": content})
@@ -127,6 +131,14 @@ def test_the_same_seed_gives_the_same_conversation(model):
 # --- Stopping and running out ----------------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def interruptible():
+    """SIGINT raises KeyboardInterrupt here, as in the command; a shell starts a job in the background ignoring it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def interrupted(model, monkeypatch, after: int) -> None:
     """Ctrl-C comes in the middle of the decoder's run number `after`, once."""
     count, norm = iter(range(1000)), model.language_model.norm.forward
@@ -139,14 +151,15 @@ def interrupted(model, monkeypatch, after: int) -> None:
     monkeypatch.setattr(model.language_model.norm, "forward", interrupt)
 
 
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("after", [0, 1, 4])
 def test_ctrl_c_stops_the_answer_not_the_conversation(model, monkeypatch, capsys, after):
     talk = begin(model)
-    talk.show(PICTURES[0])
+    show(talk, PICTURES[0])
     question = len(talk.turn_ids("what is it?"))
     with monkeypatch.context() as patch:
         interrupted(model, patch, after)
-        chat.answer(talk, "what is it?")
+        chat.respond(talk, "what is it?")
     if after == 0:  # the question was not read: it never was asked, and the picture is still to be shown
         assert (talk.ids, talk.turns, talk.cache.length, len(talk.pictures)) == ([], [], 0, 1)
     else:  # run 1 is that of the first token, which was shown before; its keys are not complete
@@ -159,9 +172,36 @@ def test_ctrl_c_stops_the_answer_not_the_conversation(model, monkeypatch, capsys
     assert talk.ids == anew.tolist()
 
 
+class Interrupted:
+    """A tensor that Ctrl-C keeps from being written to."""
+
+    def __setitem__(self, *_):
+        raise KeyboardInterrupt
+
+
+def test_ctrl_c_while_the_cache_grows_leaves_the_old_one(model, monkeypatch):
+    talk, new_cache = begin(model), model.language_model.new_cache
+    say(talk, "hello")
+
+    def interrupted_cache(*sizes):
+        cache = new_cache(*sizes)
+        cache.v[-1] = Interrupted()
+        return cache
+
+    with monkeypatch.context() as patch:
+        old = talk.cache
+        patch.setattr(model.language_model, "new_cache", interrupted_cache)
+        chat.respond(talk, "and?")
+        assert talk.cache is old and len(talk.turns) == 2
+    prompt = talk.ids + talk.turn_ids("and?")
+    say(talk, "and?")
+    assert talk.cache is not old
+    assert talk.ids == model.generate(input_ids=torch.tensor([prompt]), max_new_tokens=8)[0].tolist()
+
+
 def test_the_contexts_end_stops_an_answer_and_the_next_turn(model, capsys):
     talk = begin(model, max_new_tokens=1000)
-    chat.answer(talk, "hello")
+    chat.respond(talk, "hello")
     assert len(talk.ids) == 400  # max_position_embeddings
     assert "the context of 400 tokens is full" in capsys.readouterr().err
     before = list(talk.ids), talk.cache.length, list(talk.turns)
@@ -197,11 +237,16 @@ def test_ways_to_leave(model, monkeypatch, capsys, last):
     assert out.count("\n") == 1
 
 
+def test_an_input_that_cannot_be_read_ends_it(model, monkeypatch, capsys):
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        converse(begin(model), monkeypatch, capsys, "hello", OSError("Bad file descriptor"), "never read")
+
+
 def test_commands(model, monkeypatch, capsys, tmp_path):
     talk, file = begin(model), tmp_path / "said.json"
     lines = [f"/image {PICTURES[0]}", f'/image "{PICTURES[1]}"', "what are they?", "and?", f"/save {file}", "/help"]
     _, err = converse(talk, monkeypatch, capsys, *lines)
-    for word in ("/image", "/clear", "/save", "/help", "/quit", "Ctrl-C", f"{PICTURES[1]} is shown"):
+    for word in ("/image", "/clear", "/save", "/help", "/quit", "Ctrl-C", f"{PICTURES[1]} is added"):
         assert word in err
     (record,) = json.loads(file.read_text())
     assert record["image"] == PICTURES
@@ -209,7 +254,7 @@ def test_commands(model, monkeypatch, capsys, tmp_path):
     assert record["conversations"][0]["value"] == "<image>\n<image>\nwhat are they?"
     assert [path.name for path in tmp_path.iterdir()] == ["said.json"]
     converse(talk, monkeypatch, capsys, "/clear")
-    assert (talk.ids, talk.cache, talk.turns, talk.pictures) == ([], None, [], [])
+    assert (talk.ids, talk.cache.length, talk.turns, talk.pictures) == ([], 0, [], [])
 
 
 def test_saving_leaves_other_files_alone(model, tmp_path):
@@ -220,8 +265,10 @@ def test_saving_leaves_other_files_alone(model, tmp_path):
 
 
 def test_what_is_saved_can_be_trained_on_whatever_was_typed(model, tmp_path):
+    from training.records import Records
+
     talk, file = begin(model), tmp_path / "said.json"
-    talk.show(PICTURES[0])
+    show(talk, PICTURES[0])
     say(talk, "what does <image> mean, or </s>?")
     talk.save(file)
     records = Records(file, ROOT / "images", talk.processor, longest=400)
@@ -253,15 +300,16 @@ def test_what_does_not_fit_into_the_memory_is_a_sentence(model, monkeypatch, cap
     def full(*_):
         raise MemoryError
 
-    monkeypatch.setattr(chat, "KVCache", full)
-    assert "the memory is not enough" in converse(begin(model), monkeypatch, capsys, "hello")[1]
+    talk = begin(model)
+    monkeypatch.setattr(model.language_model, "new_cache", full)
+    assert "not enough memory: /clear starts a new conversation" in converse(talk, monkeypatch, capsys, "hello")[1]
 
 
 def test_a_closed_pipe_is_not_swallowed(model, monkeypatch, capsys):
     def closed(*_):
         raise BrokenPipeError
 
-    monkeypatch.setattr(chat, "answer", closed)
+    monkeypatch.setattr(Chat, "say", closed)
     with pytest.raises(BrokenPipeError):
         converse(begin(model), monkeypatch, capsys, "hello")
 
@@ -296,5 +344,5 @@ def test_the_command_chats(monkeypatch, capsys):
     lines = iter(["What is this?", "", "never read"])
     monkeypatch.setattr("builtins.input", lambda prompt="": next(lines))
     options = ["--template", "hub", "--system", "Be brief.", "--max-new-tokens", "3", "--dtype", "float32"]
-    assert main(["--chat", "--image", PICTURES[0], *options]) == 0
+    assert cli.main(LlavaForConditionalGeneration, LlavaProcessor, ["--chat", "--image", PICTURES[0], *options]) == 0
     assert capsys.readouterr().out.count("\n") == 1

@@ -1,5 +1,6 @@
 """The commands: as a newcomer runs them, in a process of their own from another folder, and all that may go wrong."""
 
+import errno
 import io
 import json
 import os
@@ -8,32 +9,31 @@ import signal
 import struct
 import subprocess
 import sys
-import threading
 import time
 import zlib
+from contextlib import ExitStack
 from pathlib import Path
 
-import emoji_world
 import numpy as np
 import pytest
-import save_checkpoint
 import torch
 import transformers
 from PIL import Image
 
-import answers
-import command
-import memory
-from arguments import PROMPT, read_prompt
-from clip import open_image
-from command import BUNDLED, main, run
-from hub.writer import write_tokenizer
+import cli
+from cli import batch, loading, memory, results, run
+from cli.arguments import PROMPT, parse_arguments
+from hub.files import BUNDLED
+from hub.pictures import open_image
+from hub.settings import read_config
+from hub.writer import save, write_tokenizer
 from llava import LlavaForConditionalGeneration, LlavaProcessor
 from reference import reference_model
 from small import small as random_model
 from tokenizer import Tokenizer
+from training import emoji_world
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 # What is in the pictures, as their makers placed it: name -> (ground, things from left to right)
 PICTURES = {
     "cat-and-apple": ("blue", ["cat", "apple"]),
@@ -103,6 +103,10 @@ def test_sampling_with_a_seed_repeats():
     assert first == again != other
 
 
+def main(*arguments: str) -> int:
+    return cli.main(LlavaForConditionalGeneration, LlavaProcessor, list(arguments))
+
+
 ROCKET = ROOT / "images" / "rocket.jpg"
 
 
@@ -112,7 +116,7 @@ def ask(capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
 
     def ask(*arguments) -> tuple[int, str, str]:
-        code = main([str(argument) for argument in arguments])
+        code = main(*map(str, arguments))
         return code, *capsys.readouterr()
 
     return ask
@@ -122,7 +126,7 @@ def ask(capsys, monkeypatch, tmp_path):
 def small(tmp_path_factory):
     """A checkpoint of random weights with a context of 200 tokens that never ends an answer by itself."""
     folder = tmp_path_factory.mktemp("checkpoint") / "small"
-    save_checkpoint.save(*random_model(context=200), folder)
+    save(*random_model(context=200), folder)
     return folder
 
 
@@ -144,24 +148,31 @@ def refused(done: tuple[int, str, str], *words: str) -> None:
         (["--image", ROOT / "README.md"], "cannot be read as a picture"),
         (["--image", ROCKET, "absent.jpg"], "absent.jpg is not a file"),
         (["--image"], "--image"),
-        (["--model", "nowhere/at/all"], "neither a folder nor a hub id"),
-        (["--model", ROOT / "tests"], "has no config.json"),
+        (["--prompt", "x", "--model", "nowhere/at/all"], "neither a folder nor a hub id"),
+        (["--prompt", "x", "--model", ROOT / "tests"], "has no config.json"),
         (["--image", ROCKET, "--max-new-tokens", 0], "--max-new-tokens: must be a whole number from 1"),
         (["--image", ROCKET, "--max-new-tokens", 2.5], "--max-new-tokens"),
-        (["--image", ROCKET, "--temperature", -1], "--temperature: must be a number from 0"),
+        (["--image", ROCKET, "--temperature", -1], "--temperature: must be 0 or a number from"),
+        (["--temperature", 1e-40], "--temperature: must be 0 or a number from 1e-06"),
         (["--temperature", "nan"], "--temperature"),
         (["--temperature", "inf"], "--temperature"),
         (["--temperature", "warm"], "--temperature"),
         (["--temperature", 1, "--top-p", 7], "--top-p"),
         (["--top-p", 0], "--top-p"),
+        (["--prompt", "x", "--top-p", 0.9], "--top-p changes nothing without --temperature"),
+        (["--prompt", "x", "--top-p", 1], "--top-p changes nothing without --temperature"),
+        (["--prompt", "x", "--top-k", 0], "--top-k changes nothing without --temperature"),
+        (["--prompt", "x", "--seed", 0], "--seed changes nothing without --temperature"),
+        (["--images", ROOT, "--seed", 1, "--temperature", 0], "--seed changes nothing without --temperature"),
+        (["--chat", "--seed", 1], "--seed changes nothing without --temperature"),
         (["--top-k", -1], "--top-k"),
         (["--repetition-penalty", 0], "--repetition-penalty"),
         (["--seed", -1], "--seed"),
         (["--seed", 2**70], "--seed"),
         (["--batch-size", 0], "--batch-size"),
-        (["--device", "abacus"], "no device 'abacus'"),
-        (["--device", "cuda:99"], "no device 'cuda:99'"),
-        (["--device", "meta"], "no device 'meta'"),
+        (["--prompt", "x", "--device", "abacus"], "no device 'abacus'"),
+        (["--prompt", "x", "--device", "cuda:99"], "no device 'cuda:99'"),
+        (["--prompt", "x", "--device", "meta"], "no device 'meta'"),
         (["--dtype", "float8"], "--dtype: invalid choice: 'float8'"),
         (["--template", "alpaca"], "--template"),
         (["--stop", "x", "--stop", ""], "--stop needs a text"),
@@ -179,11 +190,21 @@ def refused(done: tuple[int, str, str], *words: str) -> None:
         (["--out", "x.jsonl"], "--out needs --images"),
         (["--images", ROOT / "images", "--out", ROCKET], "not a file of answers"),
         (["--chat", "--prompt", "x"], "--chat takes its questions from you"),
+        (["--chat", "--prompt", ""], "--chat takes its questions from you"),
+        (["--images", "-", "--prompt", "-"], "standard input cannot be both the list and the prompt"),
     ],
     ids=lambda value: str(value)[:80],
 )
 def test_a_users_mistake_is_one_sentence_and_exit_code_2(ask, arguments, words):
     refused(ask(*arguments), words)
+
+
+@pytest.mark.parametrize("arguments", [[], ["--temperature", 1], ["--json"]])
+def test_without_a_question_it_prints_its_usage(ask, monkeypatch, arguments):
+    monkeypatch.setattr(cli, "load", lambda *_: pytest.fail("loaded for nothing"))
+    code, out, err = ask(*arguments)
+    refused((code, out, err), "give --image, --images, --chat or --prompt")
+    assert err.startswith("usage: python llava.py --image PATH") and "--images" in err and "--chat" in err
 
 
 def test_a_mistake_is_exit_code_2_in_a_process_of_its_own(tmp_path):
@@ -275,7 +296,7 @@ def asked(ask, small, *arguments) -> dict:
 def test_json_is_one_line_with_text_counts_and_seconds(ask, small):
     record = asked(ask, small, "--image", ROCKET, "--prompt", "Why?")
     numbers = {"prompt_tokens", "completion_tokens", "seconds"}
-    assert set(record) == {"model", "image", "prompt", "text", "finish_reason"} | numbers
+    assert set(record) == {"model", "image", "prompt", "text", "finish_reason", "settings"} | numbers
     said = record["model"], record["image"], record["prompt"], record["finish_reason"]
     assert said == (Path(small).name, str(ROCKET), "Why?", "length")
     processor = LlavaProcessor.from_pretrained(small)
@@ -304,35 +325,47 @@ def test_several_pictures_are_in_one_prompt_in_order(ask, small, monkeypatch):
     assert (none, plain) == (None, ["Why?"])
 
 
-def test_a_prompt_comes_from_standard_input(ask, small, monkeypatch):
-    monkeypatch.setattr("sys.stdin", io.StringIO("What\nis it?\n"))
-    assert asked(ask, small, "--prompt", "-")["prompt"] == "What\nis it?"
+@pytest.fixture
+def stdin(monkeypatch):
+    """Puts bytes into a pipe that is standard input; what it returns can read those that the command has not read."""
+    with ExitStack() as streams:
+
+        def pipe(content: bytes) -> io.BufferedReader:
+            reading, writing = os.pipe()
+            os.write(writing, content)
+            os.close(writing)
+            monkeypatch.setattr("sys.stdin", streams.enter_context(open(reading, encoding="utf-8")))
+            return sys.stdin.buffer
+
+        yield pipe
+
+
+def test_a_prompt_comes_from_standard_input(ask, small, stdin):
+    for given, wanted in ((b"What\nis it?\n", "What\nis it?"), (b"\xff?", "\ufffd?")):
+        stdin(given)
+        assert asked(ask, small, "--prompt", "-")["prompt"] == wanted
     refused(ask("--prompt", "-"), "standard input has no prompt")
-    for given, wanted in ((b"Why?\n", "Why?"), (b"", PROMPT), (b"\xff?", "\ufffd?")):
-        reading, writing = os.pipe()
-        os.write(writing, given)
-        os.close(writing)
-        with open(reading, encoding="utf-8") as pipe:
-            monkeypatch.setattr("sys.stdin", pipe)
-            assert asked(ask, small)["prompt"] == wanted
-            assert asked(ask, small, "--prompt", "given")["prompt"] == "given"
 
 
-def test_a_pipe_that_says_nothing_is_spoken_of(monkeypatch, capsys):
-    monkeypatch.setattr("arguments.PATIENCE", 0)
-    reading, writing = os.pipe()
-    with open(reading, encoding="utf-8") as pipe:
-        monkeypatch.setattr("sys.stdin", pipe)
-        end = threading.Timer(0.2, lambda: (os.write(writing, b"Why?"), os.close(writing)))
-        end.start()
-        assert read_prompt(None) == "Why?"
-        end.join()
-    assert "Waiting for a prompt from standard input" in capsys.readouterr().err
+@pytest.mark.parametrize("arguments", [["--image", ROCKET], ["--prompt", "x"], ["--images", ROOT / "images"]])
+def test_standard_input_is_left_alone(ask, small, stdin, arguments):
+    rest = stdin(b"more.jpg\n")
+    assert ask("--model", small, "--max-new-tokens", 1, *arguments)[0] == 0
+    assert rest.read() == b"more.jpg\n"
+
+
+def test_a_shells_loop_over_pictures_answers_each(small):
+    loop = 'ls images/r*.jpg images/owl*.jpg | while read -r f; do "$0" llava.py --image "$f" $1; done'
+    options = f"--model {small} --max-new-tokens 1 --json"
+    done = subprocess.run(["sh", "-c", loop, sys.executable, options], cwd=ROOT, capture_output=True, text=True)
+    records = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [record["image"] for record in records] == ["images/owl-and-key.jpg", "images/rocket.jpg"], done.stderr
+    assert {record["prompt"] for record in records} == {PROMPT}
 
 
 @pytest.mark.parametrize("prompt", ["", "生活 🤗", "e\u0301\u200b\0\ufeff", "</s><s><pad>", "\udcff half", "\x1b[31m"])
 def test_any_text_is_answered(ask, small, prompt):
-    assert asked(ask, small, "--prompt", prompt)["completion_tokens"] == 3
+    assert asked(ask, small, "--prompt", prompt, "--system", prompt)["completion_tokens"] == 3
 
 
 def test_flags_that_choose_words(ask, small):
@@ -347,6 +380,21 @@ def test_flags_that_choose_words(ask, small):
     assert said("--stop", "never said", "--stop", f" {words[2]}").split() == words[: words.index(words[2], 1) + 1]
 
 
+def test_only_the_flags_given_override_the_checkpoints_own_sampling(ask, small, tmp_path):
+    """Without --temperature the answer is greedy, and its own settings are no reason for an error."""
+    own = shutil.copytree(small, tmp_path / "own")
+    settings = json.loads((own / "generation_config.json").read_text())
+    sampling = {"do_sample": True, "temperature": 5.0, "top_p": 0.9, "top_k": 7, "repetition_penalty": 50.0}
+    said = lambda model, *flags: asked(ask, model, "--prompt", "x", "--max-new-tokens", 12, *flags)["text"]  # noqa: E731
+    for name, greedy, flags in (("top_k", 1, ["--top-k", 0]), ("top_p", 1e-9, ["--top-p", 1])):
+        changed = settings | sampling | {"repetition_penalty": 1.0, name: greedy}
+        (own / "generation_config.json").write_text(json.dumps(changed))
+        assert said(own) == said(small) == said(own, "--temperature", 5)
+        assert said(own, "--temperature", 5, "--seed", 1, *flags) != said(small)
+    (own / "generation_config.json").write_text(json.dumps(settings | sampling))
+    assert said(own) == said(small, "--repetition-penalty", 50) != said(own, "--repetition-penalty", 1)
+
+
 def test_the_contexts_end_stops_the_answer_and_says_so(ask, small):
     code, out, err = ask("--model", small, "--prompt", "x", "--max-new-tokens", 1000)
     assert code == 0 and out and err.count("the context of 200 tokens is full") == 1
@@ -357,7 +405,7 @@ def test_the_contexts_end_stops_the_answer_and_says_so(ask, small):
 
 def test_help_shows_ten_options_first(capsys):
     with pytest.raises(SystemExit) as end:
-        main(["--help"])
+        main("--help")
     first, rest = capsys.readouterr().out.split("what most people need:")[1].split("the rest:")
     assert (end.value.code, first.count("\n  --")) == (0, 10)
     for flag in ("--temperature", "--top-p", "--top-k", "--repetition-penalty", "--max-new-tokens", "--stop", "--seed"):
@@ -437,6 +485,21 @@ def test_a_row_that_a_stop_string_ended_is_counted_up_to_there(ask, small, tmp_p
         assert (record["completion_tokens"], record["finish_reason"]) == (len(right), reason)
 
 
+def test_a_list_comes_from_standard_input(ask, small, folder, stdin):
+    stdin(b'pictures/b.jpg\r\n\n{"image": "pictures/e.png", "prompt": "Why?\\ud800"}\npictures/\xff.png')
+    code, out, err = ask("--images", "-", "--model", small, "--max-new-tokens", 2, "--prompt", "What?")
+    *said, missing = map(json.loads, out.splitlines())
+    assert [(record["image"], record["prompt"]) for record in said] == [
+        ("pictures/b.jpg", "What?"),
+        ("pictures/e.png", "Why?\ufffd"),
+    ]
+    assert os.fsencode(missing["image"]) == b"pictures/\xff.png" and "is not a file" in missing["error"]
+    assert code == 2 and "1 of 3 have no answer" in err
+    refused(ask("--images", "-"), "standard input has no pictures")
+    stdin(b"a.jpg\n{}\n")
+    refused(ask("--images", "-"), "standard input, line 2")
+
+
 LINES = ['{"image"', "{}", '{"image": 5}', '{"image": ["a", 5]}', '{"image": "a", "prompt": 1}']
 
 
@@ -446,31 +509,42 @@ def test_a_broken_list_is_named_with_its_line(ask, tmp_path, line):
     refused(ask("--images", "list.jsonl"), "list.jsonl, line 2")
 
 
-def test_a_run_that_was_stopped_goes_on(ask, small, folder, monkeypatch):
-    (folder / "a.jpg").unlink()
-    options = ["--model", small, "--images", folder, "--out", "out.jsonl", "--batch-size", 1, "--max-new-tokens", 3]
-    asked_about, real = [], answers.ask
+def in_the_file() -> list[tuple[str, bool]]:
+    """The pictures' names in out.jsonl, and whether each has an answer."""
+    records = [json.loads(line) for line in Path("out.jsonl").read_text().splitlines()]
+    return [(Path(record["image"]).name, "text" in record) for record in records]
+
+
+def stopped_after(n: int, ask):
+    """batch.ask with Ctrl-C at its call number n."""
+    calls = iter(range(10**6))
 
     def stopped(*arguments):
-        if len(asked_about) == 2:
+        if next(calls) == n:
             raise KeyboardInterrupt
-        asked_about.append(arguments[2])
-        return real(*arguments)
+        return ask(*arguments)
 
-    monkeypatch.setattr(answers, "ask", stopped)
+    return stopped
+
+
+def test_an_interrupted_run_is_resumed(ask, small, folder, monkeypatch):
+    (folder / "a.jpg").unlink()
+    options = ["--model", small, "--images", folder, "--out", "out.jsonl", "--batch-size", 1, "--max-new-tokens", 3]
+    real = batch.ask
+    monkeypatch.setattr(batch, "ask", stopped_after(2, real))
     assert ask(*options)[:2] == (130, "")
-    assert len(Path("out.jsonl").read_text().splitlines()) == 2  # what was answered is there
+    assert in_the_file() == [("b.jpg", True), ("c.webp", True)]  # what was answered is there
     with open("out.jsonl", "a") as out:
-        out.write('{"image": "half a li')
-    monkeypatch.setattr(answers, "ask", lambda *arguments: asked_about.append(arguments[2]) or real(*arguments))
+        out.write('{"model": "half a li')
+    calls = []
+    monkeypatch.setattr(batch, "ask", lambda *arguments: calls.append(1) or real(*arguments))
     code, out, err = ask(*options)
-    assert (code, out) == (0, "") and "2 of 4 have a line already" in err
-    records = [json.loads(line) for line in Path("out.jsonl").read_text().splitlines()]
-    assert [Path(record["image"]).name for record in records] == ["b.jpg", "c.webp", "d.PNG", "e.png"]
-    assert len(asked_about) == 4
+    assert (code, out) == (0, "") and "2 of 4 are answered already" in err
+    assert in_the_file() == [(name, True) for name in ("b.jpg", "c.webp", "d.PNG", "e.png")]
+    assert len(calls) == 2
     with monkeypatch.context() as patch:
-        patch.setattr(command, "load", lambda *_: pytest.fail("loaded for nothing"))
-        assert "4 of 4 have a line already" in ask(*options)[2]
+        patch.setattr(cli, "load", lambda *_: pytest.fail("loaded for nothing"))
+        assert "4 of 4 are answered already" in ask(*options)[2]
     assert ask(*options, "--prompt", "Another?")[0] == 0
     assert len(Path("out.jsonl").read_text().splitlines()) == 8
 
@@ -482,19 +556,122 @@ def test_a_file_name_that_is_no_text_is_answered_and_known_again(ask, small, tmp
     assert ask(*options)[0] == 0
     record = json.loads(Path("out.jsonl").read_text("utf-8"))
     assert os.fsencode(record["image"]) == name
-    assert "1 of 1 have a line already" in ask(*options)[2]
+    assert "1 of 1 are answered already" in ask(*options)[2]
 
 
-def test_a_file_that_is_not_ours_is_left_alone(ask, small, folder):
-    for content in ("my notes", "my notes\n", '{"image": "x"}\n', "[1]\n", "\xff\n"):
-        Path("out.jsonl").write_text(content)
-        refused(ask("--model", small, "--images", folder, "--out", "out.jsonl"), "not a file of answers")
-        assert Path("out.jsonl").read_text() == content
+ANSWER = {"model": "small", "image": "x.jpg", "prompt": "Why?", "text": "So.", "settings": {}}
+FOREIGN = ["my notes", "my notes\n", "\n", "[1]\n", "\xff\n", '{"mine": 1}', '{"mine": 1}\n{"model": "sm', "{"]
+FOREIGN += ['{"image": "half a li', '{"model": 1}', '{"model": "half a li\n', json.dumps(ANSWER) + "\nmy notes"]
+FOREIGN += [json.dumps(ANSWER | wrong) for wrong in ({"image": 5}, {"prompt": None}, {"settings": 3})]
+FOREIGN += [json.dumps({key: ANSWER[key] for key in ANSWER if key != left_out}) for left_out in ("model", "text")]
+
+
+@pytest.mark.parametrize("content", FOREIGN)
+def test_a_file_that_is_not_ours_is_left_alone(ask, small, folder, content):
+    Path("out.jsonl").write_text(content)
+    refused(ask("--model", small, "--images", folder, "--out", "out.jsonl"), "not a file of answers")
+    assert Path("out.jsonl").read_text() == content
+
+
+@pytest.mark.parametrize("out", ["list.jsonl", "pictures/../list.jsonl", "link", "hardlink"])
+def test_the_list_itself_is_no_place_for_answers(ask, small, folder, out):
+    content = json.dumps(ANSWER | {"image": "pictures/b.jpg"}) + "\n"  # a list too, and a file of answers
+    Path("list.jsonl").write_text(content)
+    Path("link").symlink_to("list.jsonl")
+    os.link("list.jsonl", "hardlink")
+    refused(ask("--model", small, "--images", "list.jsonl", "--out", out), "--out is the list given with --images")
+    assert Path("list.jsonl").read_text() == content
+
+
+def test_wherever_a_killed_run_cut_its_last_line_the_others_are_kept(ask, small, folder):
+    (folder / "a.jpg").unlink()
+    options = ["--model", small, "--images", folder, "--out", "out.jsonl", "--max-new-tokens", 1]
+    assert ask(*options, "--prompt", "Wo? \u00e4")[0] == 0
+    args = parse_arguments(list(map(str, [*options, "--prompt", "Wo? \u00e4"])))
+    loading.settle(args)
+    whole = Path("out.jsonl").read_bytes()
+    *_, fourth, _ = whole.split(b"\n")
+    for length in range(1, len(fourth) + 1):
+        cut = whole[: len(whole) - len(fourth) - 1 + length]
+        Path("out.jsonl").write_bytes(cut)
+        if length < len('{"model": '):
+            with pytest.raises(ValueError, match="not a file of answers"):
+                results.answered(args)
+            assert Path("out.jsonl").read_bytes() == cut
+        else:
+            assert len(results.answered(args)) == 3 + (length == len(fourth))
+            left = whole if length == len(fourth) else whole.removesuffix(fourth + b"\n")
+            assert Path("out.jsonl").read_bytes() == left
+    assert [path.name for path in Path().iterdir() if path.name not in ("pictures", "out.jsonl")] == []
+
+
+def full_disk(*_):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def broken_then_mended(ask, small, folder) -> list:
+    """The flags of a run whose first and third picture had only an error, and then arrived."""
+    (folder / "c.webp").write_bytes(b"broken")
+    options = ["--model", small, "--images", folder, "--out", "out.jsonl", "--max-new-tokens", 3, "--batch-size", 1]
+    code, _, err = ask(*options)
+    assert code == 2 and "2 of 5 have no answer" in err
+    for name in ("a.jpg", "c.webp"):
+        COLOUR.save(folder / name)
+    return options
+
+
+def test_errors_are_asked_again_and_replaced(ask, small, folder):
+    options = broken_then_mended(ask, small, folder)
+    os.chmod("out.jsonl", 0o640)
+    os.rename("out.jsonl", "elsewhere.jsonl")
+    os.symlink("elsewhere.jsonl", "out.jsonl")
+    before = Path("out.jsonl").read_text().splitlines()
+    (folder / "c.webp").write_bytes(b"still broken")
+    code, _, err = ask(*options)
+    assert code == 2 and "3 of 5 are answered already" in err and "1 of 2 have no answer" in err
+    names = ["a.jpg", "b.jpg", "c.webp", "d.PNG", "e.png"]
+    assert in_the_file() == [(name, name != "c.webp") for name in names]
+    COLOUR.save(folder / "c.webp")
+    assert ask(*options)[0] == 0
+    assert in_the_file() == [(name, True) for name in names]
+    assert [line for line in Path("out.jsonl").read_text().splitlines() if line in before] == before[1::2] + before[4:]
+    assert "5 of 5 are answered already" in ask(*options)[2]
+    assert Path("out.jsonl").is_symlink() and Path("out.jsonl").stat().st_mode & 0o777 == 0o640
+    assert sorted(path.name for path in Path().iterdir()) == ["elsewhere.jsonl", "out.jsonl", "pictures"]
+
+
+def test_only_errors_are_replaced(ask, small, folder):
+    """Lines that no single run writes: an error behind an answer, two answers, another picture's error."""
+    options = broken_then_mended(ask, small, folder)
+    assert ask(*options)[0] == 0
+    a, b, *others = Path("out.jsonl").read_text().splitlines(keepends=True)
+    error = json.dumps({"error": "?"} | {key: value for key, value in json.loads(a).items() if key != "text"}) + "\n"
+    elsewhere = error.replace("a.jpg", "elsewhere.jpg")
+    Path("out.jsonl").write_text("".join([elsewhere, error, b, a, *others, error, b]))
+    assert "5 of 5 are answered already" in ask(*options)[2]
+    assert Path("out.jsonl").read_text() == "".join([elsewhere, a, b, b, *others])
+
+
+@pytest.mark.parametrize("how", ["Ctrl-C", "a full disk"])
+def test_nothing_is_lost_while_errors_are_replaced(ask, small, folder, monkeypatch, how):
+    options, real = broken_then_mended(ask, small, folder), batch.ask
+    before = Path("out.jsonl").read_text()
+    with monkeypatch.context() as patch:
+        if how == "Ctrl-C":
+            patch.setattr(batch, "ask", stopped_after(1, real))
+            assert ask(*options)[0] == 130
+        else:
+            patch.setattr(Path, "replace", full_disk)
+            refused(ask(*options), "No space left on device")
+    assert Path("out.jsonl").read_text().startswith(before)
+    assert sorted(path.name for path in Path().iterdir()) == ["out.jsonl", "pictures"]
+    assert ask(*options)[0] == 0
+    assert in_the_file() == [(name, True) for name in ["a.jpg", "b.jpg", "c.webp", "d.PNG", "e.png"]]
 
 
 @pytest.mark.parametrize("out", ["no/such/folder/x.jsonl", "."])
 def test_a_file_that_cannot_be_written_is_refused_before_loading(ask, small, folder, monkeypatch, out):
-    monkeypatch.setattr(command, "load", lambda *_: pytest.fail("loaded for nothing"))
+    monkeypatch.setattr(cli, "load", lambda *_: pytest.fail("loaded for nothing"))
     refused(ask("--model", small, "--images", folder, "--out", out), f"{out} cannot be written")
 
 
@@ -504,9 +681,52 @@ def test_answers_can_go_where_nothing_is_kept(ask, small, folder):
     assert ask("--images", folder, "--out", os.devnull, *options) == (0, "", "")
 
 
-def test_answers_of_another_model_are_not_mixed_with_these(ask, small, folder):
-    Path("out.jsonl").write_text(content := '{"model": "another", "image": "x.jpg", "prompt": "Why?"}\n')
-    refused(ask("--model", small, "--images", folder, "--out", "out.jsonl"), "out.jsonl has the answers of another")
+MADE_WITH = [("temperature", 1), ("max_new_tokens", 4), ("repetition_penalty", 2), ("quantize", "int8")]
+MADE_WITH += [("template", "v1"), ("system", "Be brief."), ("stop", "x"), ("dtype", "float16")]
+SAMPLED_WITH = [("top_p", 0.5), ("top_k", 5), ("seed", 2)]
+
+
+def test_answers_made_otherwise_are_not_mixed_with_these(ask, small, folder, monkeypatch):
+    (folder / "a.jpg").unlink()
+    options = ["--model", small, "--images", folder, "--out", "out.jsonl", "--max-new-tokens", 2, "--dtype", "float32"]
+    for more, others in (([], MADE_WITH), (["--temperature", 2, "--seed", 1], SAMPLED_WITH)):
+        Path("out.jsonl").unlink(missing_ok=True)
+        assert ask(*options, *more)[0] == 0
+        content = Path("out.jsonl").read_text()
+        settings = json.loads(content.splitlines()[0])["settings"]
+        assert (settings["dtype"], settings["template"], settings["stop"]) == ("float32", "hub", None)
+        for name, value in others:
+            said = ask(*options, *more, f"--{name.replace('_', '-')}", value)
+            refused(said, f"out.jsonl was made with {name} {json.dumps(settings[name])}, and this run has")
+            assert Path("out.jsonl").read_text() == content
+        same = ["--template", "hub", "--batch-size", 2]  # the checkpoint's own; and what does not decide an answer
+        assert "4 of 4 are answered already" in ask(*options, *more, *same)[2]
+
+
+def test_auto_is_the_dtype_in_effect(ask, small, folder, monkeypatch):
+    (folder / "a.jpg").unlink()
+    options = ["--model", small, "--images", folder, "--out", "out.jsonl", "--max-new-tokens", 2]
+    for dtype, other in ((torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)):
+        Path("out.jsonl").unlink(missing_ok=True)
+        monkeypatch.setattr(loading, "fast_dtype", lambda device, dtype=dtype: dtype)
+        assert ask(*options)[0] == 0
+        assert ask(*options, "--dtype", str(dtype).removeprefix("torch."))[0] == 0
+        monkeypatch.setattr(loading, "fast_dtype", lambda device, dtype=other: dtype)
+        refused(ask(*options), "out.jsonl was made with dtype")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [({"model": "another"}, 'model "another"'), ({"settings": {}}, "temperature unknown"), ({}, "temperature unknown")],
+)
+def test_a_line_of_another_model_or_without_settings_was_made_otherwise(ask, small, folder, change, words):
+    (folder / "a.jpg").unlink()
+    options = ["--model", small, "--images", folder, "--out", "out.jsonl", "--max-new-tokens", 2]
+    assert ask(*options)[0] == 0
+    *lines, last = map(json.loads, Path("out.jsonl").read_text().splitlines())
+    last = last | change if change else {key: value for key, value in last.items() if key != "settings"}
+    Path("out.jsonl").write_text(content := "".join(json.dumps(each) + "\n" for each in (*lines, last)))
+    refused(ask(*options), f"out.jsonl was made with {words}")
     assert Path("out.jsonl").read_text() == content
 
 
@@ -576,15 +796,15 @@ def test_what_cannot_fit_is_said_before_loading(ask, small, monkeypatch, tmp_pat
     config = json.loads((deep / "config.json").read_text())
     config["text_config"]["num_hidden_layers"] = 40
     (deep / "config.json").write_text(json.dumps(config))
-    settings = command.read_config(deep)
+    skeleton = LlavaForConditionalGeneration.without_weights(read_config(deep))
     needs = {
-        (dtype, how): memory.needed_bytes(settings, dtype, how, 200)  # the context: an answer may be longer than it
+        (dtype, how): memory.needed_bytes(skeleton, dtype, how, 200)  # the context: an answer may be longer than it
         for dtype in (torch.float32, torch.bfloat16)
         for how in (None, "int8")
     }
-    sizes = {name: memory.needed_bytes(settings, *name, 0) - memory.OVERHEAD for name in needs}
+    sizes = {name: memory.needed_bytes(skeleton, *name, 0) - memory.OVERHEAD for name in needs}
     assert sizes[torch.float32, None] == 2 * sizes[torch.bfloat16, None] == 4 * sum(
-        parameter.numel() for parameter in LlavaForConditionalGeneration.without_weights(settings).parameters()
+        parameter.numel() for parameter in skeleton.parameters()
     )
     assert sizes[torch.bfloat16, "int8"] < sizes[torch.bfloat16, None]
     monkeypatch.setattr(LlavaForConditionalGeneration, "from_pretrained", lambda *_: pytest.fail("it was loaded"))
@@ -593,7 +813,7 @@ def test_what_cannot_fit_is_said_before_loading(ask, small, monkeypatch, tmp_pat
     for free, words in (
         (whole - 1, "--dtype bfloat16 needs"),
         (half - 1, "--dtype bfloat16 --quantize int8 needs"),
-        (eighth - 1, "it takes a smaller model"),
+        (eighth - 1, "use a smaller model"),
     ):
         monkeypatch.setattr(memory, "free_bytes", lambda device, free=free: free)
         refused(ask(*arguments), f"this model needs {whole / 1e9:.3g} GB of memory in float32", "GB free", words)
@@ -605,7 +825,7 @@ def test_what_cannot_fit_is_said_before_loading(ask, small, monkeypatch, tmp_pat
 def test_the_cache_of_every_row_is_counted(ask, small, folder, monkeypatch):
     """Its pictures and its answer, as far as the context goes."""
     counted, picture = [], LlavaProcessor.from_pretrained(small).image_seq_length
-    monkeypatch.setattr(command, "check_memory", lambda *given: counted.append(given[-1]))
+    monkeypatch.setattr(loading, "check_memory", lambda *given: counted.append(given[-1]))
     for arguments in (["--images", folder, "--batch-size", 3], ["--images", folder], ["--image", ROCKET, ROCKET]):
         ask("--model", small, "--max-new-tokens", 2, *arguments)
     ask("--model", small, "--max-new-tokens", 1000, "--prompt", "x")
@@ -623,7 +843,7 @@ def test_too_little_memory_is_one_sentence_too(error, capsys):
         raise error
 
     assert run(work) == 2
-    assert capsys.readouterr().err.startswith("error: the memory is not enough")
+    assert capsys.readouterr().err.startswith("error: not enough memory")
 
 
 @torch.no_grad()

@@ -1,17 +1,17 @@
-"""How an answer came about, as one HTML page that needs no network: `python llava.py --image x.jpg --explain x.html`.
+"""Explain one answer on an HTML page that needs no network: `python llava.py --image x.jpg --explain x.html`.
 
-    Recorder watches the answer -> study runs prompt and answer once more -> write fills explain.html
+    Recorder runs and times the answer -> study runs prompt and answer again, in one forward -> write fills explain.html
 
-For each token of the answer the page shows the attention of the position before it, whose output became the token:
-there the model looked when it chose it. Beside it stand the likeliest tokens of that moment, and the same guess read
-off after every layer, the final norm and the head put on the stream as it then was (the logit lens, nostalgebraist
-2020, https://www.lesswrong.com/posts/AcKRB8wDpdaN6v6ru/interpreting-gpt-the-logit-lens).
+A token is predicted by the position before it, so the page shows that position's attention as what the model looked at
+when it chose the token. Beside it are the five likeliest tokens, and the prediction after each layer: the final norm
+and the head applied to the hidden state there (the logit lens, nostalgebraist 2020,
+https://www.lesswrong.com/posts/AcKRB8wDpdaN6v6ru/interpreting-gpt-the-logit-lens).
 
-    T tokens of prompt and answer    N tokens of the answer    P patches    W = T - P words: all that are not patches
+    T tokens of prompt and answer    N tokens of the answer    P patches    W = T - P words: all tokens but patches
     L layers    H heads    V vocabulary    M maps: means over heads or layers, and single heads
 
-Attention tells where numbers were read from, not why: of a place without heat another token may have told.
-Left out: more than one picture, batches, the tower's own attention.
+Attention says where a position read, not what it read nor why: earlier layers may have moved what a patch contains to
+another token. Not implemented: several pictures, batches, the attention of the vision tower.
 """
 
 import base64
@@ -28,19 +28,18 @@ from PIL import Image
 from torch import Tensor
 
 from generate import generate
+from hub.files import write_whole
 from tokenizer import Tokenizer
 
-USUAL_BYTES = 1_500_000  # of attention in a page, to which base64 adds a third: as many heads are kept as fit
-FEWEST_HEADS = 8  # but so many at least
-MOST_BYTES = 12_000_000  # and never more than this: a 7B's answer of 256 tokens still has all its layers
-MEAN = -1  # in the place of a layer or a head
+USUAL_BYTES = 1_500_000  # attention in a page, before base64 adds a third: as many heads are kept as fit
+FEWEST_HEADS = 8  # kept even where they do not fit into USUAL_BYTES
+MOST_BYTES = 12_000_000  # never exceeded: room for the means of all layers for a 7B's answer of 256 tokens
+MEAN = -1  # stands for all layers or all heads
 TEMPLATE = Path(__file__).with_suffix(".html")
 
 
 class Recorder:
-    """Stands in for a model while generation drives it: notes the seconds of each step and what the projector made."""
-
-    times_each_step = True  # so no step may come from a CUDA graph: see decode_graph.py
+    """Stands in for a model during generation: records the seconds of each step and the projector's output."""
 
     def __init__(self, model):
         self.model, self.seconds = model, []
@@ -51,20 +50,24 @@ class Recorder:
     def timed(self, step, *args, **options):
         start = time.perf_counter()
         result = step(*args, **options)
-        if self.model.device.type == "cuda":  # which returns before it has done the work
+        if self.model.device.type == "cuda":  # the call returns before the work is done
             torch.cuda.synchronize(self.model.device)
         self.seconds.append(time.perf_counter() - start)
         return result
 
     def __call__(self, input_ids: Tensor, pixel_values: Tensor | None = None, *rest, **options):
-        """The model's forward; where there is a picture, it first goes through tower and projector by themselves."""
+        """The model's forward, with tower and projector timed separately if there is a picture."""
         if pixel_values is None:
             return self.timed(self.model, input_ids, None, *rest, **options)
         self.features = self.timed(self.model.get_image_features, pixel_values)  # (1, P, D)
-        projector = self.model.multi_modal_projector  # it ran behind the tower; once more, by itself, to time it
+        projector = self.model.multi_modal_projector  # already run after the tower; run again alone, to time it
         self.timed(projector, self.features.new_zeros(*self.features.shape[:2], projector.linear_1.in_features))
         x = self.model.merge(input_ids, None, self.features.flatten(0, 1))
         return self.timed(self.model, None, None, *rest, inputs_embeds=x, **options)
+
+    def step(self, *inputs) -> Tensor:
+        """The model's plain step: a CUDA graph, which may take its place in the instance, cannot be timed inside."""
+        return self.timed(type(self.model).step, self.model, *inputs)
 
     def generate(self, input_ids: Tensor, pixel_values: Tensor, **options) -> Tensor:
         self.prompt_length, self.pixels = input_ids.shape[1], pixel_values
@@ -74,12 +77,12 @@ class Recorder:
 
 @dataclass
 class Study:
-    """What one forward over prompt and answer tells."""
+    """The results of one forward over prompt and answer, at the N positions that predict the answer's tokens."""
 
-    attentions: Tensor  # (L, H, N, T), row n of the position before answer token n; each sums to 1
-    streams: list[Tensor]  # L + 1 of (N, D), there too: each layer's input and the last one's output, normed
-    patches: Tensor  # (P,), where among the T tokens the patches stand
-    words: Tensor  # (W,), where the others do
+    attentions: Tensor  # (L, H, N, T), row n at the position before answer token n; each row sums to 1
+    streams: list[Tensor]  # L + 1 of (N, D): each layer's input and the last layer's output, after the final norm
+    patches: Tensor  # (P,), positions of the patches among the T tokens
+    words: Tensor  # (W,), positions of all other tokens
 
 
 @torch.no_grad()
@@ -90,11 +93,11 @@ def study(run: Recorder) -> Study:
     wanted = {"output_attentions": True, "output_hidden_states": True, "logits_to_keep": 1}
     out = model(inputs_embeds=torch.cat(x, 1), use_cache=False, **wanted)
     places = (prompt[0] == model.config.image_token_index).nonzero().flatten()
-    patches = places[-model.config.vision_config.num_patches :]  # a class token would come before them
+    patches = places[-model.config.vision_config.num_patches :]  # without the class token, which is first
     others = torch.ones_like(ids[0], dtype=torch.bool)
     others[patches] = False
     rows = slice(run.prompt_length - 1, ids.shape[1] - 1)
-    *inputs, last = (hidden[0, rows] for hidden in out.hidden_states)  # the last one has been through the norm
+    *inputs, last = (hidden[0, rows] for hidden in out.hidden_states)  # the last one is normed already
     return Study(
         attentions=torch.stack([layer[0, :, rows] for layer in out.attentions]),
         streams=[model.language_model.norm(hidden) for hidden in inputs] + [last],
@@ -104,9 +107,9 @@ def study(run: Recorder) -> Study:
 
 
 def maps_to_keep(on_picture: Tensor, size: int) -> list[tuple[int, int]]:
-    """(layer, head) of each map of `size` bytes that a page has room for, MEAN standing for all layers or heads.
+    """The (layer, head) of each map of `size` bytes that fits into the page; MEAN stands for all layers or heads.
 
-    Means go before single heads, and among these come first those that give most to the picture, (L, H).
+    Means come before single heads, and heads with more attention `on_picture` (L, H) before others.
     """
     L, H = on_picture.shape
     heads = [divmod(i, H) for i in on_picture.flatten().argsort(descending=True).tolist()]
@@ -122,10 +125,10 @@ def attention_map(attentions: Tensor, layer: int, head: int) -> Tensor:  # (L, H
 
 
 def pack(found: Study, maps: list[tuple[int, int]]) -> dict[str, str]:
-    """(M, N, P + W) as bytes, patches and words each scaled by their own largest value in a row, and (M, N, 4) numbers.
+    """Attention as bytes (M, N, P + W), and as floats (M, N, 4) the largest value and the sum of patches and of words.
 
-    The numbers are the two largest values and the two sums. A word that takes nearly all of a row (often the first
-    one) would leave nothing of the patches in 255 steps, therefore two scales.
+    In each row, patches and words have scales of their own, because the first token often takes nearly all attention:
+    with one scale the patches would be rounded to 0 of 255 steps.
     """
     weights = torch.stack([attention_map(found.attentions, *each) for each in maps])
     parts = [weights[..., places].cpu() for places in (found.patches, found.words)]
@@ -143,10 +146,10 @@ def in_base64(data: bytes) -> str:
 
 
 def guesses(model, found: Study, chosen: Tensor) -> tuple[list, list]:
-    """For each token of the answer the likeliest, N x 5 (id, probability); and the lens, from the embeddings to the
-    last layer, L + 1 x N (the likeliest id, its probability, that of the `chosen` (N,) token).
+    """The five likeliest tokens, N x 5 (id, probability), and the logit lens, (L + 1) x N (id, probability, chosen).
 
-    Raises ValueError where a score is not a finite number.
+    The lens has the likeliest id before the first and after each layer, its probability, and that of the `chosen` (N,)
+    token. Raises ValueError if a score is not finite.
     """
     lens = []
     for stream in found.streams:
@@ -160,7 +163,7 @@ def guesses(model, found: Study, chosen: Tensor) -> tuple[list, list]:
 
 
 def nearest_words(model, features: Tensor, V: int) -> list:
-    """P x 5 (id, cosine): the words whose embeddings lie nearest to each patch as the decoder reads it."""
+    """For each patch, as the decoder reads it, the five tokens with the nearest embeddings: P x 5 (id, cosine)."""
     words = F.normalize(model.language_model.embed_tokens.weight[:V].float(), dim=-1)
     top = (F.normalize(features.float(), dim=-1) @ words.T).topk(5)
     return [rounded(*pair) for pair in zip(top.indices, top.values, strict=True)]
@@ -171,13 +174,13 @@ def rounded(ids: Tensor, *numbers: Tensor) -> list:
 
 
 def piece(tokenizer: Tokenizer, i: int) -> str:
-    """A token as the vocabulary spells it."""
+    """A token as the vocabulary writes it."""
     known = 0 <= i < tokenizer.sp.vocab_size()
     return tokenizer.special_names.get(i) or (tokenizer.sp.id_to_piece(i) if known else f"[{i}]")
 
 
 def stages(run: Recorder) -> list[tuple[str, list[int], float | None]]:
-    """(name, shape behind it, seconds) in the order of the data."""
+    """The stages of the run in order: (name, shape of the output, seconds)."""
     vision, text = run.model.config.vision_config, run.model.config.text_config
     (_, P, D), (see, project, prefill, *_) = run.features.shape, run.seconds
     return [
@@ -201,7 +204,7 @@ def page_data(run: Recorder, processor, image: Image.Image, names: tuple[str, st
     words = ids[found.words].tolist()
     shown = {i for table in (likeliest, lens, near) for row in table for i, *_ in row}.union(words)
     patch = run.model.config.vision_config.patch_size
-    side = run.model.config.vision_config.image_size // patch  # pixels beyond the last whole patch are never seen
+    side = run.model.config.vision_config.image_size // patch  # pixels after the last whole patch are not used
     png = io.BytesIO()
     processor.image_processor.fit(image.convert("RGB")).crop((0, 0, side * patch, side * patch)).save(png, "PNG")
     return {
@@ -219,16 +222,16 @@ def page_data(run: Recorder, processor, image: Image.Image, names: tuple[str, st
         "lens": lens,
         "near": near,
         "stages": stages(run),
-        "seconds": run.seconds[2:],  # the first two are of the picture
+        "seconds": run.seconds[2:],  # the first two are the tower's and the projector's
     }
 
 
 def check_place(path: str, images: list[Image.Image]) -> None:
-    """Before the work and not after it: can there be a page? Raises ValueError where not."""
+    """Raise ValueError if the page could not be made or written, before the model runs."""
     place = Path(path)
     if len(images) != 1:
-        raise ValueError("--explain shows where the words looked in a picture: give one by --image")
-    if place.suffix.lower() not in (".html", ".htm"):  # and so no picture is overwritten by mistake
+        raise ValueError("--explain shows where each word looked in a picture: give exactly one with --image")
+    if place.suffix.lower() not in (".html", ".htm"):  # so that no picture is overwritten by mistake
         raise ValueError(f"--explain writes a page for a browser: {path} must end in .html")
     if not place.parent.is_dir():
         raise ValueError(f"{path} cannot be written: there is no folder {place.parent}")
@@ -237,12 +240,7 @@ def check_place(path: str, images: list[Image.Image]) -> None:
 
 
 def write(path: str, run: Recorder, processor, image: Image.Image, names: tuple[str, str]) -> None:
-    """Make the page of the answer that `run` has generated. Names: see page_data. Raises OSError, ValueError."""
+    """Write the page about the answer that `run` generated, whole or not at all. Raises OSError or ValueError."""
     data = json.dumps(page_data(run, processor, image, names), separators=(",", ":"), allow_nan=False)
-    page = TEMPLATE.read_text("utf-8").replace("DATA", data.replace("<", "\\u003c"), 1)  # no text closes the script
-    scratch = Path(path).with_name(f".explain-{os.getpid()}.html")
-    try:
-        scratch.write_text(page, "utf-8")
-        scratch.replace(path)
-    finally:
-        scratch.unlink(missing_ok=True)
+    page = TEMPLATE.read_text("utf-8").replace("DATA", data.replace("<", "\\u003c"), 1)  # no text can close the script
+    write_whole(path, page)

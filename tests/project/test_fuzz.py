@@ -1,6 +1,6 @@
 """Damage by chance, to pictures, checkpoints and text: an answer or one plain sentence, never a traceback.
 
-`python -m pytest -q -s tests/test_fuzz.py` prints the table of tests/README.md, whose counts are held to CASES.
+`python -m pytest -q -s tests/project/test_fuzz.py` prints the table of tests/README.md, whose counts are held to CASES.
 """
 
 import io
@@ -17,19 +17,20 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-import save_checkpoint
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from arguments import read_prompt
-from chat import Chat
-from clip import ImageProcessor, open_image
+from cli.arguments import read_prompt
+from cli.chat import Chat
+from clip import ImageProcessor
+from hub.pictures import open_image
+from hub.writer import save
 from llava import LlavaForConditionalGeneration, LlavaProcessor
 from small import small
 
-HERE = Path(__file__).parent
+TESTS = Path(__file__).parent.parent
 # How many cases of each kind are tried.
 CASES = {
     "JPEG: bytes flipped or cut": 150,
@@ -182,7 +183,7 @@ class Checkpoint:
     def __init__(self, folder: Path, shard_bytes: float = 5e9):
         self.folder = folder
         model, processor = small()
-        save_checkpoint.save(model, processor, folder, shard_bytes)
+        save(model, processor, folder, shard_bytes)
         self.files = {file.name: file.read_bytes() for file in folder.iterdir()}
         self.shapes = {name: (parameter.shape, parameter.dtype) for name, parameter in model.named_parameters()}
         self.settings = [name for name in self.files if name.endswith(".json") and "index" not in name]
@@ -493,5 +494,5 @@ def test_the_readme_has_these_counts():
     for kind, n in CASES.items():
         rows.append(f"| {kind} | {n} | {outcomes[kind]['answered']} | {outcomes[kind]['refused']} |")
     print("", *rows, sep="\n")
-    told = re.findall(r"^\| (.*?) \| (\d+) \| \d+ \| \d+ \|$", (HERE / "README.md").read_text(), re.M)
+    told = re.findall(r"^\| (.*?) \| (\d+) \| \d+ \| \d+ \|$", (TESTS / "README.md").read_text(), re.M)
     assert {kind: int(n) for kind, n in told} == CASES

@@ -1,6 +1,6 @@
 """The page of --explain in a real browser, without a screen: pointing, keyboard, touch, a narrow window, dark mode.
 
-    python tests/browser.py PAGE.html [--chromium PROGRAM] [--screenshots FOLDER]
+    python tests/playground/browser.py PAGE.html [--chromium PROGRAM] [--screenshots FOLDER]
 
 Run by hand, with any Chromium or Chrome; nothing else is needed. Chromium's debugging protocol is spoken through two
 pipes (--remote-debugging-pipe): messages are JSON, each ended by a zero byte, from file descriptor 3 and to 4.
@@ -18,9 +18,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).parent.parent.parent))
 
-from command import run
+from cli import run
 
 CHECKS = """({
   heat: new Set(patches.map(cell => cell.style.background)).size,

@@ -11,16 +11,17 @@ import pytest
 import torch
 from PIL import Image
 
-import explain
-from benchmarks import heat
+import cli
 from clip import ImageProcessor
-from command import BUNDLED, main
-from explain import MEAN, Recorder, maps_to_keep
+from hub.files import BUNDLED
+from kernels import HAS_TRITON
 from llava import LlavaForConditionalGeneration, LlavaProcessor
+from playground import explain
+from playground.explain import MEAN, Recorder, maps_to_keep
 from reference import reference_and_ours
 from tokenizer import Tokenizer
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 PICTURE = ROOT / "images" / "cat-and-apple.jpg"
 HOSTILE = "</script><script>alert(1)</script><!--<img src=x onerror=alert(2)>${alert`3`}\u2028\\u003c"
 TOKENIZER = Tokenizer.from_pretrained(BUNDLED)
@@ -30,6 +31,10 @@ FAMILIES = {  # how the tower's and the decoder's settings differ from tests/ref
     "the class token kept": ({}, {}, {"vision_feature_select_strategy": "full"}),
     "pixels beyond the last patch": ({"image_size": 30}, {}, {}),
 }
+
+
+def main(arguments: list[str]) -> int:
+    return cli.main(LlavaForConditionalGeneration, LlavaProcessor, arguments)
 
 
 def data_of(page: Path) -> dict:
@@ -83,14 +88,27 @@ def test_the_answer_is_that_of_generate_with_chance_too():
     assert len(watch.seconds) == 2 + watch.ids.shape[1] - inputs.input_ids.shape[1]
 
 
-def test_no_step_comes_from_a_cuda_graph(monkeypatch):
-    """On a GPU a graph fits, but waiting for the step's end is not allowed while one is recorded."""
-    monkeypatch.setattr("generate.DecodeGraph.fits", lambda cache: True)
-    monkeypatch.setattr("generate.DecodeGraph.record", lambda *_: pytest.fail("a graph was recorded"))
+def test_each_step_is_the_plain_one(monkeypatch):
+    """On a GPU a CUDA graph takes the place of the model's step, and waiting while it is recorded is an error."""
     model, processor = LlavaForConditionalGeneration.from_pretrained(BUNDLED), LlavaProcessor.from_pretrained(BUNDLED)
+    monkeypatch.setattr(model, "step", lambda *_: pytest.fail("not the plain step"))
     watch = Recorder(model)
     watch.generate(**processor(text="<image>", images=Image.open(PICTURE)), max_new_tokens=5, eos_token_id=[])
     assert len(watch.seconds) == 2 + 5
+
+
+@pytest.mark.parametrize("kernels", ["auto", "triton"] if HAS_TRITON else ["auto"])
+def test_an_accelerated_model_is_explained_too(kernels):
+    image, found = Image.open(PICTURE), {}
+    for how in ("torch", kernels):
+        model = LlavaForConditionalGeneration.from_pretrained(BUNDLED, torch.float32, kernels=how)
+        watch, processor = Recorder(model), LlavaProcessor.from_pretrained(BUNDLED)
+        watch.generate(**processor(text="USER: <image>\nWhat is it? ASSISTANT:", images=image), max_new_tokens=3)
+        found[how] = explain.study(watch)
+        explain.page_data(watch, processor, image, ("picture", "model"))
+    plain, fast = found["torch"], found[kernels]
+    assert torch.allclose(plain.attentions, fast.attentions, atol=1e-4)
+    assert torch.allclose(torch.stack(plain.streams), torch.stack(fast.streams), atol=1e-3)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -150,27 +168,6 @@ def test_a_large_model_keeps_its_means_and_the_heads_that_look_at_the_picture():
     longer = maps_to_keep(on_picture, 1000 * 1600)
     assert (MEAN, MEAN) in longer and len(longer) * 1000 * 1600 <= explain.MOST_BYTES
     assert len(maps_to_keep(torch.rand(4, 4), 100 * 220)) == 1 + 4 + 16
-
-
-def test_the_heat_of_a_name_is_looked_for_at_its_tokens_and_on_its_thing():
-    ids = TOKENIZER.encode("The picture shows a cat and an apple.", add_special_tokens=False)
-    found = heat.tokens_of("apple", ids, TOKENIZER)
-    assert TOKENIZER.decode([ids[i] for i in found]).strip() == "apple"
-    assert not heat.tokens_of("dog", ids, TOKENIZER) and not heat.tokens_of("app", ids, TOKENIZER)
-    ids = TOKENIZER.encode("I see a hot dog, a fire truck and a Ferris wheel.", add_special_tokens=False)
-    spelt = lambda name: TOKENIZER.decode([ids[i] for i in heat.tokens_of(name, ids, TOKENIZER)]).strip()  # noqa: E731
-    for name in ("hot dog", "fire truck", "Ferris wheel", "dog", "fire"):
-        assert spelt(name) == ("" if name in ("dog", "fire") else name)
-    thing = {"x": 0.75, "y": 0.25, "size": 0.5}
-    assert heat.covered(thing, 4).reshape(4, 4).nonzero().tolist() == [[0, 2], [0, 3], [1, 2], [1, 3]]
-    assert all(heat.has_two(truth) for _, truth in heat.scenes(3, 28))
-
-
-def test_the_heat_is_that_of_the_likeliest_answer():
-    model, processor = LlavaForConditionalGeneration.from_pretrained(BUNDLED), LlavaProcessor.from_pretrained(BUNDLED)
-    greedy = heat.measure(model, processor, 2)
-    model.generation_config |= {"do_sample": True, "temperature": 100.0}
-    assert str(heat.measure(model, processor, 2)) == str(greedy)
 
 
 def test_no_text_becomes_html(tmp_path, capsys):

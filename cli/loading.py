@@ -1,0 +1,48 @@
+"""The model and the processor that the flags ask for, loaded if they fit into memory."""
+
+import sys
+from argparse import Namespace
+
+import torch
+
+from cli.memory import check_memory
+from hub.device import check_device, fast_dtype
+from hub.files import BUNDLED, find_checkpoint, weight_files
+from hub.settings import read_config, read_processor_settings
+from tokenizer import TEMPLATES
+
+LARGE = 2e9  # bytes: loading a file of this size takes seconds or minutes
+
+
+def settle(args: Namespace) -> None:
+    """Replace "auto", and what is the checkpoint's choice, by what is in effect: device, dtype and template."""
+    if args.device == "auto":
+        mps = torch.backends.mps.is_available()
+        args.device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+    check_device(args.device)
+    if args.dtype == "auto":
+        args.dtype = str(fast_dtype(args.device)).removeprefix("torch.")
+    args.template = args.template or read_processor_settings(find_checkpoint(args.model))[1]
+
+
+def load(Model: type, Processor: type, args: Namespace, rows: int, pictures: int) -> tuple:
+    """The model and its processor, if memory is enough for batches of `rows` prompts with so many pictures each."""
+    if args.model == BUNDLED:
+        print(
+            "The bundled tiny model knows only its small world: emoji on plain backgrounds. "
+            "For photographs use --model llava-hf/llava-1.5-7b-hf (14 GB).",
+            file=sys.stderr,
+        )
+    folder, dtype = find_checkpoint(args.model), getattr(torch, args.dtype)
+    processor = Processor.from_pretrained(folder)
+    processor.template = TEMPLATES[args.template]
+    settings = read_config(folder)
+    model = Model.without_weights(settings)
+    context = model.config.text_config.max_position_embeddings
+    tokens = rows * min(pictures * processor.image_seq_length + args.max_new_tokens, context)
+    check_memory(model, dtype, args.device, args.quantize, tokens)
+    size = sum(file.stat().st_size for file in weight_files(folder))
+    if size > LARGE and sys.stderr.isatty():
+        how = "" if settings["dtype"] == dtype else f" and converting them to {args.dtype}, which takes a while"
+        print(f"Loading {size / 1e9:.3g} GB of weights{how}.", file=sys.stderr)
+    return Model.from_pretrained(folder, dtype, args.device, args.quantize, args.kernels), processor

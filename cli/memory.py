@@ -1,0 +1,70 @@
+"""Whether a model fits into memory, checked before its weights are read: the answer comes at once, not after minutes.
+
+    needed = the weights in the dtype and form they will have + the KV cache + OVERHEAD
+
+Weights mapped from a file count too: the system can drop their pages, but every token reads all of them again.
+"""
+
+import copy
+import os
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from quantize import Int8Linear, quantize_model
+
+OVERHEAD = 300_000_000  # bytes: PyTorch, activations, and the words of the prompts
+
+
+def cache_bytes(text_config, dtype: torch.dtype) -> int:
+    """The keys and values of one token in all layers."""
+    return 2 * text_config.num_hidden_layers * text_config.num_key_value_heads * text_config.head_dim * dtype.itemsize
+
+
+def needed_bytes(model: nn.Module, dtype: torch.dtype, quantize: str | None, tokens: int) -> int:
+    """The memory that a model, here on the meta device, will need with `tokens` tokens in its cache."""
+    if quantize:
+        model = copy.deepcopy(model)
+        quantize_model(model, quantize, dtype)
+    weights = sum(p.numel() * (1 if p.dtype == torch.int8 else dtype.itemsize) for p in model.parameters())
+    largest = max((m.q.numel() for m in model.modules() if isinstance(m, Int8Linear)), default=0)  # is dequantized
+    return weights + largest * dtype.itemsize + tokens * cache_bytes(model.config.text_config, dtype) + OVERHEAD
+
+
+def free_bytes(device: str) -> int | None:
+    """Free memory of a GPU, or of the computer within the limit of its container. None if the system does not say."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    free = None
+    with suppress(AttributeError, OSError, ValueError, KeyError):  # each line knows more than the one before it
+        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")  # all memory
+        free = kernel_counts("/proc/meminfo")["MemAvailable:"] * 1024  # Linux
+        limit, used = (int(Path(f"/sys/fs/cgroup/memory.{name}").read_text()) for name in ("max", "current"))
+        free = min(free, limit - used + kernel_counts("/sys/fs/cgroup/memory.stat")["inactive_file"])  # file pages
+    return free
+
+
+def kernel_counts(file: str) -> dict[str, int]:
+    lines = map(str.split, Path(file).read_text().splitlines())
+    return {name: int(count) for name, count, *_ in lines}
+
+
+def check_memory(model: nn.Module, dtype: torch.dtype, device: str, quantize: str | None, tokens: int) -> None:
+    """Raise ValueError if the model cannot fit: what it needs, what is free, and which flags would make it fit."""
+    needed, free = needed_bytes(model, dtype, quantize, tokens), free_bytes(device)
+    if free is None or needed <= free:
+        return
+    half = dtype if dtype.itemsize == 2 else torch.bfloat16
+    flags = "" if dtype == half else "--dtype bfloat16"
+    remedy = "use a smaller model, --batch-size or --max-new-tokens, or a computer with more memory"
+    for how, flag in ((None, flags), ("int8", f"{flags} --quantize int8".strip())):
+        smaller = needed_bytes(model, half, how, tokens)
+        if smaller < needed and smaller <= free:
+            remedy = f"{flag} needs {smaller / 1e9:.3g} GB and fits"
+            break
+    kind = str(dtype).removeprefix("torch.") + (f" with {quantize} weights" if quantize else "")
+    where = "the GPU" if torch.device(device).type == "cuda" else "the computer"
+    needs = f"this model needs {needed / 1e9:.3g} GB of memory in {kind}"
+    raise ValueError(f"{needs}, and {where} has {free / 1e9:.3g} GB free: {remedy}")
