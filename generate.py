@@ -48,7 +48,7 @@ def sample(logits: Tensor, seen: Tensor, config: GenerationConfig, generator: to
 
 
 def tokens_seen(input_ids: Tensor, attention_mask: Tensor, V: int) -> Tensor:  # two (B, T) -> (B, V + 1)
-    """Which tokens a prompt contains. Padding, and ids without a score, are marked in a last column that nobody reads."""
+    """Which tokens a prompt contains. Padding, and ids without a score, are marked in a last column that is not read."""
     ids = input_ids.masked_fill(attention_mask.cumsum(-1) == 0, V).clamp(max=V)
     return torch.zeros(len(ids), V + 1, dtype=torch.bool, device=ids.device).scatter(1, ids, True)
 
@@ -91,9 +91,9 @@ def generate(
 ) -> Tensor:
     """Continue prompts (B, T), padded on the left if their lengths differ, to (B, T + new): prompt and answer.
 
-    `options` are the fields of GenerationConfig; the checkpoint's generation_config.json supplies the others. `streamer`
-    is called with each new piece of text. A row ends with an eos token or a stop string, which stay in the result. The
-    same `seed` gives the same samples. Raises ValueError for options out of range, warns about those without effect.
+    `options` are the fields of GenerationConfig; the checkpoint's generation_config.json supplies the others. Each new
+    piece of text goes to `streamer`. A row ends with an eos token or a stop string, which stay in the result. The same
+    `seed` gives the same samples. Raises ValueError for options out of range, warns about those without effect.
     """
     config = GenerationConfig.merged(model.generation_config, options | {"seed": seed})
     batch, T = input_ids.shape
