@@ -17,7 +17,7 @@ from hub.files import BUNDLED
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Ask a model about unseen scenes, and count its right answers.")
-    parser.add_argument("model", type=Path, nargs="?", default=BUNDLED, metavar="FOLDER", help="default: the bundled one")
+    parser.add_argument("model", type=Path, nargs="?", default=BUNDLED, metavar="FOLDER", help="default: the bundled")
     parser.add_argument("--scenes", type=int, default=300, metavar="N", help="how many scenes (default: 300)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()

@@ -40,7 +40,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--batch", type=positive, help="with --data: conversations in a step (default: 16)")
     parser.add_argument("--lr", type=float, help="with --data: the highest learning rate (default: 2e-5)")
     parser.add_argument("--accumulate", type=positive, default=1, help="pieces of a step, to save memory")
-    parser.add_argument("--compile", action="store_true", help="torch.compile: faster steps, after minutes of compiling")
+    parser.add_argument("--compile", action="store_true", help="torch.compile: faster steps after minutes of compiling")
     parser.add_argument("--seed", type=int, default=0, help="of the first weights")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()

@@ -1,4 +1,4 @@
-"""One stage around the loop: what learns, resuming an interrupted run, log.csv, and this process's share of the work."""
+"""One stage: the loop, with what learns, resuming an interrupted run, log.csv and processes around it."""
 
 import logging
 from collections.abc import Callable
