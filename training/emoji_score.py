@@ -7,7 +7,8 @@ from training.emoji_talk import SIDES, left_to_right, of_kind, on_side, relation
 from training.emoji_things import GROUNDS, NUMBERS, OBJECTS, plural
 
 
-def any_of(words: list[str]) -> str:  # the longest first, or "hot dog" would be read as a dog
+def any_of(words: list[str]) -> str:
+    """A regular expression for any of the words, the longest first: otherwise "hot dog" would match as "dog"."""
     return "|".join(map(re.escape, sorted(words, key=len, reverse=True)))
 
 
@@ -18,6 +19,7 @@ NO = re.compile(r"\bno\b|" + NOT.pattern)
 
 
 def mentioned(words: list[str] | dict, text: str) -> set[str]:
+    """Those of the words that occur in a text."""
     return set(re.findall(rf"\b({any_of(list(words))})\b", text))
 
 
@@ -26,7 +28,7 @@ def to_number(word: str) -> int:
 
 
 def named_things(text: str) -> Counter:
-    """How many of each thing the text speaks of. "The cat" is the cat spoken of before."""
+    """How many of each thing a text mentions. "The cat" refers to a cat mentioned before, and is not counted again."""
     counts, known = Counter(), set()
     for how_many, form in A_THING.findall(text):
         name = SINGULAR[form]
@@ -37,7 +39,7 @@ def named_things(text: str) -> Counter:
 
 
 def score(kind: str, answer: str, truth: dict) -> bool:
-    """Whether an answer is right: lenient about wording, strict about facts. `kind` is what questions() calls it."""
+    """Whether an answer is right. `kind` is the kind of question, in the form that emoji_talk.questions returns."""
     text = answer.lower().replace("grey", "gray").replace("\u2019", "'").replace("cannot", "can not").rstrip(". ")
     text = re.sub(r"\b(left|right)[- ]hand\b", r"\1", text.replace("i saw", "i see"))
     text = re.sub(r"\b(none|zero|nothing|empty)\b", "no", text)
@@ -64,12 +66,13 @@ def score(kind: str, answer: str, truth: dict) -> bool:
 
 
 def directions(text: str) -> set[str]:
+    """The sides that a text mentions."""
     words = {"above": "top", "over": "top", "below": "bottom", "under": "bottom", "left": "left", "right": "right"}
     return {words[word] for word in mentioned(words, text)}
 
 
 def verdict(family: str, about: list[str], text: str, truth: dict) -> bool:
-    """Whether a yes or a no is right, and what is said besides is true."""
+    """Whether a yes or no is right, and the rest of the answer true."""
     if family == "exists":
         right = about[0] in left_to_right(truth)
     else:

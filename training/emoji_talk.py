@@ -1,6 +1,6 @@
-"""What is said about a scene of the emoji world: what is true of it, questions with their answers, captions.
+"""Texts about a scene of the emoji world: facts, questions with their answers, conversations, captions.
 
-A question that ends with SHORT, LLaVA-1.5's own line, is answered by a word or phrase, others by a sentence.
+A question that ends with SHORT, the line that LLaVA-1.5 uses, has a word or phrase as its answer; others a sentence.
 """
 
 import random
@@ -38,7 +38,7 @@ def of_kind(truth: dict, kind: str) -> list[str]:
 
 
 def on_side(truth: dict, side: str) -> str | None:
-    """The one thing there; None where there is none and where people could disagree."""
+    """The one thing on that side. None if there is none, or if people could disagree which it is."""
     def distance(thing: dict) -> float:
         if side == "middle":  # begins where the sides end
             return max(abs(thing["x"] - 0.5), abs(thing["y"] - 0.5)) + 0.22
@@ -58,7 +58,7 @@ def is_beside(thing: dict, side: str, other: dict) -> bool:
 
 
 def relations(truth: dict) -> list[tuple[str, str, str]]:
-    """(one, side, other): one is to that side of the other. Only things that are there once, so "the cat" is clear."""
+    """(one, side, other): one is to that side of the other. Only for things that occur once: "the cat" is clear."""
     once = [t for t in truth["things"] if left_to_right(truth).count(t["name"]) == 1]
     return [(t["name"], side, other["name"]) for t in once for other in once for side in BESIDE
             if is_beside(t, side, other)]
@@ -66,14 +66,14 @@ def relations(truth: dict) -> list[tuple[str, str, str]]:
 
 # --- Questions and answers -------------------------------------------------------------------------------------------
 
-# A fact is (kind, the blanks of its question, the answer as a sentence, the answer as a word or phrase or None).
+# A fact is (kind, values for the blanks of its question, the answer as a sentence, the answer as a phrase or None).
 # A kind is the key in QUESTIONS and, after colons, what it is about: exists:NAME, how many:NAME, which:KIND,
 # beside:SIDE:OTHER (what is to the left of the cat?), is beside:SIDE:ONE:OTHER (is the dog to the left of the cat?).
 Fact = tuple[str, dict, str, str | None]
 
 
 def facts(truth: dict, rng: random.Random) -> list[Fact]:
-    """What is asked about a picture."""
+    """All facts about a scene that are asked for, in the order of their kinds."""
     names, ground = left_to_right(truth), truth["ground"]
     n = len(names)
     found = [("describe", {}, f"The picture shows {things(names)} on {a(ground)} background.", None),
@@ -90,7 +90,7 @@ def facts(truth: dict, rng: random.Random) -> list[Fact]:
 
 
 def facts_of_one(names: list[str], rng: random.Random) -> list[Fact]:
-    """Whether a thing is there: a yes and a no for every picture, so that neither is the better guess. How many."""
+    """Whether a thing is there, once with yes and once with no, so that neither is the better guess; and how many."""
     here, away = rng.choice(names), rng.choice([name for name in OBJECTS if name not in names])
     found = [(f"exists:{here}", {"a": a(here)}, f"Yes, there is {a(here)} in the picture.", "yes"),
              (f"exists:{away}", {"a": a(away)}, f"No, there is no {away} in the picture.", "no")]
@@ -103,7 +103,7 @@ def facts_of_one(names: list[str], rng: random.Random) -> list[Fact]:
 
 
 def facts_of_kinds(truth: dict, rng: random.Random) -> list[Fact]:
-    """Which animals, vehicles and so on are there; for one kind, often, that there are none."""
+    """Which animals, vehicles and so on are there: the kinds that are, and one random kind, of which often none is."""
     found, kinds = [], [kind for kind in KINDS if kind != "thing"]
     for kind in dict.fromkeys([rng.choice(kinds), *(kind for kind in kinds if of_kind(truth, kind))]):
         members = of_kind(truth, kind)
@@ -132,7 +132,7 @@ def facts_beside(truth: dict, rng: random.Random) -> list[Fact]:
 
 
 def questions(truth: dict, rng: random.Random, short: bool | None = None) -> list[tuple[str, str, str]]:
-    """What is asked, as (kind, question, answer). short: True for words, False for sentences, None for either."""
+    """(kind, question, answer) for each fact. `short`: True asks for phrases, False for sentences, None for either."""
     asked = []
     for kind, filling, sentence, word in facts(truth, rng):
         question = rng.choice(QUESTIONS[kind.partition(":")[0]]).format(**filling)
@@ -142,11 +142,12 @@ def questions(truth: dict, rng: random.Random, short: bool | None = None) -> lis
 
 
 def wording(seed: int) -> random.Random:
-    """The chance behind the words about picture `seed`. Were it the one that drew it, the words would tell of it."""
+    """Random numbers for the texts about scene `seed`: not those that draw it, or the texts would depend on them."""
     return random.Random(f"words {seed}")
 
 
 def conversation(truth: dict, rng: random.Random, turns: int = 3) -> list[dict[str, str]]:
+    """Up to `turns` questions and answers in LLaVA's JSON form. The first question begins with <image>."""
     asked = questions(truth, rng)
     spoken = [text for turn in rng.sample(asked, min(turns, len(asked))) for text in turn[1:]]
     spoken[0] = "<image>\n" + spoken[0]
@@ -154,6 +155,7 @@ def conversation(truth: dict, rng: random.Random, turns: int = 3) -> list[dict[s
 
 
 def caption(truth: dict, rng: random.Random) -> str:
+    """A phrase that names everything in the picture, for the alignment stage."""
     what, ground = things(left_to_right(truth)), a(f"{truth['ground']} background")
     if len(truth["things"]) == 2 and (known := relations(truth)):
         one, side, other = rng.choice(known)

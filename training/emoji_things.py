@@ -1,8 +1,8 @@
-"""The things of the emoji world and the words for them: what can be in a picture, and how English counts it."""
+"""The things of the emoji world: their names, their emoji, and their plurals and numbers in English."""
 
 from collections import Counter
 
-KINDS = {  # of things; the word for one of them, and the emoji that shows it
+KINDS = {  # kind -> its things, each as a name and the emoji that shows it
     "animal": "dog 🐶, cat 🐱, mouse 🐭, rabbit 🐰, fox 🦊, bear 🐻, panda 🐼, koala 🐨, tiger 🐯, lion 🦁, "
     "cow 🐮, pig 🐷, frog 🐸, monkey 🐵, horse 🐴, zebra 🦓, deer 🦌, elephant 🐘, hippo 🦛, giraffe 🦒, "
     "kangaroo 🦘, camel 🐪, sheep 🐑, hedgehog 🦔, squirrel 🐿, bat 🦇, chicken 🐔, penguin 🐧, duck 🦆, owl 🦉, "
@@ -33,7 +33,7 @@ KINDS = {  # of things; the word for one of them, and the emoji that shows it
 }
 KINDS = {kind: dict(thing.rsplit(" ", 1) for thing in things.split(", ")) for kind, things in KINDS.items()}
 OBJECTS = {name: emoji for things in KINDS.values() for name, emoji in things.items()}
-GROUNDS = {
+GROUNDS = {  # colours of the background
     "red": (204, 44, 44), "blue": (52, 96, 212), "green": (62, 158, 74), "yellow": (246, 212, 62),
     "white": (240, 240, 240), "black": (22, 22, 24), "gray": (132, 132, 134), "pink": (247, 160, 196),
     "purple": (128, 58, 172), "brown": (122, 76, 44),

@@ -1,13 +1,13 @@
-"""The world of the tiny LLaVA: emoji on a coloured background, and conversations about them.
+"""The emoji world, which the tiny LLaVA learns: emoji on a coloured background, and conversations about them.
 
-A picture shows none to four things, each in the drawing of one of several artists (sprites/NOTICE), at a random place,
-size and tilt, in shifted colours. Because we place them ourselves the truth is known, and with it every answer and
-whether an answer is right:
+A picture shows up to four things, each drawn by one of several artists (sprites/NOTICE), at a random place, size and
+tilt, in shifted colours. The program places them, so it knows the truth about each picture, and can write questions
+with their answers and decide whether an answer is right:
 
-    seed -> make_scene -> picture, truth -> caption (alignment), conversation (instruction), questions and score (judging)
+    seed -> make_scene -> picture, truth -> caption, conversation (training); questions, score (evaluation)
 
-emoji_things.py has the things and their words, emoji_scenes.py the pictures, emoji_talk.py what is said about them (in
-LLaVA's JSON form), emoji_score.py the judging. This file has all of their names that others use. To look at some scenes:
+emoji_things.py holds the things and their names, emoji_scenes.py the pictures, emoji_talk.py the texts (in LLaVA's JSON
+form), emoji_score.py the scoring. This file offers the names of all four, and a command that writes some scenes:
 
     python -m training.emoji_world --out FOLDER --count 12
 """
@@ -15,7 +15,7 @@ LLaVA's JSON form), emoji_score.py the judging. This file has all of their names
 import sys
 from pathlib import Path
 
-if __name__ == "__main__" and not __package__:  # run as a file: imports begin at the root
+if __name__ == "__main__" and not __package__:  # run as a file: imports must start from the root
     sys.path[0] = str(Path(__file__).parent.parent)
 
 import argparse
@@ -23,9 +23,29 @@ import json
 
 from PIL import Image
 
-from training.emoji_scenes import CELL, COLUMNS, draw_thing, kept_apart, load_sprites, make_scene, make_truth, plain_look, plan_ground
+from training.emoji_scenes import (
+    CELL,
+    COLUMNS,
+    draw_thing,
+    kept_apart,
+    load_sprites,
+    make_scene,
+    make_truth,
+    plain_look,
+    plan_ground,
+)
 from training.emoji_score import A_THING, SINGULAR, score
-from training.emoji_talk import SHORT, SIDES, caption, conversation, left_to_right, on_side, questions, relations, wording
+from training.emoji_talk import (
+    SHORT,
+    SIDES,
+    caption,
+    conversation,
+    left_to_right,
+    on_side,
+    questions,
+    relations,
+    wording,
+)
 from training.emoji_things import GROUNDS, KINDS, NUMBERS, OBJECTS, a, plural, there, things
 
 __all__ = [
@@ -62,12 +82,12 @@ __all__ = [
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Draw a few pictures of the emoji world, with their conversations.")
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--count", type=int, default=12)
+    parser = argparse.ArgumentParser(description="Write pictures of the emoji world and conversations about them.")
+    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="where they are written")
+    parser.add_argument("--count", type=int, default=12, metavar="N", help="how many (default: 12)")
     args = parser.parse_args()
     if args.count < 1:
-        raise ValueError("--count must be 1 at least")
+        raise ValueError(f"--count must be at least 1, not {args.count}")
     args.out.mkdir(parents=True, exist_ok=True)
     sprites, records, sheet = load_sprites(), [], Image.new("RGB", (6 * 112, -(-args.count // 6) * 112))
     for i in range(args.count):

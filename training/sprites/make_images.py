@@ -1,4 +1,4 @@
-"""Makes ../images: a few scenes for people to look at, from the same drawings as the sheets, at a higher resolution.
+"""Make the scenes in images/, for people to look at: the same drawings as in the sheets, at a higher resolution.
 
     python -m training.sprites.make_images ...      # with the inputs of make_sheet.py
 """
@@ -39,7 +39,7 @@ def main() -> None:
         for name, style, x, y, side, tilt in placed:
             sprites = {name: [fit(draw[style](name), 240)]}
             draw_thing(picture, sprites, {"name": name, "x": x, "y": y, "size": side}, plain_look(tilt=tilt))
-        picture.save(HERE.parent / "images" / f"{file}.jpg", quality=92, subsampling=0)
+        picture.save(HERE.parent.parent / "images" / f"{file}.jpg", quality=92, subsampling=0)
 
 
 if __name__ == "__main__":

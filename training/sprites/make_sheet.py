@@ -1,13 +1,14 @@
-"""Makes sprites/*.webp: a sheet for each style, with a cell for each thing of emoji_world.OBJECTS, in its order.
+"""Make sprites/*.webp: a sheet for each style, with a cell for each thing of emoji_world.OBJECTS, in their order.
 
-The drawings come from four packages; NOTICE says whose they are. On Debian, from the root of the repository:
+The drawings come from four packages; NOTICE names their authors. On Debian, from the root of the repository:
 
     apt-get install fonts-noto-color-emoji openclipart-png
     npm pack @lobehub/fluent-emoji-3d && npm pack fluentui-emoji && npm pack emojibase-data
     mkdir 3d ui names && tar xzf lobehub-*.tgz -C 3d && tar xzf fluentui-*.tgz -C ui && tar xzf emojibase-*.tgz -C names
     pip install resvg-py
-    python -m training.sprites.make_sheet --noto /usr/share/fonts/truetype/noto/NotoColorEmoji.ttf --fluent 3d/package/assets \\
-        --svg ui/package/icons --names names/package/en/data.json --clipart /usr/share/openclipart/png
+    python -m training.sprites.make_sheet --noto /usr/share/fonts/truetype/noto/NotoColorEmoji.ttf \\
+        --fluent 3d/package/assets --svg ui/package/icons --names names/package/en/data.json \\
+        --clipart /usr/share/openclipart/png
 """
 
 import argparse
@@ -31,7 +32,7 @@ def noto_drawing(font: ImageFont.FreeTypeFont, name: str) -> Image.Image:
 
 
 def fluent_drawing(folder: Path, name: str) -> Image.Image:
-    """Files are named by code point; some names add fe0f, which asks for the coloured form of an old text symbol."""
+    """Files are named by code point; some names add fe0f, which selects the coloured form of an old text symbol."""
     emoji = OBJECTS[name]
     for file in (f"{ord(emoji):x}.webp", f"{ord(emoji):x}-fe0f.webp"):
         if (folder / file).exists():
@@ -40,7 +41,7 @@ def fluent_drawing(folder: Path, name: str) -> Image.Image:
 
 
 def svg_drawing(folder: Path, labels: dict[str, str], name: str) -> Image.Image:
-    """Files are named by Unicode's label for the emoji, and -default where there are tones of skin."""
+    """Files are named by Unicode's label for the emoji, with -default if there are skin tones."""
     import resvg_py  # only needed to make the sheets
 
     slug = labels[OBJECTS[name]].lower().replace(" ", "-").replace("’", "")
@@ -65,7 +66,7 @@ def read_labels(file: Path) -> dict[str, str]:
 
 
 def styles(args: argparse.Namespace) -> dict[str, Callable[[str], Image.Image | None]]:
-    """Style -> what draws a thing in it, or gives None."""
+    """Style -> a function that draws a thing in it, or returns None."""
     labels = read_labels(args.names)
     picks = json.loads((HERE / "clipart.json").read_text())
     return {
@@ -78,7 +79,7 @@ def styles(args: argparse.Namespace) -> dict[str, Callable[[str], Image.Image | 
 
 
 def fit(drawing: Image.Image, side: int) -> Image.Image:
-    """Cut the empty border away, so that a size in a scene is the size of the ink, and centre it on a square."""
+    """Crop the empty border, so that a size in a scene is that of the visible drawing, and centre it on a square."""
     box = drawing.getchannel("A").point(lambda alpha: 255 * (alpha > 40)).getbbox()
     if box is None:
         raise ValueError("an empty drawing: does the font have this emoji?")

@@ -1,7 +1,7 @@
-"""What the stages of train.py want: a loss for each, as a module that holds the model and what it needs besides.
+"""The losses of training's stages. Each is a module that holds the model and what else the loss needs.
 
-`forward` gives a sum over `count(batch)` things; train.backward divides it by the count of all processes, so a step is
-the same however its samples are shared. The contrast is a mean over everything already, and counts as one.
+`forward` returns a sum over `count(batch)` things, and steps.backward divides it by the count of the whole step, so
+that a step is the same however its samples are shared. ContrastiveLoss returns a mean, and counts as one.
 
     B batch    N pictures of all processes    P patches    D width
 """
@@ -9,16 +9,16 @@ the same however its samples are shared. The contrast is a mean over everything 
 import math
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llama import Llama, LlamaConfig
 from llava import LlavaForConditionalGeneration
+from training.processes import gather
 
 
 def init_weights(model: nn.Module) -> None:
-    """Small random matrices; norms start as they are, biases at zero."""
+    """Small random matrices; biases are zero, and norms keep their ones."""
     for name, parameter in model.named_parameters():
         if parameter.ndim > 1 or name.endswith("class_embedding"):
             nn.init.normal_(parameter, std=0.02)
@@ -27,7 +27,7 @@ def init_weights(model: nn.Module) -> None:
 
 
 class NextTokenLoss(nn.Module):
-    """The loss of LLaVA's own stages: the next word, where the labels want one. Summed over a batch's words."""
+    """The loss of LLaVA's two stages: cross-entropy of each next token that has a label, summed over a batch."""
 
     def __init__(self, model: LlavaForConditionalGeneration):
         super().__init__()
@@ -35,20 +35,20 @@ class NextTokenLoss(nn.Module):
 
     def forward(self, batch: dict[str, Tensor]) -> Tensor:
         loss = self.model(**batch).loss * self.count(batch)
-        if "pixel_values" not in batch:  # the projector gets no gradient, for which the other processes would wait
+        if "pixel_values" not in batch:  # a gradient of zero for the projector: the other processes wait for one
             loss = loss + 0 * sum(part.sum() for part in self.model.multi_modal_projector.parameters())
         return loss
 
     @staticmethod
     def count(batch: dict[str, Tensor]) -> Tensor:
-        return (batch["labels"][:, 1:] >= 0).sum()  # the first token is foretold by nothing
+        return (batch["labels"][:, 1:] >= 0).sum()  # nothing predicts the first token
 
 
 class SpeltOutLoss(NextTokenLoss):
-    """The same with pictures spelt out: a patch is the word for what is there, and a vector each for row and column.
+    """NextTokenLoss on pictures in words: a patch is the word for what is there, plus a vector for row and column.
 
-    So the decoder learns to read pictures before it sees one, and alignment has only to make patches look like words.
-    Rows and columns are thrown away afterwards: a patch that the tower has seen knows where it is.
+    The decoder so learns to read pictures before it sees any, and the alignment only has to map patches to words. The
+    vectors for rows and columns are discarded afterwards: the tower's features contain the position of a patch.
     """
 
     def __init__(self, model: LlavaForConditionalGeneration):
@@ -65,12 +65,13 @@ class SpeltOutLoss(NextTokenLoss):
 
 
 class ContrastiveLoss(nn.Module):
-    """CLIP's loss (Radford et al. 2021, figure 3), patch by patch: find the words of what lies there, and back.
+    """A contrast like CLIP's, but supervised and for each region, and a classification of each patch's position.
 
-    CLIP matches whole pictures with whole captions, 400 million of them, and where things are comes out by itself.
-    Here the parts are told: the patches under a thing against its name, those of the ground against its colour. And a
-    patch is to know its place: names are the same everywhere, so this contrast alone would make the tower forget it.
-    The text side is a little Llama over bytes that is thrown away afterwards, as LLaVA throws CLIP's away.
+    CLIP (Radford et al. 2021, figure 3) matches 400 million whole pictures with their captions, and learns by itself
+    what is where. Our loss is told it: it matches the patches under a thing with its name, and those of the background
+    with its colour. The names are the same everywhere in a picture, so this contrast alone would make the tower lose
+    the positions of its patches; two classifiers for row and column prevent that. The text side is a small Llama over
+    bytes. It is discarded afterwards, as LLaVA discards CLIP's.
     """
 
     def __init__(self, model: LlavaForConditionalGeneration, width: int = 128):
@@ -87,47 +88,31 @@ class ContrastiveLoss(nn.Module):
     def forward(self, batch: dict[str, Tensor]) -> Tensor:
         tower = self.model.vision_tower
         patches = tower.post_layernorm(tower(batch["pixel_values"])[-1][:, 1:])  # (B, P, D), without the class token
-        seen = everywhere(F.normalize(self.from_picture(patches).float(), dim=-1))  # (N, P, width), of all processes
-        where, words = everywhere(batch["where"]), everywhere(batch["words"]).flatten(0, 1)  # (N, parts, P); bytes
+        row_loss, column_loss = self.position(patches)
+        return self.contrast(patches, gather(batch["where"]), gather(batch["words"])) + row_loss + column_loss
+
+    def contrast(self, patches: Tensor, where: Tensor, words: Tensor) -> Tensor:
+        """Patches (B, P, D), weights of patches in parts (N, parts, P) and the parts' names in bytes -> one number."""
+        seen = gather(F.normalize(self.from_picture(patches).float(), dim=-1))  # (N, P, width)
+        words = words.flatten(0, 1)
         used = words[:, 0] > 0
-        names, own = torch.unique(words[used], dim=0, return_inverse=True)  # a name said twice is one column
-        last = (names > 0).sum(-1) - 1  # the last byte has read all others
+        names, own = torch.unique(words[used], dim=0, return_inverse=True)  # a name that occurs twice is one column
+        last = (names > 0).sum(-1) - 1  # the last byte attends to all others
         read = self.from_text(self.text(self.text.embed_tokens(names))[torch.arange(len(names)), last])
         scores = self.log_scale.exp().clamp(max=100) * seen @ F.normalize(read.float(), dim=-1).T  # (N, P, names)
-        # Every patch of a part is to know the part's name by itself: a decoder reads patch by patch. The other way, a
-        # name is to find the parts it names, each by the mean of its patches.
+        # Each patch of a part must find the part's name by itself, because the decoder reads patch by patch. In the
+        # other direction a name must find its parts, each represented by the mean score of its patches.
         by_patch, by_part = ((where @ x).flatten(0, 1)[used] for x in (scores.log_softmax(-1), scores))  # (used, names)
         theirs = F.one_hot(own, len(names)).float()
-        contrast = (F.nll_loss(by_patch, own) + F.cross_entropy(by_part.T, (theirs / theirs.sum(0)).T)) / 2
+        return (F.nll_loss(by_patch, own) + F.cross_entropy(by_part.T, (theirs / theirs.sum(0)).T)) / 2
+
+    def position(self, patches: Tensor) -> tuple[Tensor, Tensor]:  # (B, P, D) -> two numbers
+        """Cross-entropy of each patch's row, and of its column."""
         rows, columns = self.place(patches).flatten(0, 1).chunk(2, dim=-1)  # (B * P, side) each
         at = torch.arange(self.side, device=rows.device)
         row, column = at.repeat_interleave(self.side).repeat(len(patches)), at.repeat(self.side * len(patches))
-        return contrast + F.cross_entropy(rows, row) + F.cross_entropy(columns, column)
+        return F.cross_entropy(rows, row), F.cross_entropy(columns, column)
 
     @staticmethod
     def count(batch: dict[str, Tensor]) -> Tensor:
-        return torch.ones((), device=batch["words"].device)  # a mean already
-
-
-def world_size() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-class Everywhere(torch.autograd.Function):
-    """The rows of all processes, in order. Gradients go back to where the rows came from."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
-        rows = [torch.empty_like(x) for _ in range(world_size())]
-        dist.all_gather(rows, x.contiguous())
-        return torch.cat(rows)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> Tensor:
-        grad = grad.contiguous()
-        dist.all_reduce(grad)  # every process has a loss, and all of them want something of these rows
-        return grad.chunk(world_size())[dist.get_rank()]
-
-
-def everywhere(x: Tensor) -> Tensor:
-    return Everywhere.apply(x) if dist.is_initialized() else x
+        return torch.ones((), device=batch["words"].device)  # it is a mean already

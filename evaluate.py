@@ -1,0 +1,38 @@
+"""How good a model is: the share of questions about unseen scenes of the emoji world that it answers correctly.
+
+    python evaluate.py                        the bundled model, after each stage of its training and in int8
+    python evaluate.py runs/tiny-llava        another one, after each stage that is kept with it
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+
+from evaluation.emoji_judge import evaluate_stages
+from hub.device import check_device
+from hub.files import BUNDLED
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Ask a model about unseen scenes, and count its right answers.")
+    parser.add_argument("model", type=Path, nargs="?", default=BUNDLED, metavar="FOLDER", help="default: the bundled")
+    parser.add_argument("--scenes", type=int, default=300, metavar="N", help="how many scenes (default: 300)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args()
+    if args.scenes < 1:
+        raise ValueError(f"--scenes must be at least 1, not {args.scenes}")
+    return args
+
+
+def main() -> None:
+    args = parse_arguments()
+    check_device(args.device)
+    evaluate_stages(args.model, args.scenes, args.device)
+
+
+if __name__ == "__main__":
+    import cli
+
+    sys.exit(cli.run(main))

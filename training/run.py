@@ -1,0 +1,88 @@
+"""Whole runs: the tiny model from nothing, or any LLaVA on somebody's conversations."""
+
+import hashlib
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from hub.files import BUNDLED
+from hub.writer import save
+from llava import LlavaForConditionalGeneration, LlavaProcessor
+from training.conversations import IGNORED
+from training.emoji_world import load_sprites
+from training.processes import rank, wait_for_all
+from training.progress import plot
+from training.records import Records
+from training.run_stage import Place, run_stage
+from training.stage_files import save_stage, snapshot
+from training.stages import STAGES, Stage
+from training.tiny_model import new_model, new_processor, start_projector, train_tokenizer
+from training.world_data import World
+
+
+def train_from_nothing(place: Place, quick: bool = False) -> None:
+    """All stages of the recipe, each from where an interrupted run had come. `quick`: a few steps of each."""
+    stages = [replace(stage, steps=4, batch=4) for stage in STAGES] if quick else STAGES
+    for stage in stages:  # fails here, and not after hours, if a stage's samples cannot be divided
+        place.steps(stage, None)
+    if quick:
+        delete_saved(place, stages[:1])  # it starts again each time
+    processor = new_processor(train_tokenizer(1000 if quick else 20000))
+    digest = hashlib.sha256(processor.tokenizer.sp.serialized_model_proto()).hexdigest()[:12]
+    place.source += f", vocabulary {digest}"
+    model, world = new_model(processor.tokenizer).to(place.device), World(load_sprites(), processor)
+    after = {}
+    for i, stage in enumerate(stages):
+        starts = not (place.folder / f"{stage.name}.pt").is_file()
+        delete_saved(place, stages[i + 1 :] if starts else [])  # what is saved of them is of an earlier run
+        if stage.name == "align":
+            start_projector(model, world.pictures(range(64))[0].to(place.device))
+            before = snapshot(model)
+        run_stage(stage, model, partial(stage.data, world), place)
+        after[stage.name] = snapshot(model)
+    if rank() == 0:
+        save(model.to(torch.bfloat16), processor, place.folder)
+        save_stage(before, after["tune"], place.folder / "stages" / "before-alignment.safetensors")
+        save_stage(after["align"], before, place.folder / "stages" / "after-alignment.safetensors")
+        plot(place.folder / "log.csv", place.folder / "log.png")
+        print(f"saved to {place.folder}: python llava.py --model {place.folder} --image images/cat-and-apple.jpg")
+        if quick:
+            print("(after so few steps an empty or senseless answer is to be expected)")
+
+
+def delete_saved(place: Place, stages: list[Stage]) -> None:
+    if rank() == 0:
+        for stage in stages:
+            (place.folder / f"{stage.name}.pt").unlink(missing_ok=True)
+    wait_for_all()
+
+
+def train_on_records(
+    place: Place,
+    data: Path,
+    images: Path | None = None,
+    checkpoint: str | Path = BUNDLED,
+    steps: int | None = None,
+    batch: int = 16,
+    lr: float = 2e-5,
+) -> None:
+    """LLaVA's second stage on a file of conversations, from any checkpoint. `steps`: default, once through the file."""
+    model = LlavaForConditionalGeneration.from_pretrained(checkpoint, torch.float32, place.device, kernels="torch")
+    model.config.ignore_index = IGNORED
+    processor = LlavaProcessor.from_pretrained(checkpoint)
+    longest = model.config.text_config.max_position_embeddings
+    records = Records(data, images or data.parent, processor, longest)
+    records.conversations(range(1))  # fails here if no picture can be opened
+    place.source = f"{data} (sha256 {hashlib.sha256(data.read_bytes()).hexdigest()[:12]}), on {checkpoint}"
+    steps = steps or -(-len(records.records) // batch)
+    stage = replace(STAGES[-1], steps=steps, batch=batch, lr=lr)
+    if rank() == 0:
+        for line in records.skipped:
+            print(f"skipped: {line}")
+        print(f"{len(records.records)} conversations, {steps} steps of {batch}")
+    run_stage(stage, model, records.conversations, place)
+    if rank() == 0:
+        save(model.to(torch.bfloat16), processor, place.folder)
+        print(f"saved to {place.folder}")

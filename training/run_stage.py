@@ -1,0 +1,108 @@
+"""One stage: the loop, with what learns, resuming an interrupted run, log.csv and processes around it."""
+
+import logging
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from hub.device import fast_dtype
+from llava import LlavaForConditionalGeneration
+from training.attention import use_training_attention
+from training.loop import train
+from training.losses import ContrastiveLoss
+from training.processes import rank, world_size
+from training.progress import Log
+from training.stages import Stage, learning_rate
+from training.steps import Steps, backward
+
+SAVE_EVERY = 100  # steps
+
+
+@dataclass
+class Place:
+    """Where and how a run happens: its folder, its device, its share of the work."""
+
+    folder: Path
+    device: str = "cpu"
+    source: str = "the emoji world"  # what it learns from: an interrupted run resumes only with the same source
+    accumulate: int = 1  # pieces of a step, one after the other, to save memory
+    workers: int = 0  # processes that prepare batches
+    compile: bool = False  # torch.compile: faster steps after some minutes of compiling in each stage
+
+    def autocast(self) -> AbstractContextManager:
+        kind = torch.device(self.device).type
+        return torch.autocast(kind, torch.bfloat16) if fast_dtype(self.device) == torch.bfloat16 else nullcontext()
+
+    def steps(self, stage: Stage, data: Callable[[range], dict[str, Tensor]] | None, first: int = 0) -> Steps:
+        """This process's share of a stage. Raises ValueError if the samples cannot be divided equally."""
+        # The contrastive loss compares all samples of a batch with each other, so it is not cut into pieces.
+        pieces = 1 if stage.loss is ContrastiveLoss else self.accumulate
+        return Steps(data, stage.batch, first, stage.steps, rank(), world_size(), pieces)
+
+
+def run_stage(
+    stage: Stage, model: LlavaForConditionalGeneration, data: Callable[[range], dict[str, Tensor]], place: Place
+) -> None:
+    """Train one stage, or the rest of it. Saves to NAME.pt every 100 steps, and logs to log.csv every 20."""
+    objective = stage.loss(model).to(place.device).train()
+    use_training_attention(objective)
+    learning = choose_parameters(objective, stage.trainable)
+    optimizer = torch.optim.AdamW(learning, lr=stage.lr, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
+    saved = Saved(stage, objective, optimizer, place)
+    first = saved.load()
+    log = Log(stage, place.folder / "log.csv", first, quiet=rank() > 0)
+    if first == stage.steps:
+        return
+    if place.compile:
+        torch._logging.set_logs(dynamo=logging.ERROR)  # it warns at length that it cannot compile int(sum)
+        objective.compile(dynamic=True)
+    parallel = DistributedDataParallel(objective) if dist.is_initialized() else objective
+    batches = place.steps(stage, data, first).loader(place.workers)
+    gradients = partial(backward, parallel, objective.count, device=place.device, autocast=place.autocast)
+    for done, loss in train(batches, gradients, optimizer, partial(learning_rate, stage=stage), first):
+        log.add(done, loss)
+        if rank() == 0 and (done % SAVE_EVERY == 0 or done == stage.steps):
+            saved.save(done)
+
+
+def choose_parameters(objective: nn.Module, trainable: tuple[str, ...]) -> list[nn.Parameter]:
+    """Freeze all parameters of the model but the trainable parts. The loss's own parameters always learn."""
+    for name, parameter in objective.named_parameters():
+        of_the_loss = not name.startswith("model.")
+        parameter.requires_grad_(of_the_loss or name.removeprefix("model.").startswith(trainable))
+    return [parameter for parameter in objective.parameters() if parameter.requires_grad]
+
+
+class Saved:
+    """The file NAME.pt of a stage: how many steps were taken, and all weights and the optimizer after them."""
+
+    def __init__(self, stage: Stage, objective: nn.Module, optimizer: torch.optim.Optimizer, place: Place):
+        self.stage, self.objective, self.optimizer, self.device = stage, objective, optimizer, place.device
+        self.file = place.folder / f"{stage.name}.pt"
+        self.settings = f"{stage.steps} steps of {stage.batch} at {stage.lr}, from {place.source}"
+        place.folder.mkdir(parents=True, exist_ok=True)
+
+    def load(self) -> int:
+        """Restore what the file holds; returns the number of steps taken. Raises ValueError if the run was another."""
+        if not self.file.is_file():
+            return 0
+        state = torch.load(self.file, map_location=self.device, weights_only=True)
+        if state["settings"] != self.settings:
+            raise ValueError(f"{self.file} is of another run ({state['settings']}): delete it, or choose another --out")
+        self.objective.load_state_dict(state["objective"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if rank() == 0:
+            print(f"{self.stage.name}: resumes after step {state['step']} of {self.stage.steps}, from {self.file}")
+        return state["step"]
+
+    def save(self, step: int) -> None:
+        state = {"objective": self.objective.state_dict(), "optimizer": self.optimizer.state_dict()}
+        torch.save({"step": step, "settings": self.settings, **state}, self.file.with_suffix(".new"))
+        self.file.with_suffix(".new").replace(self.file)

@@ -1,0 +1,34 @@
+"""Small files that keep what a stage changed, so that evaluation/ can go back to the model after an earlier stage."""
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+# The title of a stage -> its file's stem in the folder stages/; None for the finished model, which has all tensors.
+STAGE_FILES = {"before alignment": "before-alignment", "after alignment": "after-alignment", "after tuning": None}
+
+
+def snapshot(model: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+
+
+def save_stage(then: dict[str, Tensor], other: dict[str, Tensor], file: Path) -> None:
+    """Write the tensors of `then` that are not equal to those of `other`, in bfloat16."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    changed = {name: tensor for name, tensor in then.items() if not torch.equal(tensor, other[name])}
+    save_file({name: tensor.to(torch.bfloat16).contiguous().cpu() for name, tensor in changed.items()}, file)
+
+
+def load_stage(model: nn.Module, final: dict[str, Tensor], folder: Path, name: str | None) -> None:
+    """Give the model the weights that it had after a stage: a value of STAGE_FILES.
+
+    before-alignment holds what differs from the finished model, and after-alignment what differs from the former.
+    Raises ValueError if a file holds a tensor that the model does not have.
+    """
+    model.load_state_dict(final)
+    for stem in dict.fromkeys(("before-alignment", name)) if name else ():
+        file = folder / f"{stem}.safetensors"
+        if unknown := model.load_state_dict(load_file(file), strict=False).unexpected_keys:
+            raise ValueError(f"{file} is not of this model, which has no tensor {unknown[0]}")
