@@ -18,7 +18,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from evaluation.judge import UNSEEN
+from evaluation.emoji_judge import UNSEEN
 from playground.explain import Recorder, study
 from training import emoji_world
 
