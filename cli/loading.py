@@ -43,6 +43,7 @@ def load(Model: type, Processor: type, args: Namespace, rows: int, pictures: int
     check_memory(model, dtype, args.device, args.quantize, tokens)
     size = sum(file.stat().st_size for file in weight_files(folder))
     if size > LARGE and sys.stderr.isatty():
-        how = "" if settings["dtype"] == dtype else f" and converting them to {args.dtype}, which takes a while"
+        is_converted = args.quantize or settings["dtype"] != dtype
+        how = f" and converting them to {args.quantize or args.dtype}, which takes a while" if is_converted else ""
         print(f"Loading {size / 1e9:.3g} GB of weights{how}.", file=sys.stderr)
     return Model.from_pretrained(folder, dtype, args.device, args.quantize, args.kernels), processor
