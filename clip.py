@@ -142,7 +142,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 class CLIPAttention(nn.Module):
-    attention = staticmethod(attention)  # kernels/ and training/ give some modules another one with the same result
+    attention = staticmethod(attention)  # a module may be given another function with the same result
 
     def __init__(self, config: CLIPVisionConfig):
         super().__init__()

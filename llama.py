@@ -157,7 +157,7 @@ class KVCache:
 
 
 class LlamaAttention(nn.Module):
-    attention = staticmethod(attention)  # training/ gives some modules another one with the same result
+    attention = staticmethod(attention)  # a module may be given another function with the same result
 
     def __init__(self, config: LlamaConfig, layer: int):
         super().__init__()
