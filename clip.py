@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from hub.pictures import resize
+from hub.strips import resize
 
 
 def quick_gelu(x: Tensor) -> Tensor:

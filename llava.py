@@ -29,12 +29,11 @@ from torch import Tensor, nn
 
 import generate
 from clip import ACTIVATIONS, CLIPVisionConfig, CLIPVisionModel, ImageProcessor
-from hub.device import as_dtype, no_weights
 from hub.files import find_checkpoint
 from hub.generation import read_generation_settings
-from hub.interface import Inputs, ModelOutput, check_feature_choice, check_ids, kept_positions
-from hub.pictures import flatten
+from hub.interface import Inputs, ModelOutput, check_feature_choice, check_ids, flatten, kept_positions
 from hub.settings import decoder_settings, known_fields, read_config, read_processor_settings, sound_settings
+from hub.tensors import as_dtype, no_weights
 from llama import KVCache, Llama, LlamaConfig
 from load_weights import load
 from tokenizer import TEMPLATES, Tokenizer
@@ -175,7 +174,7 @@ class LlavaForConditionalGeneration(nn.Module):
         output_attentions: bool = False,
         output_hidden_states: bool = False,
         return_dict: bool = True,
-        logits_to_keep: int | Tensor = 0,  # positions that get logits: the last n (0 for all), or those in a tensor (n,)
+        logits_to_keep: int | Tensor = 0,  # positions that get logits: the last n (0: all), or a tensor (n,)
     ) -> LlavaCausalLMOutputWithPast | tuple:
         features = None
         if pixel_values is not None:
@@ -230,7 +229,7 @@ class LlavaForConditionalGeneration(nn.Module):
     ) -> "LlavaForConditionalGeneration":
         """Load a checkpoint from a folder or a hub id.
 
-        `dtype` (or its old name `torch_dtype`): by default, and for "auto", that of config.json, or else of the weights.
+        `dtype` (old name: `torch_dtype`) is by default, and for "auto", that of config.json, or else of the weights.
         `quantize="int8"` stores the decoder's matrices in a byte per weight (quantize.py). `kernels="torch"` runs the
         plain model of these files; "auto" swaps in faster modules with the same results up to rounding, and "triton"
         insists on Triton's (kernels/__init__.py). Raises FileNotFoundError or ValueError for an incomplete checkpoint.

@@ -15,8 +15,8 @@ from pathlib import Path
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from hub.device import DTYPES
 from hub.files import one_sentence, read_pickle, tensor_files
+from hub.tensors import DTYPES
 
 # A prefix in a file and its replacement. All are tried in this order, so a name can be changed twice.
 RENAME = [

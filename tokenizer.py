@@ -4,7 +4,7 @@ A sentencepiece model (Kudo & Richardson 2018, https://arxiv.org/abs/1808.06226)
 part of a piece and written "▁"; a character that is not in the vocabulary is spelled in bytes such as "<0xE7>". Special
 tokens are not text:
 
-    <unk> 0    <s> 1, starts every prompt    </s> 2, ends an answer    <image>, one per patch    <pad>, pads shorter rows
+    <unk> 0    <s> 1, starts every prompt    </s> 2, ends an answer    <image>, one a patch    <pad>, pads shorter rows
 
     "USER: <image>\\nWhat is it? ASSISTANT:"  ->  1 3148 1001 29901 29871 32000 29871 13 5618 ...
 
@@ -36,7 +36,8 @@ class Tokenizer:
         self.bos_token_id, self.eos_token_id = self.sp.bos_id(), self.sp.eos_id()
         self.special_tokens = known | (special_tokens or {})
         if "<image>" not in self.special_tokens:
-            self.special_tokens = {"<image>": self.sp.vocab_size(), "<pad>": self.sp.vocab_size() + 1} | self.special_tokens
+            size = self.sp.vocab_size()
+            self.special_tokens = {"<image>": size, "<pad>": size + 1} | self.special_tokens
         self.special_names = {i: name for name, i in self.special_tokens.items()}
         names = sorted(self.special_tokens, key=len, reverse=True)
         self.special_pattern = re.compile("(" + "|".join(map(re.escape, names)) + ")")
@@ -158,6 +159,6 @@ TEMPLATES = {
         "The assistant gives helpful, detailed, and polite answers to the user's questions.",
         "USER: ", " ", "ASSISTANT: ", "</s>",
     ),
-    # for alignment: <image>, a newline, the caption, to which training/ adds </s>; LLaVA's own is <image>, caption, newline
+    # for alignment: <image>, newline, caption, and </s> from training/; LLaVA's own is <image>, caption, newline
     "plain": Template("", "", "", "", ""),
 }  # fmt: skip

@@ -21,7 +21,7 @@ from cpu import bytes_per_token, rival
 from kernel_cases import cases, compiled_rows, markdown
 from random_weights import SIZES, random_model
 
-from hub.device import no_weights
+from hub.tensors import no_weights
 from hub.writer import config_json, write_json
 from kernels import accelerate
 from llava import LlavaConfig, LlavaForConditionalGeneration

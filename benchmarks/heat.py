@@ -19,11 +19,10 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from evaluation.emoji_judge import UNSEEN
-from playground.explain import Recorder, study
-from training import emoji_world
-
 from hub.files import BUNDLED
 from llava import LlavaForConditionalGeneration, LlavaProcessor
+from playground.explain import Recorder, study
+from training import emoji_world
 
 QUESTION = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is in the picture?"}]}]
 

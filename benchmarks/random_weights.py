@@ -16,8 +16,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from clip import CLIPVisionConfig, ImageProcessor
-from hub.device import no_weights
 from hub.files import BUNDLED
+from hub.tensors import no_weights
 from hub.writer import save
 from llama import LlamaConfig
 from llava import LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor

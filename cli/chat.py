@@ -22,8 +22,8 @@ import torch
 
 from cli.errors import USER_ERRORS, sentence
 from generate import GenerationConfig, TextWatcher, generate_tokens
-from hub.files import write_whole
 from hub.pictures import open_image
+from hub.writer import write_whole
 
 HELP = """\
 /image PATH   add a picture to your next message; repeat for several pictures

@@ -11,7 +11,7 @@ from argparse import Namespace
 from pathlib import Path
 
 from cli.answer import settings
-from hub.files import write_whole
+from hub.writer import write_whole
 
 Question = tuple[tuple[str, ...], str]  # paths of pictures, prompt
 

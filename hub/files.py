@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,22 +26,6 @@ def read_json(path: Path) -> dict:
     if not isinstance(settings, dict):
         raise ValueError(f"{path} holds a {type(settings).__name__}, not a JSON object")
     return settings
-
-
-def write_whole(path: str | Path, text: str) -> None:
-    """Write a text file that takes the place of an old one when it is complete, with the old one's permissions.
-
-    A link stays a link. Lone surrogates, which UTF-8 cannot encode, are written as \\udcff, their escape in JSON.
-    """
-    path = Path(os.path.realpath(path))
-    scratch = path.with_name(f".unfinished-{os.getpid()}")
-    try:
-        scratch.write_bytes(text.encode("utf-8", "backslashreplace"))
-        if path.exists():
-            shutil.copymode(path, scratch)
-        scratch.replace(path)
-    finally:
-        scratch.unlink(missing_ok=True)
 
 
 def open_sentencepiece(model: bytes) -> tuple[SentencePieceProcessor, dict[str, int]]:
@@ -111,8 +94,10 @@ def tensor_files(folder: Path) -> list[tuple[Path, str]]:
     """
     files = [(file, "") for file in weight_files(folder)]
     config = read_json(folder / "config.json")
-    if "mm_vision_tower" in config and not any(".vision_tower." in name for file, _ in files for name in names_in(file)):
-        files += [(file, "vision_model.") for file in weight_files(tower_folder(config, folder))]
+    if "mm_vision_tower" in config:
+        names = [name for file, _ in files for name in names_in(file)]
+        if not any(".vision_tower." in name for name in names):
+            files += [(file, "vision_model.") for file in weight_files(tower_folder(config, folder))]
     return files
 
 

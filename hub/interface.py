@@ -1,6 +1,7 @@
 """What the interface of transformers expects of outputs, inputs and messages."""
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 
@@ -84,3 +85,12 @@ def parts_of(message: dict) -> list[dict]:
         if kind == "text" and not isinstance(part.get("text"), str):
             raise ValueError(f"a part of type text must have a text, not {part.get('text')!r}")
     return content
+
+
+def flatten(images) -> list[Image.Image]:
+    """A picture, or a list of pictures nested to any depth, as one list. Raises ValueError for anything else."""
+    if isinstance(images, Image.Image):
+        return [images]
+    if isinstance(images, list | tuple):
+        return [image for part in images for image in flatten(part)]
+    raise ValueError(f"images must be Pillow pictures or lists of them, not {type(images).__name__}")

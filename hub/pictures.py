@@ -1,11 +1,9 @@
-"""Odd pictures: any file Pillow reads to upright, opaque, 8-bit RGB; and strips too long to be resized whole."""
+"""Odd pictures: any file that Pillow reads becomes upright, opaque, 8-bit RGB."""
 
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps
-
-LARGEST_RESIZE = 200_000_000  # pixels
 
 
 def open_image(path: str | Path) -> Image.Image:
@@ -31,28 +29,3 @@ def open_image(path: str | Path) -> Image.Image:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
-
-
-def resize(image: Image.Image, size: tuple[int, int], resample: int, crop: tuple[int, int] | None) -> Image.Image:
-    """Resize to `size` (width, height); a result above LARGEST_RESIZE is cut to its centre `crop` straight away.
-
-    A 5000x1 strip would become 1,680,000x336 pixels only to be cropped. Resizing just the part that the crop keeps, in
-    two steps, is within one level of resizing it all.
-    """
-    width, height = size
-    if width * height <= LARGEST_RESIZE or crop is None:
-        return image.resize(size, resample)
-    keep_w, keep_h = min(width, crop[0]), min(height, crop[1])
-    left, top = (width - keep_w) // 2 * image.width / width, (height - keep_h) // 2 * image.height / height
-    right, bottom = left + keep_w * image.width / width, top + keep_h * image.height / height
-    image = image.resize((keep_w, image.height), resample, box=(left, 0, right, image.height))
-    return image.resize((keep_w, keep_h), resample, box=(0, top, keep_w, bottom))
-
-
-def flatten(images) -> list[Image.Image]:
-    """A picture, or a list of pictures nested to any depth, as one list. Raises ValueError for anything else."""
-    if isinstance(images, Image.Image):
-        return [images]
-    if isinstance(images, list | tuple):
-        return [image for part in images for image in flatten(part)]
-    raise ValueError(f"images must be Pillow pictures or lists of them, not {type(images).__name__}")

@@ -11,8 +11,8 @@ from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 
-from hub.device import DTYPES
 from hub.files import read_json, tower_folder
+from hub.tensors import DTYPES
 
 # The first words of the prompt template of LLaVA-1.5, tokenizer.TEMPLATES["v1"].
 VICUNA = "A chat between a curious user and an artificial intelligence assistant."

@@ -7,6 +7,7 @@ handed in: nothing here imports the model.
 
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -58,6 +59,22 @@ def replaced_files(folder: Path) -> Iterator[Path]:
         for old in (*folder.glob("model-*-of-*.safetensors"), *folder.glob("model.safetensors*")):
             if old.name not in {file.name for file in files}:  # shards of what was here before
                 old.unlink()
+
+
+def write_whole(path: str | Path, text: str) -> None:
+    """Write a text file that takes the place of an old one when it is complete, with the old one's permissions.
+
+    A link stays a link. Lone surrogates, which UTF-8 cannot encode, are written as \\udcff, their escape in JSON.
+    """
+    path = Path(os.path.realpath(path))
+    scratch = path.with_name(f".unfinished-{os.getpid()}")
+    try:
+        scratch.write_bytes(text.encode("utf-8", "backslashreplace"))
+        if path.exists():
+            shutil.copymode(path, scratch)
+        scratch.replace(path)
+    finally:
+        scratch.unlink(missing_ok=True)
 
 
 def write_json(path: Path, content: dict) -> None:

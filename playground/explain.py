@@ -28,7 +28,7 @@ from PIL import Image
 from torch import Tensor
 
 from generate import generate
-from hub.files import write_whole
+from hub.writer import write_whole
 from tokenizer import Tokenizer
 
 USUAL_BYTES = 1_500_000  # attention in a page, before base64 adds a third: as many heads are kept as fit

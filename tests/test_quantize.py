@@ -1,11 +1,11 @@
 """int8 weights: rounded as near as can be, read as they come, and hardly to be told from the others."""
 
 import emoji_world
+import judge
 import pytest
 import torch
-
-import judge
 from command import BUNDLED
+
 from hub.writer import save
 from llama import FusedLinear, Linear
 from llava import LlavaForConditionalGeneration, LlavaProcessor

@@ -13,15 +13,15 @@ from functools import partial
 from pathlib import Path
 
 import emoji_world
+import judge
 import pytest
 import torch
+from batches import Records, Steps, World, collate, messages, tokenize_caption, tokenize_conversation
+from command import BUNDLED
 from PIL import Image
 
-import judge
 import train
-from batches import Records, Steps, World, collate, messages, tokenize_caption, tokenize_conversation
 from clip import ImageProcessor
-from command import BUNDLED
 from llava import LlavaForConditionalGeneration, LlavaProcessor
 
 ROOT = Path(__file__).parent.parent

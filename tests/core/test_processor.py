@@ -121,7 +121,8 @@ def test_the_chat_template_is_the_checkpoints(pair):
 def test_both_layouts_of_the_settings_are_read(pair, tmp_path, do_pad, strategy):
     """Ours (the hub's, two files) and what transformers 5 makes of it (one file)."""
     ours, _ = pair
-    config = replace(LlavaConfig(**known_fields(LlavaConfig, read_config(BUNDLED))), vision_feature_select_strategy=strategy)
+    config = LlavaConfig(**known_fields(LlavaConfig, read_config(BUNDLED)))
+    config = replace(config, vision_feature_select_strategy=strategy)
     image_processor = replace(ours.image_processor, do_pad=do_pad)
     changed = LlavaProcessor(image_processor, ours.tokenizer, config.image_seq_length, "v1")
     write_json(tmp_path / "config.json", config_json(config))

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from folders import hub_cache, load
-from hub.files import find_checkpoint, write_whole
+from hub.files import find_checkpoint
+from hub.writer import write_whole
 from reference import reference_model
 
 

@@ -7,7 +7,7 @@ from PIL import Image
 from torch.testing import assert_close
 
 from clip import ImageProcessor
-from hub import pictures
+from hub import strips
 from hub.pictures import open_image
 
 pytestmark = pytest.mark.quick
@@ -44,7 +44,7 @@ def test_long_strips_are_resized_in_little_memory(monkeypatch):
 def test_resizing_in_two_steps_is_within_one_level(monkeypatch, size):
     processor = ImageProcessor({"shortest_edge": 100}, 100)
     plain = np.asarray(processor.fit(noise(size))).astype(int)
-    monkeypatch.setattr(pictures, "LARGEST_RESIZE", 0)
+    monkeypatch.setattr(strips, "LARGEST_RESIZE", 0)
     steps = np.asarray(processor.fit(noise(size))).astype(int)
     assert np.abs(plain - steps).max() <= 1
 

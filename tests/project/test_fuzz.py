@@ -374,7 +374,7 @@ def test_shards(sharded, how, where, data):
 def bin_file(whole: Checkpoint, legacy: bool = False) -> bytes:
     model = LlavaForConditionalGeneration.from_pretrained(whole.folder)
     file = io.BytesIO()
-    tensors = dict(save_checkpoint.named_parts(model))
+    tensors = dict(model.named_parameters())
     torch.save({name: t.clone() for name, t in tensors.items()}, file, _use_new_zipfile_serialization=not legacy)
     return file.getvalue()
 
