@@ -13,6 +13,9 @@ from tokenizer import TEMPLATES
 
 BUNDLED = Path(__file__).parent / "checkpoints" / "tiny-llava"
 PROMPT = "Describe the picture."
+USAGE = """python llava.py --image PATH [PATH ...] [--prompt TEXT] [options]
+       python llava.py --images PATH [--out FILE] [options]
+       python llava.py --chat [--image PATH ...] [options]"""
 PATIENCE = 2  # seconds until the user is told that a pipe is waited for
 
 
@@ -68,8 +71,7 @@ def add_other_options(parser: argparse.ArgumentParser) -> None:
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    usage = "python llava.py --image PATH [--prompt TEXT] [more of what is below]"
-    parser = Parser(usage=usage, description="Ask LLaVA about pictures.", add_help=False, allow_abbrev=False)
+    parser = Parser(usage=USAGE, description="Ask LLaVA about pictures.", add_help=False, allow_abbrev=False)
     add_first_options(parser)
     add_other_options(parser)
     args = parser.parse_args(argv)
@@ -79,10 +81,13 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         parser.error("--out needs --images")
     if args.chat and (args.prompt or args.json):
         parser.error("--chat takes its questions from you, without --prompt and --json")
-    if args.explain is not None and (args.chat or args.images):
-        parser.error("--explain is for one answer about one picture, without --chat and --images")
+    if args.explain is not None and (args.chat or args.images or not args.image):
+        parser.error("--explain is for one answer about one picture: give --image, without --chat and --images")
     if "" in (args.stop or ()):
         parser.error("--stop needs a text: every answer has an empty one, at its first word")
+    if not (args.image or args.images or args.chat or args.prompt is not None):
+        parser.print_usage(sys.stderr)
+        parser.error("there is nothing to answer: give --image, --images, --chat or --prompt")
     args.prompt = None if args.chat else read_prompt(args.prompt)
     return args
 

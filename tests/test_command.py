@@ -144,8 +144,8 @@ def refused(done: tuple[int, str, str], *words: str) -> None:
         (["--image", ROOT / "README.md"], "cannot be read as a picture"),
         (["--image", ROCKET, "absent.jpg"], "absent.jpg is not a file"),
         (["--image"], "--image"),
-        (["--model", "nowhere/at/all"], "neither a folder nor a hub id"),
-        (["--model", ROOT / "tests"], "has no config.json"),
+        (["--prompt", "x", "--model", "nowhere/at/all"], "neither a folder nor a hub id"),
+        (["--prompt", "x", "--model", ROOT / "tests"], "has no config.json"),
         (["--image", ROCKET, "--max-new-tokens", 0], "--max-new-tokens: must be a whole number from 1"),
         (["--image", ROCKET, "--max-new-tokens", 2.5], "--max-new-tokens"),
         (["--image", ROCKET, "--temperature", -1], "--temperature: must be a number from 0"),
@@ -159,9 +159,9 @@ def refused(done: tuple[int, str, str], *words: str) -> None:
         (["--seed", -1], "--seed"),
         (["--seed", 2**70], "--seed"),
         (["--batch-size", 0], "--batch-size"),
-        (["--device", "abacus"], "no device 'abacus'"),
-        (["--device", "cuda:99"], "no device 'cuda:99'"),
-        (["--device", "meta"], "no device 'meta'"),
+        (["--prompt", "x", "--device", "abacus"], "no device 'abacus'"),
+        (["--prompt", "x", "--device", "cuda:99"], "no device 'cuda:99'"),
+        (["--prompt", "x", "--device", "meta"], "no device 'meta'"),
         (["--dtype", "float8"], "--dtype: invalid choice: 'float8'"),
         (["--template", "alpaca"], "--template"),
         (["--stop", "x", "--stop", ""], "--stop needs a text"),
@@ -184,6 +184,14 @@ def refused(done: tuple[int, str, str], *words: str) -> None:
 )
 def test_a_users_mistake_is_one_sentence_and_exit_code_2(ask, arguments, words):
     refused(ask(*arguments), words)
+
+
+@pytest.mark.parametrize("arguments", [[], ["--temperature", 1], ["--json"]])
+def test_without_a_question_it_prints_its_usage(ask, monkeypatch, arguments):
+    monkeypatch.setattr(command, "load", lambda *_: pytest.fail("loaded for nothing"))
+    code, out, err = ask(*arguments)
+    refused((code, out, err), "give --image, --images, --chat or --prompt")
+    assert err.startswith("usage: python llava.py --image PATH") and "--images" in err and "--chat" in err
 
 
 def test_a_mistake_is_exit_code_2_in_a_process_of_its_own(tmp_path):

@@ -316,7 +316,7 @@ def test_nothing_but_a_test_takes_kernels_on_a_cpu():
     assert kernels.usable(Q) and not kernels.usable(Q.double())
     with pytest.raises(ValueError, match="auto, triton or torch"):
         kernels.choose_kernels("cuda", "cpu")
-    command = [sys.executable, ROOT / "llava.py", "--kernels", "triton", "--device", "cpu"]
+    command = [sys.executable, ROOT / "llava.py", "--prompt", "x", "--kernels", "triton", "--device", "cpu"]
     done = subprocess.run(command, capture_output=True, text=True, env={"PATH": ""})
     assert done.returncode == 2 and "Triton cannot run on cpu" in done.stderr
 
