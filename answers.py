@@ -11,6 +11,7 @@ An answer's line, with the names that other programs for language models use:
 
 import json
 import os
+import re
 import sys
 import time
 from argparse import Namespace
@@ -108,20 +109,26 @@ Question = tuple[tuple[str, ...], str]  # paths of pictures, prompt
 
 
 def read_questions(source: Path, prompt: str) -> list[Question]:
-    """A folder's pictures, or a list: a path a line, or {"image": path or list of paths, "prompt": "..."} a line."""
-    if source.is_dir():
+    """The questions of a folder, one for each picture in it, or of a list in a file or, for "-", on standard input.
+
+    A line of a list is a path or {"image": path or list of paths, "prompt": "..."}.
+    """
+    stdin = str(source) == "-"
+    name = "standard input" if stdin else str(source)
+    if source.is_dir() and not stdin:
         known = Image.registered_extensions().keys() - {".pdf", ".palm"}  # two that Pillow only writes
-        names = [file for file in sorted(source.iterdir()) if file.suffix.lower() in known and file.name[0] != "."]
-        questions = [((str(file),), prompt) for file in names]
+        files = [file for file in sorted(source.iterdir()) if file.suffix.lower() in known and file.name[0] != "."]
+        questions = [((str(file),), prompt) for file in files]
     else:
-        try:
-            lines = source.read_text("utf-8-sig").split("\n")  # splitlines cuts at U+2028 too, which JSON may hold
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{source} is neither a folder nor a list of pictures, a path a line") from error
+        content = sys.stdin.buffer.read() if stdin else source.read_bytes()
+        if b"\0" in content:
+            raise ValueError(f"{name} is neither a folder nor a list of pictures, a path a line")
+        # Paths may be no UTF-8; and splitlines would also split at U+2028, which JSON may hold.
+        lines = content.decode("utf-8-sig", "surrogateescape").split("\n")
         numbered = [(i, text.strip()) for i, text in enumerate(lines, 1)]
-        questions = [read_question(f"{source}, line {i}", text, prompt) for i, text in numbered if text]
+        questions = [read_question(f"{name}, line {i}", text, prompt) for i, text in numbered if text]
     if not questions:
-        raise ValueError(f"{source} has no pictures")
+        raise ValueError(f"{name} has no pictures")
     return list(dict.fromkeys(questions))
 
 
@@ -136,7 +143,7 @@ def read_question(where: str, text: str, prompt: str) -> Question:
     paths = [paths] if isinstance(paths, str) else paths
     if not isinstance(paths, list) or not all(isinstance(text, str) for text in (*paths, prompt)):
         raise ValueError(f'{where}: "image" must be a path or a list of paths, and "prompt" a text')
-    return tuple(paths), prompt
+    return tuple(paths), re.sub("[\ud800-\udfff]", "\ufffd", prompt)  # lone surrogates, which no tokenizer takes
 
 
 def answered(out: Path, model: str) -> set[Question]:

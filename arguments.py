@@ -1,12 +1,12 @@
-"""What can be said behind `python llava.py`: the flags, their ranges, and the prompt, which may come down a pipe."""
+"""The command-line flags of `python llava.py`, and which values and combinations of them are accepted.
+
+Standard input is read only where a flag asks for it: `--prompt -`, `--images -` and `--chat`.
+"""
 
 import argparse
-import os
-import select
-import stat
+import re
 import sys
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 
 from tokenizer import TEMPLATES
@@ -16,7 +16,6 @@ PROMPT = "Describe the picture."
 USAGE = """python llava.py --image PATH [PATH ...] [--prompt TEXT] [options]
        python llava.py --images PATH [--out FILE] [options]
        python llava.py --chat [--image PATH ...] [options]"""
-PATIENCE = 2  # seconds until the user is told that a pipe is waited for
 
 
 class Parser(argparse.ArgumentParser):
@@ -38,12 +37,17 @@ def number(kind: type, low: float, high: float) -> Callable:
     return convert
 
 
+def unicode(text: str) -> str:
+    """The text with U+FFFD for each lone surrogate, which is how Python represents bytes that are not UTF-8."""
+    return re.sub("[\ud800-\udfff]", "\ufffd", text)
+
+
 def add_first_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("what most people need").add_argument
     add("--image", nargs="+", action="extend", default=[], metavar="PATH", help="pictures for one answer, in order")
-    add("--prompt", metavar="TEXT", help=f"what to ask; - reads standard input, as does a pipe (default: {PROMPT})")
+    add("--prompt", metavar="TEXT", help=f"what to ask; - reads it from standard input (default: {PROMPT})")
     add("--chat", action="store_true", help="a conversation, about the pictures of --image or those you show there")
-    add("--images", type=Path, metavar="PATH", help="a folder, or a list of pictures in a file: an answer for each")
+    add("--images", type=Path, metavar="PATH", help="a folder, or a list of pictures in a file (- standard input)")
     add("--out", type=Path, metavar="FILE", help="with --images: where the answers go, as JSON lines; resumes")
     add("--model", default=BUNDLED, metavar="PATH", help="checkpoint folder or hub id (default: the bundled tiny one)")
     add("--max-new-tokens", type=number(int, 1, 10**9), default=256, metavar="N", help="longest answer (default: 256)")
@@ -62,7 +66,7 @@ def add_other_options(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=number(int, 0, 2**63 - 1), metavar="N", help="when sampling: the same seed, the same answer")
     add("--stop", action="append", metavar="TEXT", help="end the answer behind this text; may be given several times")
     add("--template", choices=TEMPLATES, help="how the prompt is written (default: as the checkpoint says)")
-    add("--system", metavar="TEXT", help="an instruction that opens the conversation, instead of the template's")
+    add("--system", type=unicode, metavar="TEXT", help="the instruction that opens the prompt (default: the template's)")
     add("--json", action="store_true", help="a line of JSON for an answer: text, token counts, seconds")
     add("--explain", metavar="FILE", help="also write an HTML page that shows where each word of the answer looked")
     add("--kernels", choices=["auto", "triton", "torch"], default="auto", help="on a GPU: Triton's or plain PyTorch's")
@@ -77,9 +81,11 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.images and (args.image or args.chat):
         parser.error("--images asks about many pictures one by one, without --image and --chat")
+    if str(args.images) == "-" and args.prompt == "-":
+        parser.error("standard input cannot be both the list and the prompt: give --images or --prompt another way")
     if args.out and not args.images:
         parser.error("--out needs --images")
-    if args.chat and (args.prompt or args.json):
+    if args.chat and (args.prompt is not None or args.json):
         parser.error("--chat takes its questions from you, without --prompt and --json")
     if args.explain is not None and (args.chat or args.images or not args.image):
         parser.error("--explain is for one answer about one picture: give --image, without --chat and --images")
@@ -93,14 +99,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def read_prompt(given: str | None) -> str:
-    """The prompt given, or standard input where it is "-" or where nothing is given and a pipe comes in."""
-    with suppress(OSError, ValueError):  # standard input may have no number, in a notebook say
-        if given is None and stat.S_ISFIFO(os.fstat(sys.stdin.fileno()).st_mode):
-            if not select.select([sys.stdin], [], [], PATIENCE)[0]:
-                print("Waiting for a prompt from standard input; --prompt would give it here.", file=sys.stderr)
-            given = sys.stdin.read().strip() or None
+    """The prompt given, standard input for "-", or PROMPT."""
     if given == "-":
         given = sys.stdin.read().strip()
         if not given:
             raise ValueError("standard input has no prompt")
-    return PROMPT if given is None else given.encode("utf-8", "surrogatepass").decode("utf-8", "replace")
+    return PROMPT if given is None else unicode(given)

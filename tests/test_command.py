@@ -8,9 +8,9 @@ import signal
 import struct
 import subprocess
 import sys
-import threading
 import time
 import zlib
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +26,7 @@ import command
 import emoji_world
 import memory
 import save_checkpoint
-from arguments import PROMPT, read_prompt
+from arguments import PROMPT
 from clip import open_image
 from command import BUNDLED, main, run
 from llava import LlavaForConditionalGeneration, LlavaProcessor
@@ -179,6 +179,8 @@ def refused(done: tuple[int, str, str], *words: str) -> None:
         (["--out", "x.jsonl"], "--out needs --images"),
         (["--images", ROOT / "images", "--out", ROCKET], "not a file of answers"),
         (["--chat", "--prompt", "x"], "--chat takes its questions from you"),
+        (["--chat", "--prompt", ""], "--chat takes its questions from you"),
+        (["--images", "-", "--prompt", "-"], "standard input cannot be both the list and the prompt"),
     ],
     ids=lambda value: str(value)[:80],
 )
@@ -312,35 +314,47 @@ def test_several_pictures_are_in_one_prompt_in_order(ask, small, monkeypatch):
     assert (none, plain) == (None, ["Why?"])
 
 
-def test_a_prompt_comes_from_standard_input(ask, small, monkeypatch):
-    monkeypatch.setattr("sys.stdin", io.StringIO("What\nis it?\n"))
-    assert asked(ask, small, "--prompt", "-")["prompt"] == "What\nis it?"
+@pytest.fixture
+def stdin(monkeypatch):
+    """Puts bytes into a pipe that is standard input; what it returns can read those that the command has not read."""
+    with ExitStack() as streams:
+
+        def pipe(content: bytes) -> io.BufferedReader:
+            reading, writing = os.pipe()
+            os.write(writing, content)
+            os.close(writing)
+            monkeypatch.setattr("sys.stdin", streams.enter_context(open(reading, encoding="utf-8")))
+            return sys.stdin.buffer
+
+        yield pipe
+
+
+def test_a_prompt_comes_from_standard_input(ask, small, stdin):
+    for given, wanted in ((b"What\nis it?\n", "What\nis it?"), (b"\xff?", "\ufffd?")):
+        stdin(given)
+        assert asked(ask, small, "--prompt", "-")["prompt"] == wanted
     refused(ask("--prompt", "-"), "standard input has no prompt")
-    for given, wanted in ((b"Why?\n", "Why?"), (b"", PROMPT), (b"\xff?", "\ufffd?")):
-        reading, writing = os.pipe()
-        os.write(writing, given)
-        os.close(writing)
-        with open(reading, encoding="utf-8") as pipe:
-            monkeypatch.setattr("sys.stdin", pipe)
-            assert asked(ask, small)["prompt"] == wanted
-            assert asked(ask, small, "--prompt", "given")["prompt"] == "given"
 
 
-def test_a_pipe_that_says_nothing_is_spoken_of(monkeypatch, capsys):
-    monkeypatch.setattr("arguments.PATIENCE", 0)
-    reading, writing = os.pipe()
-    with open(reading, encoding="utf-8") as pipe:
-        monkeypatch.setattr("sys.stdin", pipe)
-        end = threading.Timer(0.2, lambda: (os.write(writing, b"Why?"), os.close(writing)))
-        end.start()
-        assert read_prompt(None) == "Why?"
-        end.join()
-    assert "Waiting for a prompt from standard input" in capsys.readouterr().err
+@pytest.mark.parametrize("arguments", [["--image", ROCKET], ["--prompt", "x"], ["--images", ROOT / "images"]])
+def test_standard_input_is_left_alone(ask, small, stdin, arguments):
+    rest = stdin(b"more.jpg\n")
+    assert ask("--model", small, "--max-new-tokens", 1, *arguments)[0] == 0
+    assert rest.read() == b"more.jpg\n"
+
+
+def test_a_shells_loop_over_pictures_answers_each(small):
+    loop = 'ls images/r*.jpg images/owl*.jpg | while read -r f; do "$0" llava.py --image "$f" $1; done'
+    options = f"--model {small} --max-new-tokens 1 --json"
+    done = subprocess.run(["sh", "-c", loop, sys.executable, options], cwd=ROOT, capture_output=True, text=True)
+    records = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [record["image"] for record in records] == ["images/owl-and-key.jpg", "images/rocket.jpg"], done.stderr
+    assert {record["prompt"] for record in records} == {PROMPT}
 
 
 @pytest.mark.parametrize("prompt", ["", "生活 🤗", "e\u0301\u200b\0\ufeff", "</s><s><pad>", "\udcff half", "\x1b[31m"])
 def test_any_text_is_answered(ask, small, prompt):
-    assert asked(ask, small, "--prompt", prompt)["completion_tokens"] == 3
+    assert asked(ask, small, "--prompt", prompt, "--system", prompt)["completion_tokens"] == 3
 
 
 def test_flags_that_choose_words(ask, small):
@@ -443,6 +457,21 @@ def test_a_row_that_a_stop_string_ended_is_counted_up_to_there(ask, small, tmp_p
     for record, right, reason in zip(said("--stop", words[2]), (words[:3], others), ("stop", "length"), strict=True):
         assert record["text"].split() == right
         assert (record["completion_tokens"], record["finish_reason"]) == (len(right), reason)
+
+
+def test_a_list_comes_from_standard_input(ask, small, folder, stdin):
+    stdin(b'pictures/b.jpg\r\n\n{"image": "pictures/e.png", "prompt": "Why?\\ud800"}\npictures/\xff.png')
+    code, out, err = ask("--images", "-", "--model", small, "--max-new-tokens", 2, "--prompt", "What?")
+    *said, missing = map(json.loads, out.splitlines())
+    assert [(record["image"], record["prompt"]) for record in said] == [
+        ("pictures/b.jpg", "What?"),
+        ("pictures/e.png", "Why?\ufffd"),
+    ]
+    assert os.fsencode(missing["image"]) == b"pictures/\xff.png" and "is not a file" in missing["error"]
+    assert code == 2 and "1 of 3 have no answer" in err
+    refused(ask("--images", "-"), "standard input has no pictures")
+    stdin(b"a.jpg\n{}\n")
+    refused(ask("--images", "-"), "standard input, line 2")
 
 
 LINES = ['{"image"', "{}", '{"image": 5}', '{"image": ["a", 5]}', '{"image": "a", "prompt": 1}']
