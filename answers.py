@@ -37,7 +37,7 @@ class Answer:
 
 
 def sampling(args: Namespace) -> dict:
-    """The command's flags as options of generate."""
+    """The command's flags as options of generate; None, for a flag not given, means the checkpoint's own setting."""
     names = ("max_new_tokens", "top_p", "top_k", "repetition_penalty")
     chosen = {name: getattr(args, name) for name in names}
     return chosen | {"do_sample": args.temperature != 0, "temperature": args.temperature or None}

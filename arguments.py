@@ -23,14 +23,14 @@ class Parser(argparse.ArgumentParser):
         raise ValueError(f"{message} (--help says what there is)")
 
 
-def number(kind: type, low: float, high: float) -> Callable:
+def number(kind: type, low: float, high: float, or_zero: bool = False) -> Callable:
     def convert(text: str):
         try:
             value = kind(text)
         except ValueError:
             value = None
-        if value is None or not low <= value <= high:  # not a number is not in the range either
-            what = "a whole number" if kind is int else "a number"
+        if value is None or not (low <= value <= high or (or_zero and value == 0)):  # NaN is in no range
+            what = "0 or " * or_zero + ("a whole number" if kind is int else "a number")
             raise argparse.ArgumentTypeError(f"must be {what} from {low} to {high}, not {text}")
         return value
 
@@ -51,8 +51,8 @@ def add_first_options(parser: argparse.ArgumentParser) -> None:
     add("--out", type=Path, metavar="FILE", help="with --images: where the answers go, as JSON lines; resumes")
     add("--model", default=BUNDLED, metavar="PATH", help="checkpoint folder or hub id (default: the bundled tiny one)")
     add("--max-new-tokens", type=number(int, 1, 10**9), default=256, metavar="N", help="longest answer (default: 256)")
-    how = "0 (default): the likeliest word; 1: drawn by the model's own probabilities"
-    add("--temperature", type=number(float, 0, 1e4), default=0.0, metavar="T", help=how)
+    how = "0 (default): always the likeliest token; 1: sample from the model's own distribution"
+    add("--temperature", type=number(float, 1e-6, 1e4, or_zero=True), default=0.0, metavar="T", help=how)
     add("--dtype", choices=["auto", "float32", "float16", "bfloat16"], default="auto", help="default: the fast one")
     add("--quantize", choices=["int8"], help="the decoder's weights in a byte each: half the memory of bfloat16")
 
@@ -60,13 +60,14 @@ def add_first_options(parser: argparse.ArgumentParser) -> None:
 def add_other_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("the rest").add_argument
     add("--device", default="auto", help="auto, cpu, cuda or mps (default: auto, the fastest there is)")
-    add("--top-p", type=number(float, 1e-9, 1), default=1.0, metavar="P", help="sample among words with P together")
-    add("--top-k", type=number(int, 0, 10**9), default=50, metavar="K", help="sample among K words, 0 for all (50)")
-    add("--repetition-penalty", type=number(float, 0.01, 100), default=1.0, metavar="R", help="above 1: repeat less")
+    own = "(default: the checkpoint's)"
+    add("--top-p", type=number(float, 1e-9, 1), metavar="P", help=f"sample among tokens with P together {own}")
+    add("--top-k", type=number(int, 0, 10**9), metavar="K", help=f"sample among K tokens, 0 for all {own}")
     add("--seed", type=number(int, 0, 2**63 - 1), metavar="N", help="when sampling: the same seed, the same answer")
+    add("--repetition-penalty", type=number(float, 0.01, 100), metavar="R", help=f"above 1: repeat less {own}")
     add("--stop", action="append", metavar="TEXT", help="end the answer behind this text; may be given several times")
-    add("--template", choices=TEMPLATES, help="how the prompt is written (default: as the checkpoint says)")
-    add("--system", type=unicode, metavar="TEXT", help="the instruction that opens the prompt (default: the template's)")
+    add("--template", choices=TEMPLATES, help=f"how the prompt is written {own}")
+    add("--system", type=unicode, metavar="TEXT", help="instruction that opens the prompt (default: the template's)")
     add("--json", action="store_true", help="a line of JSON for an answer: text, token counts, seconds")
     add("--explain", metavar="FILE", help="also write an HTML page that shows where each word of the answer looked")
     add("--kernels", choices=["auto", "triton", "torch"], default="auto", help="on a GPU: Triton's or plain PyTorch's")
@@ -89,6 +90,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         parser.error("--chat takes its questions from you, without --prompt and --json")
     if args.explain is not None and (args.chat or args.images or not args.image):
         parser.error("--explain is for one answer about one picture: give --image, without --chat and --images")
+    for name in ("top_p", "top_k", "seed"):
+        if getattr(args, name) is not None and not args.temperature:
+            parser.error(f"--{name.replace('_', '-')} changes nothing without --temperature: give one above 0")
     if "" in (args.stop or ()):
         parser.error("--stop needs a text: every answer has an empty one, at its first word")
     if not (args.image or args.images or args.chat or args.prompt is not None):

@@ -148,12 +148,19 @@ def refused(done: tuple[int, str, str], *words: str) -> None:
         (["--prompt", "x", "--model", ROOT / "tests"], "has no config.json"),
         (["--image", ROCKET, "--max-new-tokens", 0], "--max-new-tokens: must be a whole number from 1"),
         (["--image", ROCKET, "--max-new-tokens", 2.5], "--max-new-tokens"),
-        (["--image", ROCKET, "--temperature", -1], "--temperature: must be a number from 0"),
+        (["--image", ROCKET, "--temperature", -1], "--temperature: must be 0 or a number from"),
+        (["--temperature", 1e-40], "--temperature: must be 0 or a number from 1e-06"),
         (["--temperature", "nan"], "--temperature"),
         (["--temperature", "inf"], "--temperature"),
         (["--temperature", "warm"], "--temperature"),
         (["--temperature", 1, "--top-p", 7], "--top-p"),
         (["--top-p", 0], "--top-p"),
+        (["--prompt", "x", "--top-p", 0.9], "--top-p changes nothing without --temperature"),
+        (["--prompt", "x", "--top-p", 1], "--top-p changes nothing without --temperature"),
+        (["--prompt", "x", "--top-k", 0], "--top-k changes nothing without --temperature"),
+        (["--prompt", "x", "--seed", 0], "--seed changes nothing without --temperature"),
+        (["--images", ROOT, "--seed", 1, "--temperature", 0], "--seed changes nothing without --temperature"),
+        (["--chat", "--seed", 1], "--seed changes nothing without --temperature"),
         (["--top-k", -1], "--top-k"),
         (["--repetition-penalty", 0], "--repetition-penalty"),
         (["--seed", -1], "--seed"),
@@ -367,6 +374,21 @@ def test_flags_that_choose_words(ask, small):
     assert len(set(different)) == len(different) == 12
     words = greedy.split()
     assert said("--stop", "never said", "--stop", f" {words[2]}").split() == words[: words.index(words[2], 1) + 1]
+
+
+def test_only_the_flags_given_override_the_checkpoints_own_sampling(ask, small, tmp_path):
+    """Without --temperature the answer is greedy, and its own settings are no reason for an error."""
+    own = shutil.copytree(small, tmp_path / "own")
+    settings = json.loads((own / "generation_config.json").read_text())
+    sampling = {"do_sample": True, "temperature": 5.0, "top_p": 0.9, "top_k": 7, "repetition_penalty": 50.0}
+    said = lambda model, *flags: asked(ask, model, "--prompt", "x", "--max-new-tokens", 12, *flags)["text"]  # noqa: E731
+    for name, greedy, flags in (("top_k", 1, ["--top-k", 0]), ("top_p", 1e-9, ["--top-p", 1])):
+        changed = settings | sampling | {"repetition_penalty": 1.0, name: greedy}
+        (own / "generation_config.json").write_text(json.dumps(changed))
+        assert said(own) == said(small) == said(own, "--temperature", 5)
+        assert said(own, "--temperature", 5, "--seed", 1, *flags) != said(small)
+    (own / "generation_config.json").write_text(json.dumps(settings | sampling))
+    assert said(own) == said(small, "--repetition-penalty", 50) != said(own, "--repetition-penalty", 1)
 
 
 def test_the_contexts_end_stops_the_answer_and_says_so(ask, small):
