@@ -184,6 +184,21 @@ def answer(chat: Chat, line: str) -> None:
         note(f"The answer stops here: the context of {chat.context} tokens is full. /clear begins a new conversation.")
 
 
+def respond(chat: Chat, line: str) -> bool:
+    """Do a command or answer a question; False to leave. An error is a note, and the conversation continues."""
+    try:
+        if line.startswith("/"):
+            return command(chat, line.strip())
+        answer(chat, line)
+    except BrokenPipeError:
+        raise
+    except (OSError, ValueError) as error:
+        note(f"error: {error}")
+    except (MemoryError, torch.OutOfMemoryError):
+        note("error: the memory is not enough for this conversation: /clear begins a new one")
+    return True
+
+
 def converse(chat: Chat) -> None:
     """Read lines and answer them until an empty one, /quit or the end of the input."""
     with suppress(ImportError):
@@ -192,18 +207,10 @@ def converse(chat: Chat) -> None:
     note("Ask, or /help. An empty line leaves.")
     while True:
         try:
-            line = input(prompt)
-            if not line.strip() or (line.startswith("/") and not command(chat, line.strip())):
+            line = input(prompt)  # an error here is not caught: it would repeat without end
+            if not line.strip() or not respond(chat, line):
                 return
-            if not line.startswith("/"):
-                answer(chat, line)
         except EOFError:
             return
         except KeyboardInterrupt:
             note("\nAn empty line or Ctrl-D leaves.")
-        except BrokenPipeError:
-            raise
-        except (OSError, ValueError) as error:
-            note(f"error: {error}")
-        except (MemoryError, torch.OutOfMemoryError):
-            note("error: the memory is not enough for this conversation: /clear begins a new one")

@@ -197,6 +197,11 @@ def test_ways_to_leave(model, monkeypatch, capsys, last):
     assert out.count("\n") == 1
 
 
+def test_an_input_that_cannot_be_read_ends_it(model, monkeypatch, capsys):
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        converse(begin(model), monkeypatch, capsys, "hello", OSError("Bad file descriptor"), "never read")
+
+
 def test_commands(model, monkeypatch, capsys, tmp_path):
     talk, file = begin(model), tmp_path / "said.json"
     lines = [f"/image {PICTURES[0]}", f'/image "{PICTURES[1]}"', "what are they?", "and?", f"/save {file}", "/help"]
