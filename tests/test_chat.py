@@ -127,6 +127,14 @@ def test_the_same_seed_gives_the_same_conversation(model):
 # --- Stopping and running out ----------------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def interruptible():
+    """SIGINT raises KeyboardInterrupt here, as in the command; a shell starts a job in the background ignoring it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def interrupted(model, monkeypatch, after: int) -> None:
     """Ctrl-C comes in the middle of the decoder's run number `after`, once."""
     count, norm = iter(range(1000)), model.language_model.norm.forward
@@ -139,6 +147,7 @@ def interrupted(model, monkeypatch, after: int) -> None:
     monkeypatch.setattr(model.language_model.norm, "forward", interrupt)
 
 
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("after", [0, 1, 4])
 def test_ctrl_c_stops_the_answer_not_the_conversation(model, monkeypatch, capsys, after):
     talk = begin(model)
