@@ -3,19 +3,24 @@
 An answer's line, with the names that other programs for language models use:
 
     {"model": "tiny-llava", "image": "a.jpg", "prompt": "What is it?", "text": "A cat.", "prompt_tokens": 84,
-     "completion_tokens": 4, "finish_reason": "stop", "seconds": 0.61}
+     "completion_tokens": 4, "finish_reason": "stop", "seconds": 0.61, "settings": {"temperature": 0.0, ...}}
 
 `finish_reason` is "length" where --max-new-tokens ended the answer and "context" where the model's context was full.
-`seconds` is an answer's share of its batch's. A picture that does not open has a line with "error" instead.
+`seconds` is an answer's share of its batch's. A question that cannot be answered, for example because its picture does
+not open, has "error" instead of these. `settings` are the flags that decide an answer: the same in all lines of a file.
+
+A run with --out appends its lines to the file. At its end each answer takes the place of its question's earlier error.
+If the run is interrupted, both lines stay in the file, and the next run removes the error.
 """
 
 import json
 import os
 import re
+import shutil
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -86,10 +91,17 @@ def ask(
     return answers
 
 
-def line(model: str, paths: list[str], prompt: str, said: Answer | Exception) -> str:
-    record = {"model": Path(model).name, "image": paths[0] if len(paths) == 1 else paths, "prompt": prompt}
+def settings(args: Namespace) -> dict:
+    """The flags that decide an answer, dtype and template as they are in effect (see command.settle)."""
+    names = "temperature top_p top_k seed repetition_penalty max_new_tokens stop dtype quantize template system"
+    return {name: getattr(args, name) for name in names.split()}
+
+
+def line(args: Namespace, paths: Sequence[str], prompt: str, said: Answer | Exception) -> str:
+    record = {"model": Path(args.model).name, "image": paths[0] if len(paths) == 1 else paths, "prompt": prompt}
     record |= asdict(said) if isinstance(said, Answer) else {"error": str(said)}
-    # In a file name's bytes that are no UTF-8 Python sees half surrogate pairs: they are written as JSON's \udcff.
+    record["settings"] = settings(args)
+    # A file name's bytes that are not UTF-8 are lone surrogates in Python: they are written as JSON's \udcff.
     return json.dumps(record, ensure_ascii=False).encode("utf-8", "backslashreplace").decode()
 
 
@@ -97,7 +109,7 @@ def answer_one(model, processor, images: list[Image.Image], args: Namespace) -> 
     """Print the answer as it is made, or with --json as a line when it is there."""
     streamer = None if args.json else lambda text: print(text, end="", flush=True)
     (answer,) = ask(model, processor, [(images, args.prompt)], args, streamer)
-    print(line(args.model, args.image, args.prompt, answer) if args.json else "")
+    print(line(args, args.image, args.prompt, answer) if args.json else "")
     if answer.finish_reason == "context":
         context = model.config.text_config.max_position_embeddings
         print(f"The answer stops here: the context of {context} tokens is full.", file=sys.stderr)
@@ -123,7 +135,7 @@ def read_questions(source: Path, prompt: str) -> list[Question]:
         content = sys.stdin.buffer.read() if stdin else source.read_bytes()
         if b"\0" in content:
             raise ValueError(f"{name} is neither a folder nor a list of pictures, a path a line")
-        # Paths may be no UTF-8; and splitlines would also split at U+2028, which JSON may hold.
+        # A path need not be UTF-8, and splitlines would also split at U+2028, which JSON may hold.
         lines = content.decode("utf-8-sig", "surrogateescape").split("\n")
         numbered = [(i, text.strip()) for i, text in enumerate(lines, 1)]
         questions = [read_question(f"{name}, line {i}", text, prompt) for i, text in numbered if text]
@@ -136,47 +148,103 @@ def read_question(where: str, text: str, prompt: str) -> Question:
     if not text.startswith("{"):
         return (text,), prompt
     try:
-        record = json.loads(text)
-        paths, prompt = record["image"], record.get("prompt", prompt)
-    except (ValueError, KeyError, RecursionError) as error:
-        raise ValueError(f'{where} is not {{"image": "...", "prompt": "..."}}') from error
+        return question_of({"prompt": prompt} | json.loads(text))
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise ValueError(f'{where} is not {{"image": a path or a list of paths, "prompt": a text}}') from error
+
+
+def question_of(record: dict) -> Question:
+    """The question in a line of a list or of a file of answers. Raises TypeError or KeyError where there is none."""
+    paths, prompt = record["image"], record["prompt"]
     paths = [paths] if isinstance(paths, str) else paths
     if not isinstance(paths, list) or not all(isinstance(text, str) for text in (*paths, prompt)):
-        raise ValueError(f'{where}: "image" must be a path or a list of paths, and "prompt" a text')
+        raise TypeError
     return tuple(paths), re.sub("[\ud800-\udfff]", "\ufffd", prompt)  # lone surrogates, which no tokenizer takes
 
 
-def answered(out: Path, model: str) -> set[Question]:
-    """The questions of the lines that a results file has. Half a line, left by a run that was killed, is cut off.
+def cut_short(text: bytes) -> bool:
+    """Whether a last line without a line feed is the beginning of one of ours, which a killed run did not finish."""
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        return text.startswith(b'{"model": ')
+    return False
 
-    Raises ValueError where the file is none of ours, cannot be written, or its answers are another model's.
+
+def read_answers(out: Path) -> list[tuple[bytes, Question, bool, dict]]:
+    """For each line of a file of answers: the line, its question, whether that is answered, the model and settings.
+
+    A last line that was cut short is left out. Raises ValueError where the file is not one of ours.
     """
+    *lines, last = out.read_bytes().split(b"\n")
+    lines += [last] * (last != b"" and not cut_short(last))
+    found = []
+    try:
+        for text in lines:
+            record = {"settings": {}} | json.loads(text)
+            if not record.keys() & {"text", "error"}:
+                raise KeyError("text")
+            made = {"model": record["model"]} | record["settings"]
+            found.append((text, question_of(record), "text" in record, made))
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise ValueError(f"{out} exists and is not a file of answers: give --out another name") from error
+    return found
+
+
+def check_settings(out: Path, made: dict, args: Namespace) -> None:
+    """Raises ValueError, naming the first difference, where an answer was made with settings other than this run's."""
+    now = {"model": Path(args.model).name} | settings(args)
+    for name in made | now:
+        was, will = (json.dumps(by[name]) if name in by else "unknown" for by in (made, now))
+        if was != will:
+            raise ValueError(f"{out} was made with {name} {was}, and this run has {will}: give --out another name")
+
+
+def answered(args: Namespace) -> set[Question]:
+    """The questions that have an answer in --out. First moves each answer to the place of its question's error.
+
+    Raises ValueError where the file is not one of ours, cannot be written, or has answers made with other settings.
+    """
+    out, done, kept = args.out, set(), {}
     if out.is_dir() or not os.access(out if out.exists() else out.parent, os.W_OK):
         raise ValueError(f"{out} cannot be written: give --out a file in a folder that you may write to")
-    if not out.is_file():  # or a pipe, or /dev/null: there is nothing to go on from
-        return set()
-    content = out.read_bytes()
-    whole = content.rfind(b"\n") + 1
-    try:
-        records = [json.loads(text) for text in content[:whole].splitlines()]
-        pairs = [(record["image"], record["prompt"]) for record in records]
-        done = {((image,) if isinstance(image, str) else tuple(image), prompt) for image, prompt in pairs}
-        others = {str(record["model"]) for record in records} - {Path(model).name}
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
-        raise ValueError(f"{out} is there, and not a file of answers: give --out another name") from error
-    if content[whole:] and not content[whole:].startswith(b"{"):
-        raise ValueError(f"{out} is there, and not a file of answers: give --out another name")
-    if others:
-        raise ValueError(f"{out} has the answers of {min(others)}: give --out another name")
-    os.truncate(out, whole)
+    if not out.is_file():  # not there yet, or a pipe or /dev/null, which hold nothing
+        return done
+    for text, question, good, made in read_answers(out):
+        check_settings(out, made, args)
+        lines = kept.setdefault(question, [])
+        if question not in done:
+            lines.clear()  # an error
+        if good or not lines:
+            lines.append(text + b"\n")
+        if good:
+            done.add(question)
+    content = b"".join(text for lines in kept.values() for text in lines)
+    if content != out.read_bytes():
+        replace_file(out.resolve(), content)
     return done
 
 
-def unanswered(questions: list[Question], out: Path | None, model: str) -> list[Question]:
-    done = set() if out is None else answered(out, model)
+def replace_file(file: Path, content: bytes) -> None:
+    """All or nothing: the content is written to another file first."""
+    unfinished = file.with_name(f".answers-{os.getpid()}.jsonl")
+    try:
+        unfinished.write_bytes(content)
+        shutil.copymode(file, unfinished)
+        unfinished.replace(file)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def unanswered(questions: list[Question], args: Namespace) -> list[Question]:
+    if args.out is None:
+        return questions
+    if args.out.exists() and args.images.exists() and args.out.samefile(args.images):
+        raise ValueError("--out is the list given with --images: give it another name")
+    done = answered(args)
     left = [question for question in questions if question not in done]
     if len(left) < len(questions):
-        print(f"{len(questions) - len(left)} of {len(questions)} have a line already.", file=sys.stderr)
+        print(f"{len(questions) - len(left)} of {len(questions)} are answered already.", file=sys.stderr)
     return left
 
 
@@ -206,8 +274,7 @@ def lines_of(batch: list[Question], model, processor, args: Namespace) -> Iterat
             except ValueError as error:
                 said[question] = error
     for question in batch:
-        paths, prompt = list(question[0]), question[1]
-        yield line(args.model, paths, prompt, said[question]), isinstance(said[question], Answer)
+        yield line(args, *question, said[question]), isinstance(said[question], Answer)
 
 
 def answer_many(model, processor, left: list[Question], args: Namespace) -> None:
@@ -222,5 +289,7 @@ def answer_many(model, processor, left: list[Question], args: Namespace) -> None
                 failed += not good
             out.flush()
         progress(len(left), len(left), begun, show)
+    if args.out is not None:
+        answered(args)  # moves them to the places of their errors
     if failed:
         raise ValueError(f'{failed} of {len(left)} have no answer: their lines say why ("error")')

@@ -23,7 +23,7 @@ import answers
 import chat
 import explain
 from arguments import BUNDLED, parse_arguments
-from checkpoint import find_checkpoint, read_config
+from checkpoint import find_checkpoint, read_config, read_processor_settings
 from clip import open_image
 from llava import LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
 from load_weights import survey
@@ -58,32 +58,39 @@ def check_device(name: str) -> None:
         raise ValueError(f"there is no device {name!r} here: use --device cpu")
 
 
+def settle(args: argparse.Namespace) -> None:
+    """Fill in the device, dtype and template that the arguments leave to the machine and to the checkpoint."""
+    args.folder = find_checkpoint(args.model)
+    args.device = choose_device(args.device)
+    if args.dtype == "auto":
+        args.dtype = str(fast_dtype(args.device)).removeprefix("torch.")
+    args.template = args.template or read_processor_settings(args.folder)[1]
+
+
 def load(args: argparse.Namespace, rows: int, pictures: int) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
     """The model and the processor that the arguments ask for, if the memory is enough for a batch of so many rows, each
     with so many pictures and an answer of --max-new-tokens."""
-    device = choose_device(args.device)
     if args.model == BUNDLED:
         print(
             "The bundled tiny model knows only its small world: emoji on plain grounds. "
             "For photographs use --model llava-hf/llava-1.5-7b-hf (14 GB).",
             file=sys.stderr,
         )
-    dtype = fast_dtype(device) if args.dtype == "auto" else getattr(torch, args.dtype)
-    folder = find_checkpoint(args.model)
-    processor = LlavaProcessor.from_pretrained(folder)
-    settings = read_config(folder)
+    dtype = getattr(torch, args.dtype)
+    processor = LlavaProcessor.from_pretrained(args.folder)
+    processor.template = TEMPLATES[args.template]
+    settings = read_config(args.folder)
     context = LlavaConfig.from_dict(settings).text_config.max_position_embeddings
     tokens = rows * min(pictures * processor.image_seq_length + args.max_new_tokens, context)
-    check_memory(settings, dtype, device, args.quantize, tokens)
-    model = LlavaForConditionalGeneration.from_pretrained(folder, dtype, device, args.quantize, args.kernels)
-    if args.template:
-        processor.template = TEMPLATES[args.template]
-    return model, processor
+    check_memory(settings, dtype, args.device, args.quantize, tokens)
+    options = dtype, args.device, args.quantize, args.kernels
+    return LlavaForConditionalGeneration.from_pretrained(args.folder, *options), processor
 
 
 def answer(args: argparse.Namespace) -> None:
+    settle(args)
     if args.images:
-        left = answers.unanswered(answers.read_questions(args.images, args.prompt), args.out, args.model)
+        left = answers.unanswered(answers.read_questions(args.images, args.prompt), args)
         if left:
             rows, pictures = min(args.batch_size, len(left)), max(len(paths) for paths, _ in left)
             answers.answer_many(*load(args, rows, pictures), left, args)

@@ -1,5 +1,6 @@
 """The commands: as a newcomer runs them, in a process of their own from another folder, and all that may go wrong."""
 
+import errno
 import io
 import json
 import os
@@ -26,7 +27,7 @@ import command
 import emoji_world
 import memory
 import save_checkpoint
-from arguments import PROMPT
+from arguments import PROMPT, parse_arguments
 from clip import open_image
 from command import BUNDLED, main, run
 from llava import LlavaForConditionalGeneration, LlavaProcessor
@@ -292,7 +293,7 @@ def asked(ask, small, *arguments) -> dict:
 def test_json_is_one_line_with_text_counts_and_seconds(ask, small):
     record = asked(ask, small, "--image", ROCKET, "--prompt", "Why?")
     numbers = {"prompt_tokens", "completion_tokens", "seconds"}
-    assert set(record) == {"model", "image", "prompt", "text", "finish_reason"} | numbers
+    assert set(record) == {"model", "image", "prompt", "text", "finish_reason", "settings"} | numbers
     said = record["model"], record["image"], record["prompt"], record["finish_reason"]
     assert said == (Path(small).name, str(ROCKET), "Why?", "length")
     processor = LlavaProcessor.from_pretrained(small)
@@ -505,31 +506,42 @@ def test_a_broken_list_is_named_with_its_line(ask, tmp_path, line):
     refused(ask("--images", "list.jsonl"), "list.jsonl, line 2")
 
 
-def test_a_run_that_was_stopped_goes_on(ask, small, folder, monkeypatch):
-    (folder / "a.jpg").unlink()
-    options = ["--model", small, "--images", folder, "--out", "out.jsonl", "--batch-size", 1, "--max-new-tokens", 3]
-    asked_about, real = [], answers.ask
+def in_the_file() -> list[tuple[str, bool]]:
+    """The pictures' names in out.jsonl, and whether each has an answer."""
+    records = [json.loads(line) for line in Path("out.jsonl").read_text().splitlines()]
+    return [(Path(record["image"]).name, "text" in record) for record in records]
+
+
+def stopped_after(n: int, ask):
+    """answers.ask with Ctrl-C at its call number n."""
+    calls = iter(range(10**6))
 
     def stopped(*arguments):
-        if len(asked_about) == 2:
+        if next(calls) == n:
             raise KeyboardInterrupt
-        asked_about.append(arguments[2])
-        return real(*arguments)
+        return ask(*arguments)
 
-    monkeypatch.setattr(answers, "ask", stopped)
+    return stopped
+
+
+def test_an_interrupted_run_is_resumed(ask, small, folder, monkeypatch):
+    (folder / "a.jpg").unlink()
+    options = ["--model", small, "--images", folder, "--out", "out.jsonl", "--batch-size", 1, "--max-new-tokens", 3]
+    real = answers.ask
+    monkeypatch.setattr(answers, "ask", stopped_after(2, real))
     assert ask(*options)[:2] == (130, "")
-    assert len(Path("out.jsonl").read_text().splitlines()) == 2  # what was answered is there
+    assert in_the_file() == [("b.jpg", True), ("c.webp", True)]  # what was answered is there
     with open("out.jsonl", "a") as out:
-        out.write('{"image": "half a li')
-    monkeypatch.setattr(answers, "ask", lambda *arguments: asked_about.append(arguments[2]) or real(*arguments))
+        out.write('{"model": "half a li')
+    calls = []
+    monkeypatch.setattr(answers, "ask", lambda *arguments: calls.append(1) or real(*arguments))
     code, out, err = ask(*options)
-    assert (code, out) == (0, "") and "2 of 4 have a line already" in err
-    records = [json.loads(line) for line in Path("out.jsonl").read_text().splitlines()]
-    assert [Path(record["image"]).name for record in records] == ["b.jpg", "c.webp", "d.PNG", "e.png"]
-    assert len(asked_about) == 4
+    assert (code, out) == (0, "") and "2 of 4 are answered already" in err
+    assert in_the_file() == [(name, True) for name in ("b.jpg", "c.webp", "d.PNG", "e.png")]
+    assert len(calls) == 2
     with monkeypatch.context() as patch:
         patch.setattr(command, "load", lambda *_: pytest.fail("loaded for nothing"))
-        assert "4 of 4 have a line already" in ask(*options)[2]
+        assert "4 of 4 are answered already" in ask(*options)[2]
     assert ask(*options, "--prompt", "Another?")[0] == 0
     assert len(Path("out.jsonl").read_text().splitlines()) == 8
 
@@ -541,14 +553,117 @@ def test_a_file_name_that_is_no_text_is_answered_and_known_again(ask, small, tmp
     assert ask(*options)[0] == 0
     record = json.loads(Path("out.jsonl").read_text("utf-8"))
     assert os.fsencode(record["image"]) == name
-    assert "1 of 1 have a line already" in ask(*options)[2]
+    assert "1 of 1 are answered already" in ask(*options)[2]
 
 
-def test_a_file_that_is_not_ours_is_left_alone(ask, small, folder):
-    for content in ("my notes", "my notes\n", '{"image": "x"}\n', "[1]\n", "\xff\n"):
-        Path("out.jsonl").write_text(content)
-        refused(ask("--model", small, "--images", folder, "--out", "out.jsonl"), "not a file of answers")
-        assert Path("out.jsonl").read_text() == content
+ANSWER = {"model": "small", "image": "x.jpg", "prompt": "Why?", "text": "So.", "settings": {}}
+FOREIGN = ["my notes", "my notes\n", "\n", "[1]\n", "\xff\n", '{"mine": 1}', '{"mine": 1}\n{"model": "sm', "{"]
+FOREIGN += ['{"image": "half a li', '{"model": 1}', '{"model": "half a li\n', json.dumps(ANSWER) + "\nmy notes"]
+FOREIGN += [json.dumps(ANSWER | wrong) for wrong in ({"image": 5}, {"prompt": None}, {"settings": 3})]
+FOREIGN += [json.dumps({key: ANSWER[key] for key in ANSWER if key != left_out}) for left_out in ("model", "text")]
+
+
+@pytest.mark.parametrize("content", FOREIGN)
+def test_a_file_that_is_not_ours_is_left_alone(ask, small, folder, content):
+    Path("out.jsonl").write_text(content)
+    refused(ask("--model", small, "--images", folder, "--out", "out.jsonl"), "not a file of answers")
+    assert Path("out.jsonl").read_text() == content
+
+
+@pytest.mark.parametrize("out", ["list.jsonl", "pictures/../list.jsonl", "link", "hardlink"])
+def test_the_list_itself_is_no_place_for_answers(ask, small, folder, out):
+    content = json.dumps(ANSWER | {"image": "pictures/b.jpg"}) + "\n"  # a list too, and a file of answers
+    Path("list.jsonl").write_text(content)
+    Path("link").symlink_to("list.jsonl")
+    os.link("list.jsonl", "hardlink")
+    refused(ask("--model", small, "--images", "list.jsonl", "--out", out), "--out is the list given with --images")
+    assert Path("list.jsonl").read_text() == content
+
+
+def test_wherever_a_killed_run_cut_its_last_line_the_others_are_kept(ask, small, folder):
+    (folder / "a.jpg").unlink()
+    options = ["--model", small, "--images", folder, "--out", "out.jsonl", "--max-new-tokens", 1]
+    assert ask(*options, "--prompt", "Wo? \u00e4")[0] == 0
+    args = parse_arguments(list(map(str, [*options, "--prompt", "Wo? \u00e4"])))
+    command.settle(args)
+    whole = Path("out.jsonl").read_bytes()
+    *_, fourth, _ = whole.split(b"\n")
+    for length in range(1, len(fourth) + 1):
+        cut = whole[: len(whole) - len(fourth) - 1 + length]
+        Path("out.jsonl").write_bytes(cut)
+        if length < len('{"model": '):
+            with pytest.raises(ValueError, match="not a file of answers"):
+                answers.answered(args)
+            assert Path("out.jsonl").read_bytes() == cut
+        else:
+            assert len(answers.answered(args)) == 3 + (length == len(fourth))
+            left = whole if length == len(fourth) else whole.removesuffix(fourth + b"\n")
+            assert Path("out.jsonl").read_bytes() == left
+    assert [path.name for path in Path().iterdir() if path.name not in ("pictures", "out.jsonl")] == []
+
+
+def full_disk(*_):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def broken_then_mended(ask, small, folder) -> list:
+    """The flags of a run whose first and third picture had only an error, and then arrived."""
+    (folder / "c.webp").write_bytes(b"broken")
+    options = ["--model", small, "--images", folder, "--out", "out.jsonl", "--max-new-tokens", 3, "--batch-size", 1]
+    code, _, err = ask(*options)
+    assert code == 2 and "2 of 5 have no answer" in err
+    for name in ("a.jpg", "c.webp"):
+        COLOUR.save(folder / name)
+    return options
+
+
+def test_errors_are_asked_again_and_replaced(ask, small, folder):
+    options = broken_then_mended(ask, small, folder)
+    os.chmod("out.jsonl", 0o640)
+    os.rename("out.jsonl", "elsewhere.jsonl")
+    os.symlink("elsewhere.jsonl", "out.jsonl")
+    before = Path("out.jsonl").read_text().splitlines()
+    (folder / "c.webp").write_bytes(b"still broken")
+    code, _, err = ask(*options)
+    assert code == 2 and "3 of 5 are answered already" in err and "1 of 2 have no answer" in err
+    names = ["a.jpg", "b.jpg", "c.webp", "d.PNG", "e.png"]
+    assert in_the_file() == [(name, name != "c.webp") for name in names]
+    COLOUR.save(folder / "c.webp")
+    assert ask(*options)[0] == 0
+    assert in_the_file() == [(name, True) for name in names]
+    assert [line for line in Path("out.jsonl").read_text().splitlines() if line in before] == before[1::2] + before[4:]
+    assert "5 of 5 are answered already" in ask(*options)[2]
+    assert Path("out.jsonl").is_symlink() and Path("out.jsonl").stat().st_mode & 0o777 == 0o640
+    assert sorted(path.name for path in Path().iterdir()) == ["elsewhere.jsonl", "out.jsonl", "pictures"]
+
+
+def test_only_errors_are_replaced(ask, small, folder):
+    """Lines that no single run writes: an error behind an answer, two answers, another picture's error."""
+    options = broken_then_mended(ask, small, folder)
+    assert ask(*options)[0] == 0
+    a, b, *others = Path("out.jsonl").read_text().splitlines(keepends=True)
+    error = json.dumps({"error": "?"} | {key: value for key, value in json.loads(a).items() if key != "text"}) + "\n"
+    elsewhere = error.replace("a.jpg", "elsewhere.jpg")
+    Path("out.jsonl").write_text("".join([elsewhere, error, b, a, *others, error, b]))
+    assert "5 of 5 are answered already" in ask(*options)[2]
+    assert Path("out.jsonl").read_text() == "".join([elsewhere, a, b, b, *others])
+
+
+@pytest.mark.parametrize("how", ["Ctrl-C", "a full disk"])
+def test_nothing_is_lost_while_errors_are_replaced(ask, small, folder, monkeypatch, how):
+    options, real = broken_then_mended(ask, small, folder), answers.ask
+    before = Path("out.jsonl").read_text()
+    with monkeypatch.context() as patch:
+        if how == "Ctrl-C":
+            patch.setattr(answers, "ask", stopped_after(1, real))
+            assert ask(*options)[0] == 130
+        else:
+            patch.setattr(Path, "replace", full_disk)
+            refused(ask(*options), "No space left on device")
+    assert Path("out.jsonl").read_text().startswith(before)
+    assert sorted(path.name for path in Path().iterdir()) == ["out.jsonl", "pictures"]
+    assert ask(*options)[0] == 0
+    assert in_the_file() == [(name, True) for name in ["a.jpg", "b.jpg", "c.webp", "d.PNG", "e.png"]]
 
 
 @pytest.mark.parametrize("out", ["no/such/folder/x.jsonl", "."])
@@ -563,9 +678,52 @@ def test_answers_can_go_where_nothing_is_kept(ask, small, folder):
     assert ask("--images", folder, "--out", os.devnull, *options) == (0, "", "")
 
 
-def test_answers_of_another_model_are_not_mixed_with_these(ask, small, folder):
-    Path("out.jsonl").write_text(content := '{"model": "another", "image": "x.jpg", "prompt": "Why?"}\n')
-    refused(ask("--model", small, "--images", folder, "--out", "out.jsonl"), "out.jsonl has the answers of another")
+MADE_WITH = [("temperature", 1), ("max_new_tokens", 4), ("repetition_penalty", 2), ("quantize", "int8")]
+MADE_WITH += [("template", "v1"), ("system", "Be brief."), ("stop", "x"), ("dtype", "float16")]
+SAMPLED_WITH = [("top_p", 0.5), ("top_k", 5), ("seed", 2)]
+
+
+def test_answers_made_otherwise_are_not_mixed_with_these(ask, small, folder, monkeypatch):
+    (folder / "a.jpg").unlink()
+    options = ["--model", small, "--images", folder, "--out", "out.jsonl", "--max-new-tokens", 2, "--dtype", "float32"]
+    for more, others in (([], MADE_WITH), (["--temperature", 2, "--seed", 1], SAMPLED_WITH)):
+        Path("out.jsonl").unlink(missing_ok=True)
+        assert ask(*options, *more)[0] == 0
+        content = Path("out.jsonl").read_text()
+        settings = json.loads(content.splitlines()[0])["settings"]
+        assert (settings["dtype"], settings["template"], settings["stop"]) == ("float32", "hub", None)
+        for name, value in others:
+            said = ask(*options, *more, f"--{name.replace('_', '-')}", value)
+            refused(said, f"out.jsonl was made with {name} {json.dumps(settings[name])}, and this run has")
+            assert Path("out.jsonl").read_text() == content
+        same = ["--template", "hub", "--batch-size", 2]  # the checkpoint's own; and what does not decide an answer
+        assert "4 of 4 are answered already" in ask(*options, *more, *same)[2]
+
+
+def test_auto_is_the_dtype_in_effect(ask, small, folder, monkeypatch):
+    (folder / "a.jpg").unlink()
+    options = ["--model", small, "--images", folder, "--out", "out.jsonl", "--max-new-tokens", 2]
+    for dtype, other in ((torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)):
+        Path("out.jsonl").unlink(missing_ok=True)
+        monkeypatch.setattr(command, "fast_dtype", lambda device, dtype=dtype: dtype)
+        assert ask(*options)[0] == 0
+        assert ask(*options, "--dtype", str(dtype).removeprefix("torch."))[0] == 0
+        monkeypatch.setattr(command, "fast_dtype", lambda device, dtype=other: dtype)
+        refused(ask(*options), "out.jsonl was made with dtype")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [({"model": "another"}, 'model "another"'), ({"settings": {}}, "temperature unknown"), ({}, "temperature unknown")],
+)
+def test_a_line_of_another_model_or_without_settings_was_made_otherwise(ask, small, folder, change, words):
+    (folder / "a.jpg").unlink()
+    options = ["--model", small, "--images", folder, "--out", "out.jsonl", "--max-new-tokens", 2]
+    assert ask(*options)[0] == 0
+    *lines, last = map(json.loads, Path("out.jsonl").read_text().splitlines())
+    last = last | change if change else {key: value for key, value in last.items() if key != "settings"}
+    Path("out.jsonl").write_text(content := "".join(json.dumps(each) + "\n" for each in (*lines, last)))
+    refused(ask(*options), f"out.jsonl was made with {words}")
     assert Path("out.jsonl").read_text() == content
 
 
