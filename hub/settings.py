@@ -122,6 +122,8 @@ def read_config(folder: Path) -> dict:
         raise FileNotFoundError(f"{folder} has no config.json, so it is not a checkpoint")
     config = read_json(folder / "config.json")
     if "mm_vision_tower" in config:
+        from hub.authors import hub_config
+
         config = hub_config(config, folder)
     for part in ("vision_config", "text_config"):
         if not isinstance(config.get(part, {}), dict):
@@ -133,25 +135,6 @@ def read_config(folder: Path) -> dict:
     names = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
     check_ranges(config, folder / "config.json")
     return config | {"dtype": names.get(str(config.get("dtype") or config.get("torch_dtype")))}
-
-
-def hub_config(config: dict, folder: Path) -> dict:
-    """The config.json of LLaVA's authors, which is the decoder's with additions, in the hub's form."""
-    projector, aspect = config.get("mm_projector_type", "linear"), config.get("image_aspect_ratio", "square")
-    if projector != "mlp2x_gelu" or aspect not in ("pad", "square"):
-        raise ValueError(f"{folder} is not LLaVA-1.5: mm_projector_type is {projector}, image_aspect_ratio {aspect}")
-    tower = read_json(tower_folder(config, folder) / "config.json")
-    return {
-        "vision_config": tower.get("vision_config", tower),
-        "text_config": {**config, "model_type": "mistral" if "mistral" in str(config.get("model_type")) else "llama"},
-        "image_token_index": config.get("vocab_size", 32000),  # the id after the last: it has no row of its own
-        "vision_feature_layer": config.get("mm_vision_select_layer", -2),
-        "vision_feature_select_strategy": "full"
-        if config.get("mm_vision_select_feature") == "cls_patch"
-        else "default",
-        "tie_word_embeddings": config.get("tie_word_embeddings", False),
-        "torch_dtype": config.get("torch_dtype"),
-    }
 
 
 def read_processor_settings(folder: Path) -> tuple[dict, str]:

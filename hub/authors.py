@@ -1,0 +1,24 @@
+"""The layout of LLaVA's authors (`liuhaotian/llava-v1.5-*`): one config.json, the decoder's with additions."""
+
+from pathlib import Path
+
+from hub.files import read_json, tower_folder
+
+
+def hub_config(config: dict, folder: Path) -> dict:
+    """The config.json of LLaVA's authors, which is the decoder's with additions, in the hub's form."""
+    projector, aspect = config.get("mm_projector_type", "linear"), config.get("image_aspect_ratio", "square")
+    if projector != "mlp2x_gelu" or aspect not in ("pad", "square"):
+        raise ValueError(f"{folder} is not LLaVA-1.5: mm_projector_type is {projector}, image_aspect_ratio {aspect}")
+    tower = read_json(tower_folder(config, folder) / "config.json")
+    return {
+        "vision_config": tower.get("vision_config", tower),
+        "text_config": {**config, "model_type": "mistral" if "mistral" in str(config.get("model_type")) else "llama"},
+        "image_token_index": config.get("vocab_size", 32000),  # the id after the last: it has no row of its own
+        "vision_feature_layer": config.get("mm_vision_select_layer", -2),
+        "vision_feature_select_strategy": "full"
+        if config.get("mm_vision_select_feature") == "cls_patch"
+        else "default",
+        "tie_word_embeddings": config.get("tie_word_embeddings", False),
+        "torch_dtype": config.get("torch_dtype"),
+    }
