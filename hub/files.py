@@ -95,8 +95,7 @@ def tensor_files(folder: Path) -> list[tuple[Path, str]]:
     files = [(file, "") for file in weight_files(folder)]
     config = read_json(folder / "config.json")
     if "mm_vision_tower" in config:
-        names = [name for file, _ in files for name in names_in(file)]
-        if not any(".vision_tower." in name for name in names):
+        if not any(".vision_tower." in name for file, _ in files for name in names_in(file)):
             files += [(file, "vision_model.") for file in weight_files(tower_folder(config, folder))]
     return files
 
