@@ -94,10 +94,10 @@ def tensor_files(folder: Path) -> list[tuple[Path, str]]:
     """
     files = [(file, "") for file in weight_files(folder)]
     config = read_json(folder / "config.json")
-    if "mm_vision_tower" in config:
-        if not any(".vision_tower." in name for file, _ in files for name in names_in(file)):
-            files += [(file, "vision_model.") for file in weight_files(tower_folder(config, folder))]
-    return files
+    is_whole = "mm_vision_tower" not in config
+    if is_whole or any(".vision_tower." in name for file, _ in files for name in names_in(file)):
+        return files
+    return files + [(file, "vision_model.") for file in weight_files(tower_folder(config, folder))]
 
 
 def names_in(file: Path) -> list[str]:
