@@ -2,6 +2,9 @@
 
 from pathlib import Path
 
+import torch
+
+from cli.memory import cache_bytes
 from hub.settings import read_config
 from load_weights import match
 
@@ -14,7 +17,7 @@ def describe(Model: type, folder: Path) -> str:
     n = sum(parameter.numel() for parameter in model.parameters())
     fp32, half = f"{4 * n / 1e9:.3g} GB in fp32", f"{2 * n / 1e9:.3g} GB in bf16 or fp16"
     dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in found.values()})
-    cache = 2 * 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim  # keys and values, two bytes each
+    cache = cache_bytes(config, torch.bfloat16)
     return f"""\
 family      LLaVA: {vision.model_type} and {text.model_type}
 tower       {vision.num_hidden_layers} layers of width {vision.hidden_size}, {vision.num_attention_heads} heads, \

@@ -18,9 +18,10 @@ from quantize import Int8Linear, quantize_model
 OVERHEAD = 300_000_000  # bytes: PyTorch, activations, and the words of the prompts
 
 
-def cache_bytes(text_config, dtype: torch.dtype) -> int:
-    """The keys and values of one token in all layers."""
-    return 2 * text_config.num_hidden_layers * text_config.num_key_value_heads * text_config.head_dim * dtype.itemsize
+def cache_bytes(config, dtype: torch.dtype) -> int:
+    """The keys and values of one token in all layers of the model that a LlavaConfig describes."""
+    text = config.text_config
+    return 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * dtype.itemsize
 
 
 def needed_bytes(model: nn.Module, dtype: torch.dtype, quantize: str | None, tokens: int) -> int:
@@ -30,7 +31,7 @@ def needed_bytes(model: nn.Module, dtype: torch.dtype, quantize: str | None, tok
         quantize_model(model, quantize, dtype)
     weights = sum(p.numel() * (1 if p.dtype == torch.int8 else dtype.itemsize) for p in model.parameters())
     largest = max((m.q.numel() for m in model.modules() if isinstance(m, Int8Linear)), default=0)  # is dequantized
-    return weights + largest * dtype.itemsize + tokens * cache_bytes(model.config.text_config, dtype) + OVERHEAD
+    return weights + largest * dtype.itemsize + tokens * cache_bytes(model.config, dtype) + OVERHEAD
 
 
 def free_bytes(device: str) -> int | None:

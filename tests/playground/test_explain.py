@@ -14,11 +14,12 @@ from PIL import Image
 import cli
 from clip import ImageProcessor
 from hub.files import BUNDLED
-from kernels import HAS_TRITON
+from kernels import HAS_TRITON, accelerate
 from llava import LlavaForConditionalGeneration, LlavaProcessor
 from playground import explain
 from playground.explain import MEAN, Recorder, maps_to_keep
 from reference import reference_and_ours
+from small import small
 from tokenizer import Tokenizer
 
 ROOT = Path(__file__).parent.parent.parent
@@ -98,12 +99,13 @@ def test_each_step_is_the_plain_one(monkeypatch):
 
 
 @pytest.mark.parametrize("kernels", ["auto", "triton"] if HAS_TRITON else ["auto"])
-def test_an_accelerated_model_is_explained_too(kernels):
+def test_an_accelerated_model_is_explained_too(kernels, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
     image, found = Image.open(PICTURE), {}
     for how in ("torch", kernels):
-        model = LlavaForConditionalGeneration.from_pretrained(BUNDLED, torch.float32, kernels=how)
-        watch, processor = Recorder(model), LlavaProcessor.from_pretrained(BUNDLED)
-        watch.generate(**processor(text="USER: <image>\nWhat is it? ASSISTANT:", images=image), max_new_tokens=3)
+        model, processor = small()
+        watch = Recorder(accelerate(model, how))
+        watch.generate(**processor(text="USER: <image> ASSISTANT:", images=image), max_new_tokens=2)
         found[how] = explain.study(watch)
         explain.page_data(watch, processor, image, ("picture", "model"))
     plain, fast = found["torch"], found[kernels]
