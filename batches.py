@@ -57,7 +57,7 @@ def tokenize_conversation(turns: list[dict], processor: LlavaProcessor) -> tuple
 
 
 def tokenize_caption(caption: str, processor: LlavaProcessor) -> tuple[list[int], list[int]]:
-    """Picture and caption in the plain form of the alignment stage: only the caption is to be learnt."""
+    """<image>, line feed, caption, </s> (LLaVA's form is <image>, caption, line feed); caption and </s> are learnt."""
     turns = [{"from": "human", "value": "<image>\n"}, {"from": "gpt", "value": caption}]
     return tokenize_conversation(turns, LlavaProcessor(None, processor.tokenizer, processor.image_seq_length, "plain"))
 

@@ -3,8 +3,8 @@
 LLaVA-1.5 does not train its own eyes. It takes those of CLIP (Radford et al. 2021, https://arxiv.org/abs/2103.00020), a
 Vision Transformer (Dosovitskiy et al. 2020, https://arxiv.org/abs/2010.11929) that was trained to match pictures with
 their captions. The picture is cut into square patches, every patch becomes a vector, and a stack of transformer layers
-lets the patches look at each other. LLaVA reads the vectors one layer before the last: CLIP's training asked for the
-class token alone, so nothing ever taught the last layer what to make of the patches.
+lets the patches look at each other. LLaVA reads the vectors one layer before the last, which its authors measured to be
+better; they suppose that these hold more local detail, and the last more of the whole (https://arxiv.org/abs/2304.08485).
 
 In every file, "the reference" is Hugging Face transformers, "the hub" is huggingface.co, and shapes have these letters:
 
@@ -161,7 +161,7 @@ class ImageProcessor:
 
 
 def quick_gelu(x: Tensor) -> Tensor:
-    """OpenAI's stand-in for GELU. It differs by up to 0.02: a tower trained with one goes wrong with the other."""
+    """Approximates GELU, up to 0.02 off (Hendrycks & Gimpel 2016, section 2). A tower needs the one it learnt with."""
     return x * torch.sigmoid(1.702 * x)
 
 

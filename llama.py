@@ -92,7 +92,7 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:  # (..., D) -> (..., D)
         if kernels.usable(x):
             return kernels.rms_norm(x, self.weight, self.eps)
-        x32 = x.float()  # squares of half-precision numbers overflow; rounding back before the weight is Llama's order
+        x32 = x.float()  # squares overflow in float16 and lose digits in bfloat16; Llama rounds back before the weight
         x32 = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)
         return self.weight * x32.to(x.dtype)
 
@@ -287,7 +287,7 @@ class LlamaLayer(nn.Module):
 
 
 class Llama(nn.Module):
-    """The decoder without its head. Its modules are named as the checkpoints name them."""
+    """The decoder without its head, with the checkpoints' module names but for the fused qkv_proj and gate_up_proj."""
 
     def __init__(self, config: LlamaConfig):
         super().__init__()

@@ -65,12 +65,14 @@ class SpeltOutLoss(NextTokenLoss):
 
 
 class ContrastiveLoss(nn.Module):
-    """CLIP's loss (Radford et al. 2021, figure 3), patch by patch: find the words of what lies there, and back.
+    """A contrast of regions with their words, and a classification of each patch's row and column. Needs labels.
 
-    CLIP matches whole pictures with whole captions, 400 million of them, and where things are comes out by itself.
-    Here the parts are told: the patches under a thing against its name, those of the ground against its colour. And a
-    patch is to know its place: names are the same everywhere, so this contrast alone would make the tower forget it.
-    The text side is a little Llama over bytes that is thrown away afterwards, as LLaVA throws CLIP's away.
+    CLIP's loss (Radford et al. 2021, figure 3) has one vector per picture and one per caption; the only label is which
+    of a batch belong together. Three things differ here. The regions are given: patches under a thing belong to its
+    name, the others to the colour of the background. Every patch must choose its region's words by itself, and words
+    their region by the mean of its patches; equal words in a batch are one class. And a linear layer must tell a
+    patch's row and column: names are the same everywhere, so the contrast alone would make the tower forget the place.
+    The text side is a small Llama over bytes. It is dropped after training, as LLaVA drops CLIP's.
     """
 
     def __init__(self, model: LlavaForConditionalGeneration, width: int = 128):

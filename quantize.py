@@ -1,4 +1,4 @@
-"""int8 weights: half the bytes of bfloat16 for a token to read, so 1.3 to 1.6 times the tokens a second on a CPU.
+"""int8 weights: half of bfloat16's bytes to read per token, so that on a CPU a single answer (batch 1) decodes faster.
 
 Each row of a matrix is divided by its own scale, its largest number over 127, and rounded: w is about q * scale. Only
 weights are rounded; what flows through the model stays in its dtype. Only the decoder's matrices are: they are nine

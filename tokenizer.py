@@ -158,6 +158,6 @@ TEMPLATES = {
         "The assistant gives helpful, detailed, and polite answers to the user's questions.",
         "USER: ", " ", "ASSISTANT: ", "</s>",
     ),
-    # for alignment, the first stage of training: the picture, then its caption
+    # for alignment: <image>, line feed, caption, and in training </s> (LLaVA's own form is <image>, caption, line feed)
     "plain": Template("", "", "", "", ""),
 }  # fmt: skip

@@ -107,8 +107,8 @@ def new_model(tokenizer: Tokenizer) -> LlavaForConditionalGeneration:
     size = max(tokenizer.special_names) + 1
     text = replace(TEXT, vocab_size=-(-size // 64) * 64)  # rounded up, as the hub's checkpoints do
     model = LlavaForConditionalGeneration(
-        # LLaVA reads CLIP's layer -2: the last one has learnt to serve the class token, which CLIP's contrast looks
-        # at. Our contrast looks at patches, so the last layer is the best.
+        # LLaVA reads CLIP's layer -2 (clip.py says why). The loss of our tower reads the patches of the last layer, so
+        # that is the one to read here.
         LlavaConfig(VISION, text, image_token_index=tokenizer.image_token_id, vision_feature_layer=-1)
     )
     init_weights(model)

@@ -2,11 +2,12 @@
 
     y[row, o] = scale[o] * sum over i of x[row, i] * q[o, i]          weights as in quantize.py: w is about q * scale
 
-With one row, every weight is read for a single product, so the time is the time to read the matrix. In int8 it is one
-byte a weight instead of bfloat16's two, and a token takes about half as long. Torch has no such product on a GPU short
-of writing the matrix out in bfloat16, which is 5 bytes a weight: read one, write two, read two.
+With one row, every weight is read for a single product, so the time is at least the time to read the matrix. In int8
+that is one byte per weight instead of bfloat16's two. Writing the matrix out in bfloat16 first would be 5 bytes per
+weight: read one, write two, read two. PyTorch's own product, torch._weight_int8pack_mm, has a CUDA version too, but is
+private; which of the two is faster has not been measured.
 
-The scale belongs to a whole row of q, so it is multiplied in once, behind the sum. The reference is F.linear with
+The scale belongs to a whole row of q, so it is multiplied in once, after the sum. The reference is F.linear with
 quantize.Int8Linear.written_out. Forward only.
 """
 

@@ -34,7 +34,7 @@ def rms_norm_kernel(
     if added_ptr is not None:
         x += tl.load(added_ptr + row + i, mask=inside, other=0.0)
         tl.store(sum_ptr + row + i, x, mask=inside)
-    x32 = x.to(tl.float32)  # squares of half-precision numbers overflow
+    x32 = x.to(tl.float32)  # squares overflow in float16 and lose digits in bfloat16
     x32 *= tl.rsqrt(tl.sum(x32 * x32) / D + eps)
     weight = tl.load(weight_ptr + i, mask=inside, other=0.0)  # (BLOCK,)
     y = weight * x32.to(x.dtype)  # rounding back before the weight is Llama's order
