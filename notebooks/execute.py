@@ -17,7 +17,8 @@ def execute(path: Path) -> nbformat.NotebookNode:
     """The notebook with new outputs. Raises nbclient's CellExecutionError where a cell fails."""
     notebook = nbformat.read(path, as_version=4)
     at = {"metadata": {"path": path.parent}}
-    NotebookClient(notebook, timeout=600, kernel_name="python3", resources=at, record_timing=False).execute()
+    options = {"kernel_name": "python3", "resources": at, "record_timing": False}
+    NotebookClient(notebook, timeout=600, coalesce_streams=True, **options).execute()
     return notebook
 
 

@@ -1,8 +1,9 @@
-"""The notebooks: each runs from top to bottom, draws something in every picture, and has no code of ours."""
+"""The notebooks: each runs from top to bottom, prints what is stored in it, and draws something in every picture."""
 
 import ast
 import base64
 import io
+import math
 import re
 from pathlib import Path
 
@@ -22,8 +23,8 @@ def read(path: Path) -> nbformat.NotebookNode:
     return nbformat.read(path, as_version=4)
 
 
-def is_puzzle(cell: nbformat.NotebookNode) -> bool:
-    return "puzzle" in cell.metadata.get("tags", ())
+def has_tag(cell: nbformat.NotebookNode, tag: str) -> bool:
+    return tag in cell.metadata.get("tags", ())
 
 
 def pictures(notebook: nbformat.NotebookNode) -> list[Image.Image]:
@@ -42,16 +43,82 @@ def check_outputs(notebook: nbformat.NotebookNode) -> None:
         assert np.asarray(picture.convert("L")).std() > 10 and len(picture.convert("RGB").getcolors(2**24)) > 50
 
 
+NUMBER = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:e[-+]?\d+)?")
+
+
+def difference(stored: str, fresh: str, numbers: bool = True) -> str | None:
+    """The first word in which two texts differ, or the first number that differs by more than 2 %; None if none does.
+
+    Spaces do not count. With numbers=False all numbers are ignored and only the words are compared.
+    """
+    words, others = (NUMBER.sub(" # " if numbers else " ", text).split() for text in (stored, fresh))
+    for i in range(max(len(words), len(others))):
+        if words[i : i + 1] != others[i : i + 1]:
+            return f"stored {' '.join(words[i : i + 5])!r}, now {' '.join(others[i : i + 5])!r}"
+    values = zip(*(NUMBER.findall(text) for text in (stored, fresh)), strict=True) if numbers else ()
+    for value, other in values:
+        if not math.isclose(*(float(number.replace(",", "")) for number in (value, other)), rel_tol=0.02):
+            return f"stored {value}, now {other}"
+    return None
+
+
+def text_of(cell: nbformat.NotebookNode) -> str:
+    """What a cell printed, then its other outputs as text."""
+    outputs = cell.get("outputs", ())
+    printed = "".join(out.text for out in outputs if out.output_type == "stream")
+    data = [out.data for out in outputs if "data" in out]
+    return "\n".join([printed, *(each.get("text/markdown", each.get("text/plain", "")) for each in data)])
+
+
+STORED = "a layer's keys: (1, 4, 8, 64)\nscores 1,344 and -0.0461, in float16 at most 8.3e-07, found: ▁cat"
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("▁cat", "▁hat"),
+        ("keys", "key"),
+        (", found", ""),
+        ("▁cat", "▁cat and more"),
+        ("64", "67.2"),
+        ("1,344", "1,411"),
+        ("-0.0461", "0.0461"),
+        ("-0.0461", "-0.0484"),
+        ("float16", "float32"),
+        ("8.3e-07", "8.7e-07"),
+        ("8.3e-07", "8.3e-06"),
+        ("(1, 4,", "(1,"),
+    ],
+)
+def test_another_word_or_a_number_5_percent_off_is_a_difference(old, new):
+    assert difference(STORED, STORED) is None
+    assert difference(STORED, STORED.replace(old, new))
+    assert difference(STORED.replace(old, new), STORED)
+
+
+def test_spaces_and_small_deviations_are_no_difference():
+    fresh = STORED.replace("\n", "   \n ").replace("1,344", "1360").replace("0.0461", "0.0469")
+    assert difference(STORED, fresh) is None
+
+
+def test_on_a_machine_of_its_own_only_words_count():
+    stored = "with cache: 1.8  2.0 ms, in float32\n"
+    assert difference(stored, "with cache: 12  0.5 ms, in float32\n", numbers=False) is None
+    assert difference(stored, "with cache: 1.8  2.0 s, in float32\n", numbers=False)
+
+
 def test_the_readme_lists_them_all():
     listed = re.findall(r"\]\(notebooks/(.*?\.ipynb)\)", (ROOT / "README.md").read_text())
     assert listed == [path.name for path in NOTEBOOKS] and len(listed) >= 10
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_a_notebook_runs_from_top_to_bottom(path):
-    notebook = execute(path)
+def test_a_notebook_runs_from_top_to_bottom_and_prints_what_is_stored(path):
+    notebook, stored = execute(path), read(path)
     check_outputs(notebook)
-    assert len(pictures(notebook)) == len(pictures(read(path)))
+    assert len(pictures(notebook)) == len(pictures(stored))
+    for cell, fresh in zip(stored.cells, notebook.cells, strict=True):
+        assert not difference(text_of(cell), text_of(fresh), numbers=not has_tag(cell, "machine")), cell.id
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -63,11 +130,11 @@ def test_a_notebook_is_kept_as_a_reader_wants_it(path):
     assert re.match(rf"# {int(path.name[:2])}\. ", notebook.cells[0].source)
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert all(cell.outputs or cell.execution_count for cell in code)
-    own = [ast.parse(cell.source) for cell in code if not is_puzzle(cell)]
+    own = [ast.parse(cell.source) for cell in code if not has_tag(cell, "puzzle")]
     nodes = [node for tree in own for node in ast.walk(tree)]
     assert not [node for node in nodes if isinstance(node, ast.FunctionDef | ast.ClassDef | ast.Lambda)]
     assert OURS & {node.module.partition(".")[0] for node in nodes if isinstance(node, ast.ImportFrom)}
-    puzzles = [cell for cell in code if is_puzzle(cell)]
+    puzzles = [cell for cell in code if has_tag(cell, "puzzle")]
     assert 2 <= len(puzzles) <= 3 and all("NotImplementedError" in cell.source for cell in puzzles)
     said = "".join(out.text for cell in code for out in cell.outputs if out.output_type == "stream")
     assert said.count("not solved yet") == len(puzzles)
