@@ -113,7 +113,9 @@ def read_pickle(file: Path) -> dict[str, Tensor]:
         tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     if not isinstance(tensors, dict) or {type(value) for item in tensors.items() for value in item} != {str, Tensor}:
         raise ValueError(f"{file} does not hold tensors by name")
-    return {name: tensor.contiguous() for name, tensor in tensors.items()}  # a pickle stores strides, too
+    if odd := [name for name, tensor in tensors.items() if tensor.layout != torch.strided or tensor.is_meta]:
+        raise ValueError(f"{file}: tensor {odd[0]} does not hold its numbers one after the other")
+    return tensors
 
 
 @contextmanager
