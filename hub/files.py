@@ -45,8 +45,7 @@ def open_sentencepiece(model: bytes) -> tuple[SentencePieceProcessor, dict[str, 
 def find_checkpoint(path: str | Path) -> Path:
     """The folder of a checkpoint, given as a folder or as a hub id such as llava-hf/llava-1.5-7b-hf.
 
-    A hub id is looked up in the local hub cache and downloaded if the package huggingface_hub is installed. Raises
-    FileNotFoundError otherwise.
+    A hub id is looked up in the local hub cache, or downloaded if huggingface_hub is installed; else FileNotFoundError.
     """
     if Path(path).is_dir():
         return Path(path)
