@@ -1,6 +1,6 @@
-"""Damage by chance, to pictures, checkpoints and text: an answer or one plain sentence, never a traceback.
+"""Random damage to pictures, checkpoints and text: each case ends in an answer or one sentence, never in a traceback.
 
-`python -m pytest -q -s tests/project/test_fuzz.py` prints the table of tests/README.md, whose counts are held to CASES.
+`python -m pytest -q -s tests/project/test_fuzz.py` prints the table of tests/README.md; its counts are those of CASES.
 """
 
 import io
@@ -374,8 +374,8 @@ def test_shards(sharded, how, where, data):
 def bin_file(whole: Checkpoint, legacy: bool = False) -> bytes:
     model = LlavaForConditionalGeneration.from_pretrained(whole.folder)
     file = io.BytesIO()
-    tensors = dict(model.named_parameters())
-    torch.save({name: t.clone() for name, t in tensors.items()}, file, _use_new_zipfile_serialization=not legacy)
+    tensors = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    torch.save(tensors, file, _use_new_zipfile_serialization=not legacy)
     return file.getvalue()
 
 
@@ -490,7 +490,7 @@ def test_all_of_it_took_little_memory(memory_before):
 
 
 def test_the_readme_has_these_counts():
-    rows = ["| what was damaged, and how | cases | answered | refused in a sentence |", "|---|---|---|---|"]
+    rows = ["| what was changed, and how | cases | answered | refused in a sentence |", "|---|---|---|---|"]
     for kind, n in CASES.items():
         rows.append(f"| {kind} | {n} | {outcomes[kind]['answered']} | {outcomes[kind]['refused']} |")
     print("", *rows, sep="\n")
