@@ -74,7 +74,7 @@ def test_help_shows_ten_options_first(capsys):
         assert flag in first + rest
 
 
-def test_an_error_of_several_lines_is_said_in_one(capsys):
+def test_an_error_of_several_lines_is_printed_in_one(capsys):
     def work():
         raise ValueError("one\n  two")
 
@@ -82,7 +82,7 @@ def test_an_error_of_several_lines_is_said_in_one(capsys):
 
 
 @pytest.mark.parametrize("error", [MemoryError, torch.OutOfMemoryError])
-def test_too_little_memory_is_one_sentence_too(error, capsys):
+def test_too_little_memory_is_a_user_error(error, capsys):
     def work():
         raise error
 
@@ -90,6 +90,6 @@ def test_too_little_memory_is_one_sentence_too(error, capsys):
     assert capsys.readouterr().err.startswith("error: not enough memory")
 
 
-def test_free_memory_is_a_sensible_number():
+def test_free_memory_is_plausible():
     free = free_bytes("cpu")
     assert free is None or 1e8 < free < 1e14

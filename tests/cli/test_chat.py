@@ -1,4 +1,4 @@
-"""A conversation: what is run in a turn, what the answers would be without a cache, and what a person can do to it."""
+"""The chat: which tokens a turn runs, the same answers as without a cache, interrupts, and what the user can type."""
 
 import json
 import signal
@@ -45,7 +45,7 @@ def say(talk, text):
 
 @pytest.fixture
 def runs(model, monkeypatch):
-    """How many tokens the decoder ran, each time it did."""
+    """The number of tokens in each run of the decoder."""
     lengths, forward = [], model.language_model.forward
     monkeypatch.setattr(
         model.language_model, "forward", lambda x, *rest: lengths.append(x.shape[1]) or forward(x, *rest)
@@ -53,7 +53,7 @@ def runs(model, monkeypatch):
     return lengths
 
 
-# --- What a turn costs and gives -------------------------------------------------------------------------------------
+# --- Turns and answers -----------------------------------------------------------------------------------------------
 
 
 def test_a_turn_runs_its_own_words_only(talk, runs):
@@ -61,7 +61,7 @@ def test_a_turn_runs_its_own_words_only(talk, runs):
     for text in ("what is this?", "and where?", "why"):
         before, own = len(talk.ids), len(talk.turn_ids(text))
         assert say(talk, text)[0] == "length"
-        unrun = 1 if before else 0  # the last token of the answer before it, which was stopped
+        unrun = 1 if before else 0  # the last token of the previous answer, which was cut short
         assert runs == [own + unrun] + [1] * 7
         runs.clear()
         assert len(talk.ids) == before + own + 8 == talk.cache.length + 1
@@ -69,7 +69,7 @@ def test_a_turn_runs_its_own_words_only(talk, runs):
 
 
 @torch.no_grad()
-def test_the_answers_are_those_of_the_whole_conversation_run_anew(talk, model):
+def test_the_answers_are_those_without_a_cache(talk, model):
     """Pictures in two turns, and a cache that had to grow."""
     for i, text in enumerate(["a cat", "and?", "what is that", "no"]):
         pixels = talk.processor.image_processor([open_image(path) for path in PICTURES[: 1 + i // 2]])
@@ -85,9 +85,9 @@ def test_the_answers_are_those_of_the_whole_conversation_run_anew(talk, model):
 @pytest.mark.parametrize("template", TEMPLATES)
 @pytest.mark.parametrize("system", [None, "Be brief."])
 def test_the_ids_are_those_of_the_template(model, template, system):
-    """Three turns whose answers end by themselves: what the tokenizer makes of the whole conversation as one text."""
+    """Three turns whose answers end by themselves: the same ids as for the whole conversation encoded as one text."""
     if template == "plain":
-        return  # nothing stands between its turns
+        return  # it has nothing between turns
     talk, messages = begin(model, template, system=system), []
     tokenizer = talk.processor.tokenizer
     show(talk, PICTURES[0])
@@ -104,7 +104,7 @@ def test_the_ids_are_those_of_the_template(model, template, system):
         talk.ids += tokenizer.encode(answer, add_special_tokens=False)
 
 
-def test_an_end_token_ends_the_answer_and_is_the_templates(model):
+def test_an_end_token_ends_the_answer_and_the_template_writes_it(model):
     talk = begin(model, "v1")
     say(talk, "hello")
     end = talk.ids[-3]
@@ -112,7 +112,7 @@ def test_an_end_token_ends_the_answer_and_is_the_templates(model):
     assert say(talk, "hello")[0] == "stop"
     assert end not in talk.ids[len(begin(model, "v1").turn_ids("hello")) :]
     assert talk.cache.length == len(talk.ids)  # the end token is not among them
-    assert talk.turn_ids("again")[0] == talk.processor.tokenizer.eos_token_id  # but the template's own is
+    assert talk.turn_ids("again")[0] == talk.processor.tokenizer.eos_token_id  # but the template writes one
 
 
 def test_a_stop_string_ends_an_answer(model):
@@ -128,7 +128,7 @@ def test_the_same_seed_gives_the_same_conversation(model):
     assert texts[0] == texts[1] != texts[2]
 
 
-# --- Stopping and running out ----------------------------------------------------------------------------------------
+# --- Interrupts and the end of the context ---------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -140,7 +140,7 @@ def interruptible():
 
 
 def interrupted(model, monkeypatch, after: int) -> None:
-    """Ctrl-C comes in the middle of the decoder's run number `after`, once."""
+    """One Ctrl-C in the middle of the decoder's run number `after`."""
     count, norm = iter(range(1000)), model.language_model.norm.forward
 
     def interrupt(x):
@@ -160,9 +160,9 @@ def test_ctrl_c_stops_the_answer_not_the_conversation(model, monkeypatch, capsys
     with monkeypatch.context() as patch:
         interrupted(model, patch, after)
         chat.respond(talk, "what is it?")
-    if after == 0:  # the question was not read: it never was asked, and the picture is still to be shown
+    if after == 0:  # the question was not read: it is taken back, and the picture belongs to the next one
         assert (talk.ids, talk.turns, talk.cache.length, len(talk.pictures)) == ([], [], 0, 1)
-    else:  # run 1 is that of the first token, which was shown before; its keys are not complete
+    else:  # run 1 is of the first token, which was shown before; not all its keys are in the cache
         assert (len(talk.ids), talk.cache.length) == (question + after, question + after - 1)
         assert talk.turns[1]["value"] == capsys.readouterr().out.strip("\n")
     prompt = talk.ids + talk.turn_ids("go on")
@@ -173,7 +173,7 @@ def test_ctrl_c_stops_the_answer_not_the_conversation(model, monkeypatch, capsys
 
 
 class Interrupted:
-    """A tensor that Ctrl-C keeps from being written to."""
+    """A tensor whose writing is interrupted by Ctrl-C."""
 
     def __setitem__(self, *_):
         raise KeyboardInterrupt
@@ -216,7 +216,7 @@ def test_the_contexts_end_stops_an_answer_and_the_next_turn(model, capsys):
 
 
 def converse(talk, monkeypatch, capsys, *lines):
-    """What a person who types these lines reads: standard output, standard error."""
+    """Standard output and standard error of a chat in which the user types these lines."""
     lines = iter(lines)
 
     def read(prompt=""):
@@ -290,13 +290,13 @@ def test_what_is_saved_can_be_trained_on_whatever_was_typed(model, tmp_path):
     ],
     ids=str,
 )
-def test_a_mistake_is_one_sentence_and_the_conversation_goes_on(model, monkeypatch, capsys, line, words):
+def test_a_user_error_is_one_sentence_and_the_conversation_continues(model, monkeypatch, capsys, line, words):
     out, err = converse(begin(model), monkeypatch, capsys, "hello", line, "hello")
     assert out.count("\n") == 2
     assert words in err.strip("\n").splitlines()[-1]
 
 
-def test_what_does_not_fit_into_the_memory_is_a_sentence(model, monkeypatch, capsys):
+def test_too_little_memory_is_one_sentence(model, monkeypatch, capsys):
     def full(*_):
         raise MemoryError
 
@@ -324,8 +324,8 @@ def test_typed_special_tokens_are_text(model):
         say(talk, typed)
 
 
-def test_a_tokenizer_that_cannot_help_reading_one_refuses_it(model, monkeypatch):
-    """Some models have </s> as a word of their sentencepiece vocabulary."""
+def test_special_tokens_that_the_tokenizer_cannot_avoid_are_refused(model, monkeypatch):
+    """The sentencepiece models of some checkpoints encode the text </s> as the control token."""
     talk = begin(model)
 
     class Eager:

@@ -1,4 +1,4 @@
-"""The commands: as a newcomer runs them, in a process of their own from another folder, and all that may go wrong."""
+"""The command `python llava.py`: as a new user runs it, in a process of its own, and everything that can go wrong."""
 
 import errno
 import io
@@ -30,7 +30,7 @@ from small import small as random_model
 from training import emoji_world
 
 ROOT = Path(__file__).parent.parent.parent
-# What is in the pictures, as their makers placed it: name -> (ground, things from left to right)
+# The contents of the pictures: name -> (background, things from left to right)
 PICTURES = {
     "cat-and-apple": ("blue", ["cat", "apple"]),
     "car-and-tree": ("yellow", ["car", "tree"]),
@@ -69,7 +69,7 @@ def test_it_answers_in_int8_too():
     assert done.stdout == llava("--image", ROOT / "images" / "cat-and-apple.jpg").stdout
 
 
-def test_the_answer_is_shown_as_it_is_made():
+def test_the_answer_is_streamed():
     command = [sys.executable, ROOT / "llava.py", "--image", ROOT / "images" / "owl-and-key.jpg"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
         parts = []
@@ -78,7 +78,7 @@ def test_the_answer_is_shown_as_it_is_made():
     assert len(parts) > 5
 
 
-def test_the_first_word_comes_before_transformers_is_even_imported():
+def test_the_first_word_takes_less_time_than_importing_transformers():
     command = [sys.executable, ROOT / "llava.py", "--image", ROOT / "images" / "cat-and-apple.jpg"]
     theirs = [sys.executable, "-c", "from transformers import AutoProcessor, LlavaForConditionalGeneration"]
     ratios = []
@@ -120,13 +120,13 @@ def ask(capsys, monkeypatch, tmp_path):
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
-    """A checkpoint of random weights with a context of 200 tokens that never ends an answer by itself."""
+    """A checkpoint with random weights and a context of 200 tokens, which never ends an answer by itself."""
     folder = tmp_path_factory.mktemp("checkpoint") / "small"
     save(*random_model(context=200), folder)
     return folder
 
 
-# --- Mistakes --------------------------------------------------------------------------------------------------------
+# --- User errors -----------------------------------------------------------------------------------------------------
 
 
 def refused(done: tuple[int, str, str], *words: str) -> None:
@@ -160,11 +160,11 @@ def refused(done: tuple[int, str, str], *words: str) -> None:
     ],
     ids=lambda value: str(value)[:80],
 )
-def test_a_users_mistake_is_one_sentence_and_exit_code_2(ask, arguments, words):
+def test_a_user_error_is_one_sentence_and_exit_code_2(ask, arguments, words):
     refused(ask(*arguments), words)
 
 
-def test_a_mistake_is_exit_code_2_in_a_process_of_its_own(tmp_path):
+def test_a_user_error_is_exit_code_2_in_a_process_of_its_own(tmp_path):
     done = llava("--image", "absent.jpg", cwd=tmp_path)
     refused((done.returncode, done.stdout, done.stderr), "absent.jpg is not a file")
 
@@ -201,7 +201,7 @@ def test_pictures_of_every_kind_are_answered(ask, small, tmp_path, name):
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_a_picture_on_its_side_is_answered_as_the_upright_one(ask, small, tmp_path, orientation):
+def test_a_rotated_picture_is_answered_like_the_upright_one(ask, small, tmp_path, orientation):
     exif, way = Image.Exif(), Image.Transpose
     exif[0x0112] = orientation
     back = [None, way(0), way(3), way(1), way(5), way(2), way(6), way(4)][orientation - 1]  # inverse of exif_transpose
@@ -213,7 +213,7 @@ def test_a_picture_on_its_side_is_answered_as_the_upright_one(ask, small, tmp_pa
 
 
 def bomb() -> bytes:
-    """A picture of a few bytes that says it is 60,000 x 60,000."""
+    """A picture of a few bytes whose header says 60,000 x 60,000 pixels."""
     file = io.BytesIO()
     GREY.save(file, "PNG")
     header = b"IHDR" + struct.pack(">II", 60_000, 60_000) + file.getvalue()[24:29]
@@ -240,11 +240,11 @@ def test_what_is_not_a_picture_is_one_sentence(ask, tmp_path, name):
     refused(ask("--image", name), name)
 
 
-# --- Prompts, and what the answer looks like -------------------------------------------------------------------------
+# --- Prompts and answers ---------------------------------------------------------------------------------------------
 
 
 def asked(ask, small, *arguments) -> dict:
-    """The line that --json prints, with the prompt as it went to the model."""
+    """The line that --json prints."""
     code, out, err = ask("--model", small, "--json", "--max-new-tokens", 3, *arguments)
     assert code == 0 and out.count("\n") == 1, err
     return json.loads(out)
@@ -284,7 +284,7 @@ def test_several_pictures_are_in_one_prompt_in_order(ask, small, monkeypatch):
 
 @pytest.fixture
 def stdin(monkeypatch):
-    """Puts bytes into a pipe that is standard input; what it returns can read those that the command has not read."""
+    """A function that makes standard input a pipe with these bytes, and returns the end that reads what is left."""
     with ExitStack() as streams:
 
         def pipe(content: bytes) -> io.BufferedReader:
@@ -325,7 +325,7 @@ def test_any_text_is_answered(ask, small, prompt):
     assert asked(ask, small, "--prompt", prompt, "--system", prompt)["completion_tokens"] == 3
 
 
-def test_flags_that_choose_words(ask, small):
+def test_flags_for_sampling_and_stopping(ask, small):
     said = lambda *arguments: asked(ask, small, "--prompt", "x", "--max-new-tokens", 12, *arguments)["text"]  # noqa: E731
     greedy = said()
     assert said("--temperature", 5, "--top-k", 1) == said("--temperature", 5, "--top-p", 1e-6) == greedy
@@ -338,7 +338,7 @@ def test_flags_that_choose_words(ask, small):
 
 
 def test_only_the_flags_given_override_the_checkpoints_own_sampling(ask, small, tmp_path):
-    """Without --temperature the answer is greedy, and its own settings are no reason for an error."""
+    """Without --temperature the answer is greedy, whatever the checkpoint's generation_config.json says."""
     own = shutil.copytree(small, tmp_path / "own")
     settings = json.loads((own / "generation_config.json").read_text())
     sampling = {"do_sample": True, "temperature": 5.0, "top_p": 0.9, "top_k": 7, "repetition_penalty": 50.0}
@@ -366,7 +366,7 @@ def test_the_contexts_end_stops_the_answer_and_says_so(ask, small):
 
 @pytest.fixture
 def folder(tmp_path):
-    """Five pictures, one of them broken, and what is not one."""
+    """Five pictures, one of them broken, and files that are not pictures."""
     (tmp_path / "pictures").mkdir()
     for i, name in enumerate(["e.png", "b.jpg", "c.webp", "d.PNG"]):
         COLOUR.rotate(20 * i).save(tmp_path / "pictures" / name)
@@ -422,8 +422,8 @@ def test_one_question_too_long_does_not_stop_the_others(ask, small, folder, tmp_
     assert code == 2 and "2 of 4 have no answer" in err
 
 
-def test_a_row_that_a_stop_string_ended_is_counted_up_to_there(ask, small, tmp_path):
-    """The other row of the batch goes on, and the ended one is filled up."""
+def test_a_row_is_counted_up_to_its_stop_string(ask, small, tmp_path):
+    """The other row of the batch continues, and the finished one is padded."""
     (tmp_path / "list.txt").write_text('{"image": [], "prompt": "Why?"}\n{"image": [], "prompt": "And how?"}\n')
     options = ["--model", small, "--images", "list.txt", "--max-new-tokens", 8, "--temperature", 5, "--seed", 1]
     said = lambda *more: [json.loads(line) for line in ask(*options, *more)[1].splitlines()]  # noqa: E731
@@ -465,7 +465,7 @@ def in_the_file() -> list[tuple[str, bool]]:
 
 
 def stopped_after(n: int, ask):
-    """batch.ask with Ctrl-C at its call number n."""
+    """batch.ask, with Ctrl-C in call number n."""
     calls = iter(range(10**6))
 
     def stopped(*arguments):
@@ -499,7 +499,7 @@ def test_an_interrupted_run_is_resumed(ask, small, folder, monkeypatch):
 
 
 @pytest.mark.skipif(sys.platform == "darwin", reason="its file names are UTF-8")
-def test_a_file_name_that_is_no_text_is_answered_and_known_again(ask, small, tmp_path):
+def test_a_file_name_that_is_not_utf8_is_answered_and_recognized(ask, small, tmp_path):
     COLOUR.save(os.fsdecode(name := b"\xff.png"))
     options = ["--model", small, "--images", ".", "--out", "out.jsonl", "--max-new-tokens", 2]
     assert ask(*options)[0] == 0
@@ -523,7 +523,7 @@ def test_a_file_that_is_not_ours_is_left_alone(ask, small, folder, content):
 
 
 @pytest.mark.parametrize("out", ["list.jsonl", "pictures/../list.jsonl", "link", "hardlink"])
-def test_the_list_itself_is_no_place_for_answers(ask, small, folder, out):
+def test_the_list_itself_is_refused_as_out(ask, small, folder, out):
     content = json.dumps(ANSWER | {"image": "pictures/b.jpg"}) + "\n"  # a list too, and a file of answers
     Path("list.jsonl").write_text(content)
     Path("link").symlink_to("list.jsonl")
@@ -532,7 +532,7 @@ def test_the_list_itself_is_no_place_for_answers(ask, small, folder, out):
     assert Path("list.jsonl").read_text() == content
 
 
-def test_wherever_a_killed_run_cut_its_last_line_the_others_are_kept(ask, small, folder):
+def test_an_incomplete_last_line_is_removed_wherever_it_was_cut(ask, small, folder):
     (folder / "a.jpg").unlink()
     options = ["--model", small, "--images", folder, "--out", "out.jsonl", "--max-new-tokens", 1]
     assert ask(*options, "--prompt", "Wo? \u00e4")[0] == 0
@@ -559,7 +559,7 @@ def full_disk(*_):
 
 
 def broken_then_mended(ask, small, folder) -> list:
-    """The flags of a run whose first and third picture had only an error, and then arrived."""
+    """The flags of a run in which the first and the third picture were broken; now they are not."""
     (folder / "c.webp").write_bytes(b"broken")
     options = ["--model", small, "--images", folder, "--out", "out.jsonl", "--max-new-tokens", 3, "--batch-size", 1]
     code, _, err = ask(*options)
@@ -590,7 +590,7 @@ def test_errors_are_asked_again_and_replaced(ask, small, folder):
 
 
 def test_only_errors_are_replaced(ask, small, folder):
-    """Lines that no single run writes: an error behind an answer, two answers, another picture's error."""
+    """Lines that no single run writes: an error after an answer, two answers, another picture's error."""
     options = broken_then_mended(ask, small, folder)
     assert ask(*options)[0] == 0
     a, b, *others = Path("out.jsonl").read_text().splitlines(keepends=True)
@@ -624,7 +624,7 @@ def test_a_file_that_cannot_be_written_is_refused_before_loading(ask, small, fol
     refused(ask("--model", small, "--images", folder, "--out", out), f"{out} cannot be written")
 
 
-def test_answers_can_go_where_nothing_is_kept(ask, small, folder):
+def test_answers_can_be_written_to_a_device(ask, small, folder):
     (folder / "a.jpg").unlink()
     options = ["--model", small, "--max-new-tokens", 2]
     assert ask("--images", folder, "--out", os.devnull, *options) == (0, "", "")
@@ -635,7 +635,7 @@ MADE_WITH += [("template", "v1"), ("system", "Be brief."), ("stop", "x"), ("dtyp
 SAMPLED_WITH = [("top_p", 0.5), ("top_k", 5), ("seed", 2)]
 
 
-def test_answers_made_otherwise_are_not_mixed_with_these(ask, small, folder, monkeypatch):
+def test_answers_made_with_other_settings_are_refused(ask, small, folder, monkeypatch):
     (folder / "a.jpg").unlink()
     options = ["--model", small, "--images", folder, "--out", "out.jsonl", "--max-new-tokens", 2, "--dtype", "float32"]
     for more, others in (([], MADE_WITH), (["--temperature", 2, "--seed", 1], SAMPLED_WITH)):
@@ -648,7 +648,7 @@ def test_answers_made_otherwise_are_not_mixed_with_these(ask, small, folder, mon
             said = ask(*options, *more, f"--{name.replace('_', '-')}", value)
             refused(said, f"out.jsonl was made with {name} {json.dumps(settings[name])}, and this run has")
             assert Path("out.jsonl").read_text() == content
-        same = ["--template", "hub", "--batch-size", 2]  # the checkpoint's own; and what does not decide an answer
+        same = ["--template", "hub", "--batch-size", 2]  # the checkpoint's own, and a flag that does not change answers
         assert "4 of 4 are answered already" in ask(*options, *more, *same)[2]
 
 
@@ -668,7 +668,7 @@ def test_auto_is_the_dtype_in_effect(ask, small, folder, monkeypatch):
     ("change", "words"),
     [({"model": "another"}, 'model "another"'), ({"settings": {}}, "temperature unknown"), ({}, "temperature unknown")],
 )
-def test_a_line_of_another_model_or_without_settings_was_made_otherwise(ask, small, folder, change, words):
+def test_lines_of_another_model_or_without_settings_are_refused(ask, small, folder, change, words):
     (folder / "a.jpg").unlink()
     options = ["--model", small, "--images", folder, "--out", "out.jsonl", "--max-new-tokens", 2]
     assert ask(*options)[0] == 0
@@ -717,8 +717,8 @@ def test_it_ends_quietly(small, tmp_path, how):
 
 
 @pytest.mark.parametrize(("number", "code"), [(0, 2), (1, 0), (2, 0)])
-def test_a_closed_stream_is_as_good_as_empty(small, number, code):
-    """Standard input, where the prompt should be, standard output, standard error."""
+def test_a_closed_stream_is_treated_as_empty(small, number, code):
+    """Descriptor 0 is standard input, which should have the prompt, 1 standard output, 2 standard error."""
     options = ["--model", small, "--prompt", "-" if number == 0 else "x", "--max-new-tokens", 2]
     done = llava(*options, preexec_fn=lambda: os.close(number))
     assert done.returncode == code and "Traceback" not in done.stderr
@@ -733,14 +733,14 @@ def test_ctrl_c_while_pytorch_is_imported_is_silent(tmp_path):
     assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, b"", b"")  # a shell says 130
 
 
-def test_what_cannot_fit_is_said_before_loading(ask, small, monkeypatch, tmp_path):
-    deep = shutil.copytree(small, tmp_path / "deep")  # so that the layers are most of it, as in a real model
+def test_a_model_that_cannot_fit_is_refused_before_loading(ask, small, monkeypatch, tmp_path):
+    deep = shutil.copytree(small, tmp_path / "deep")  # so that most weights are in the layers, as in a real model
     config = json.loads((deep / "config.json").read_text())
     config["text_config"]["num_hidden_layers"] = 40
     (deep / "config.json").write_text(json.dumps(config))
     skeleton = LlavaForConditionalGeneration.without_weights(read_config(deep))
     needs = {
-        (dtype, how): memory.needed_bytes(skeleton, dtype, how, 200)  # the context: an answer may be longer than it
+        (dtype, how): memory.needed_bytes(skeleton, dtype, how, 200)  # shorter than --max-new-tokens
         for dtype in (torch.float32, torch.bfloat16)
         for how in (None, "int8")
     }
@@ -765,7 +765,7 @@ def test_what_cannot_fit_is_said_before_loading(ask, small, monkeypatch, tmp_pat
 
 
 def test_the_cache_of_every_row_is_counted(ask, small, folder, monkeypatch):
-    """Its pictures and its answer, as far as the context goes."""
+    """For each row its pictures and its answer, up to the context."""
     counted, picture = [], LlavaProcessor.from_pretrained(small).image_seq_length
     monkeypatch.setattr(loading, "check_memory", lambda *given: counted.append(given[-1]))
     for arguments in (["--images", folder, "--batch-size", 3], ["--images", folder], ["--image", ROCKET, ROCKET]):

@@ -1,4 +1,4 @@
-"""The page of --explain in a real browser, without a screen: pointing, keyboard, touch, a narrow window, dark mode.
+"""Test the page of --explain in a headless browser: mouse, keyboard, touch, a narrow window, dark mode.
 
     python tests/playground/browser.py PAGE.html [--chromium PROGRAM] [--screenshots FOLDER]
 
@@ -32,7 +32,7 @@ CHECKS = """({
 
 
 class Browser:
-    """One tab. `complaints` collects what reaches the console, and every error that nothing caught."""
+    """One tab. `complaints` collects the console's messages and uncaught errors."""
 
     def __init__(self, write_to: int, read_from: int):
         self.to, self.back = os.fdopen(write_to, "wb"), os.fdopen(read_from, "rb")
@@ -108,7 +108,7 @@ class Browser:
 
     def picture(self, file: Path) -> None:
         self.value("scrollTo(0, 0)")
-        self.send("Input.dispatchMouseEvent", type="mouseMoved", x=0, y=0)  # it would point at what scrolled under it
+        self.send("Input.dispatchMouseEvent", type="mouseMoved", x=0, y=0)  # so that it points at nothing
         size = self.send("Page.getLayoutMetrics")["cssContentSize"]
         shot = self.send("Page.captureScreenshot", captureBeyondViewport=True, clip={**size, "scale": 1})
         file.write_bytes(base64.b64decode(shot["data"]))
@@ -118,7 +118,7 @@ class Browser:
 def browser(program: str) -> Iterator[Browser]:
     (their_in, our_out), (our_in, their_out) = os.pipe(), os.pipe()
     command = [program, "--headless", "--remote-debugging-pipe", "--disable-gpu", "--no-first-run"]
-    if os.geteuid() == 0:  # where Chromium's sandbox refuses to start
+    if os.geteuid() == 0:  # Chromium's sandbox refuses to run as root
         command.append("--no-sandbox")
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
         shell = f'exec 3<&{their_in} 4>&{their_out}; exec "$@"'
@@ -138,7 +138,7 @@ def browser(program: str) -> Iterator[Browser]:
 
 
 def check(tab: Browser, page: Path, shots: Path) -> Iterator[tuple[str, bool]]:
-    """What was tried, and whether it went as it should."""
+    """Each check and whether it passed."""
     tab.window(1200, 900)
     tab.open(page)
     start = tab.value(CHECKS)

@@ -1,4 +1,4 @@
-"""The page of --explain: what its data say, that they are true, and that no text in them becomes HTML."""
+"""The page of --explain: its numbers are the reference's, and no text in it becomes HTML."""
 
 import base64
 import json
@@ -44,7 +44,7 @@ def data_of(page: Path) -> dict:
 
 
 def weights_of(data: dict) -> tuple[np.ndarray, np.ndarray]:
-    """Attention (M, N, P + W) as the page's script reads it, and the numbers (M, N, 4) beside it."""
+    """Attention (M, N, P + W) and its scales (M, N, 4), decoded as the page's script does it."""
     M, N, P = len(data["maps"]), len(data["likeliest"]), data["side"] ** 2
     scales = np.frombuffer(base64.b64decode(data["scales"]), "<f4").reshape(M, N, 4)
     steps = np.frombuffer(base64.b64decode(data["attention"]), np.uint8).reshape(M, N, P + len(data["words"]))
@@ -53,18 +53,18 @@ def weights_of(data: dict) -> tuple[np.ndarray, np.ndarray]:
 
 
 def check_sums(data: dict, off: float) -> None:
-    """Each row sums to 1 in the numbers beside it, and in its bytes as nearly as steps of 1 / 255 allow."""
+    """Each row sums to 1: exactly by its scales, and by its bytes up to their rounding to 255 steps."""
     weights, scales = weights_of(data)
     P, W = data["side"] ** 2, len(data["words"])
     assert np.abs(scales[..., 2:].sum(-1) - 1).max() < off
     assert np.abs(weights[..., :P].sum(-1) - scales[..., 2]).max() <= (scales[..., 0] * P / 510).max()
     assert np.abs(weights[..., P:].sum(-1) - scales[..., 3]).max() <= (scales[..., 1] * W / 510).max()
-    for n in range(weights.shape[1]):  # the token itself and those behind it were not there yet
+    for n in range(weights.shape[1]):  # the token itself and those after it did not exist yet
         assert not weights[:, n, P + data["answer_at"] + n :].any()
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_the_page_tells_of_the_answer_that_was_printed(dtype, tmp_path, capsys):
+def test_the_page_is_about_the_answer_that_was_printed(dtype, tmp_path, capsys):
     arguments = ["--image", str(PICTURE), "--dtype", dtype]
     assert main(arguments) == 0
     plain = capsys.readouterr().out
@@ -80,7 +80,7 @@ def test_the_page_tells_of_the_answer_that_was_printed(dtype, tmp_path, capsys):
     check_sums(data, off=2e-5 if dtype == "float32" else 0.02)
 
 
-def test_the_answer_is_that_of_generate_with_chance_too():
+def test_the_answer_is_that_of_generate_when_sampling_too():
     model, processor = LlavaForConditionalGeneration.from_pretrained(BUNDLED), LlavaProcessor.from_pretrained(BUNDLED)
     inputs = processor(text="USER: <image>\nWhat is it? ASSISTANT:", images=Image.open(PICTURE))
     options = {"do_sample": True, "temperature": 2.0, "seed": 7, "max_new_tokens": 30}
@@ -115,7 +115,7 @@ def test_an_accelerated_model_is_explained_too(kernels, monkeypatch):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_numbers_are_the_references(family, tmp_path):
-    """On random checkpoints: attention of each head, probabilities, the guess after each layer, the nearest words."""
+    """On random checkpoints: attention of each head, probabilities, the logit lens, the nearest words."""
     vision, text, top = FAMILIES[family]
     text = text | {"vocab_size": max(TOKENIZER.special_names) + 1}
     theirs, ours = reference_and_ours(tmp_path, vision, text, image_token_index=TOKENIZER.image_token_id, **top)
@@ -163,7 +163,7 @@ def test_the_numbers_are_the_references(family, tmp_path):
 def test_a_large_model_keeps_its_means_and_the_heads_that_look_at_the_picture():
     on_picture = torch.rand(32, 32)
     on_picture[7, 3] = 2
-    size = 256 * 875  # the 7B, and the longest answer that the command gives by itself
+    size = 256 * 875  # the 7B, with the command's default for the longest answer
     kept = maps_to_keep(on_picture, size)
     assert len(kept) == 1 + 32 + explain.FEWEST_HEADS and (7, 3) in kept
     assert kept == sorted(kept) and len(kept) * size <= explain.MOST_BYTES
@@ -202,7 +202,7 @@ def test_the_page_needs_nothing_but_itself():
         ("", PICTURE, "must end in .html"),
     ],
 )
-def test_a_users_mistake_is_one_sentence_before_any_work(page, picture, words, tmp_path, monkeypatch, capsys):
+def test_a_user_error_is_one_sentence_before_the_model_runs(page, picture, words, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "folder.html").mkdir()
     assert main([*(["--image", str(picture)] if picture else []), "--explain", page]) == 2
@@ -210,7 +210,7 @@ def test_a_users_mistake_is_one_sentence_before_any_work(page, picture, words, t
     assert out == "" and err.startswith("error: ") and err.count("\n") == 1 and words in err
 
 
-def test_a_page_that_cannot_be_finished_leaves_the_old_one(tmp_path, monkeypatch, capsys):
+def test_a_page_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch, capsys):
     def full(*_):
         raise OSError(28, "No space left on device")
 
@@ -222,7 +222,7 @@ def test_a_page_that_cannot_be_finished_leaves_the_old_one(tmp_path, monkeypatch
     assert [file.name for file in tmp_path.iterdir()] == ["page.html"] and page.read_text() == "old"
 
 
-def test_numbers_that_are_not_finite_are_told(tmp_path):
+def test_scores_that_are_not_finite_are_an_error(tmp_path):
     model, processor = LlavaForConditionalGeneration.from_pretrained(BUNDLED), LlavaProcessor.from_pretrained(BUNDLED)
     watch = Recorder(model)
     watch.generate(**processor(text="<image>", images=Image.open(PICTURE)), max_new_tokens=2)

@@ -8,7 +8,7 @@ from tokenizer import Tokenizer
 TOKENIZER = Tokenizer.from_pretrained(BUNDLED)
 
 
-def test_the_heat_of_a_name_is_looked_for_at_its_tokens_and_on_its_thing():
+def test_the_tokens_of_a_name_and_the_patches_of_a_thing():
     ids = TOKENIZER.encode("The picture shows a cat and an apple.", add_special_tokens=False)
     found = heat.tokens_of("apple", ids, TOKENIZER)
     assert TOKENIZER.decode([ids[i] for i in found]).strip() == "apple"
