@@ -4,7 +4,7 @@
 
 Run by hand, with any Chromium or Chrome; nothing else is needed. Chromium's debugging protocol is spoken through two
 pipes (--remote-debugging-pipe): messages are JSON, each ended by a zero byte, from file descriptor 3 and to 4.
-Exit code 0 if everything is as it should be and the browser's console stayed empty.
+Exit code 0 if every check passes and the browser's console stays empty.
 """
 
 import argparse
@@ -27,7 +27,7 @@ CHECKS = """({
   word: $("word-title").textContent, patch: $("patch-title").textContent, tint: $("tint").textContent,
   pinned: {...pinned}, map, wide: document.documentElement.scrollWidth,
   sums: range(data.maps.length * N).every(i => Math.abs(1 - scales[4 * i + 2] - scales[4 * i + 3]) < 0.02),
-  ground: getComputedStyle(document.body).backgroundColor,
+  background: getComputedStyle(document.body).backgroundColor,
 })"""
 
 
@@ -152,7 +152,7 @@ def check(tab: Browser, page: Path, shots: Path) -> Iterator[tuple[str, bool]]:
     yield from check_keyboard(tab, side, n, answer_at)
     yield from check_choosers(tab)
     tab.window(1200, 900, dark=True)
-    yield "dark mode has a dark ground", tab.value(CHECKS)["ground"] != start["ground"]
+    yield "dark mode has another background", tab.value(CHECKS)["background"] != start["background"]
     tab.picture(shots / "dark.png")
     for width in (320, 390):
         tab.window(width, 800, touch=True)
@@ -173,13 +173,13 @@ def check_pointing(tab: Browser, side: int, n: int, answer_at: int) -> Iterator[
     tab.point(f"words[{answer_at + other}]")
     pointed = tab.value(CHECKS)
     looks = pointed["word"].startswith("“" + tab.value(f"word({other})") + "”")
-    yield "pointing at a word looks at it", looks and pointed["pinned"] == start["pinned"]
+    yield "pointing at a word shows it", looks and pointed["pinned"] == start["pinned"]
     tab.point("document.querySelector('h1')")
-    yield "leaving it comes back", tab.value(CHECKS)["word"] == start["word"]
+    yield "leaving it shows the chosen word again", tab.value(CHECKS)["word"] == start["word"]
     tab.point(f"words[{answer_at + other}]", click=True)
     yield "a click keeps it", tab.value(CHECKS)["pinned"]["word"] == other
     tab.point(f"patches[{far}]")
-    yield "pointing at a patch tells who looked there", "row" in tab.value(CHECKS)["tint"]
+    yield "pointing at a patch shows which words looked there", "row" in tab.value(CHECKS)["tint"]
     tab.point(f"patches[{far}]", click=True)
     yield "a click keeps the patch", tab.value(CHECKS)["pinned"]["patch"] == far
 
@@ -205,7 +205,7 @@ def check_keyboard(tab: Browser, side: int, n: int, answer_at: int) -> Iterator[
     tab.press("ArrowLeft")
     yield "and stop at the edge", tab.value(CHECKS)["pinned"]["patch"] == side
     tab.press("Tab")
-    yield "tab goes on to the words", tab.value("words.includes(document.activeElement)")
+    yield "tab goes to the words", tab.value("words.includes(document.activeElement)")
     tab.press("Home")
     tab.press("ArrowLeft")
     yield "arrows stop at the first word", tab.value(CHECKS)["pinned"]["word"] == 0
@@ -228,11 +228,11 @@ def main() -> None:
         shots = args.screenshots or Path(scratch)
         shots.mkdir(parents=True, exist_ok=True)
         with browser(args.chromium) as tab:
-            for what, well in check(tab, args.page, shots):
-                print("well " if well else "WRONG", what)
-                failed += [] if well else [what]
+            for what, passed in check(tab, args.page, shots):
+                print("passed" if passed else "FAILED", what)
+                failed += [] if passed else [what]
     if failed:
-        raise ValueError(f"not as it should be: {', '.join(failed)}")
+        raise ValueError(f"failed: {', '.join(failed)}")
 
 
 if __name__ == "__main__":
