@@ -26,6 +26,10 @@ def sampling(args: Namespace) -> dict:
     return options | {"do_sample": args.temperature != 0, "temperature": args.temperature or None}
 
 
+def eos_ids(config: GenerationConfig) -> set[int]:
+    return {config.eos_token_id} if isinstance(config.eos_token_id, int) else set(config.eos_token_id)
+
+
 def check_places(prompt: str, pictures: int) -> None:
     if (times := prompt.count("<image>")) not in (0, pictures):
         raise ValueError(f"the prompt has <image> {times} times, but the number of pictures is {pictures}")
@@ -54,7 +58,7 @@ def ask(
     rows = model.generate(**inputs, **options, **watching, seed=args.seed)[:, T:].tolist()
     seconds = round((time.monotonic() - start) / len(questions), 3)
 
-    eos = GenerationConfig.merged(model.generation_config, options).eos_ids
+    eos = eos_ids(GenerationConfig.merged(model.generation_config, options))
     cut = "context" if T + options["max_new_tokens"] == context else "length"
     answers = []
     for row, prompt_tokens in zip(rows, inputs.attention_mask.sum(-1).tolist(), strict=True):

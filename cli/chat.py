@@ -20,6 +20,7 @@ from contextlib import suppress
 
 import torch
 
+from cli.answer import eos_ids
 from cli.errors import USER_ERRORS, sentence
 from generate import GenerationConfig, TextWatcher, generate_tokens
 from hub.pictures import open_image
@@ -43,7 +44,7 @@ class Chat:
         self.opening = f"{system} " if system is not None else template.system and f"{template.system} "
         self.config = GenerationConfig.merged(model.generation_config, options)
         # A generated <image> would have no picture, so it ends an answer too.
-        self.ends = self.config.eos_ids | {processor.tokenizer.image_token_id}
+        self.ends = eos_ids(self.config) | {processor.tokenizer.image_token_id}
         self.generator = None if seed is None else torch.Generator(model.device).manual_seed(seed)
         self.context = model.config.text_config.max_position_embeddings
         self.clear()

@@ -40,10 +40,6 @@ class GenerationConfig:
             raise ValueError(f"max_length {self.max_length} leaves no room for an answer after {prompt_length} tokens")
         return self.max_length - prompt_length
 
-    @property
-    def eos_ids(self) -> set[int]:
-        return {self.eos_token_id} if isinstance(self.eos_token_id, int) else set(self.eos_token_id)
-
     @classmethod
     def merged(cls, defaults: dict, options: dict) -> "GenerationConfig":
         """A checkpoint's own settings, overridden by the caller's. `options` may also have a seed, which is not kept.
