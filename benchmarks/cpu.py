@@ -130,7 +130,8 @@ def together(folder: Path, dtype: torch.dtype, plain: bool) -> list[list[str]]:
     names = ["theirs", "ours"] + ["plain"] * plain
     if dtype != torch.bfloat16:
         return [names]
-    size, memory = sum(file.stat().st_size for file in weight_files(folder)), os.sysconf("SC_PHYS_PAGES") * 4096
+    size = sum(file.stat().st_size for file in weight_files(folder))
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return [[*names, "int8"]] if size < memory / 3 else [names, ["int8"]]
 
 
