@@ -1,6 +1,7 @@
 """One stage: the loop, with what learns, resuming an interrupted run, log.csv and processes around it."""
 
 import logging
+import pickle
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -90,14 +91,22 @@ class Saved:
         place.folder.mkdir(parents=True, exist_ok=True)
 
     def load(self) -> int:
-        """Restore what the file holds; returns the number of steps taken. Raises ValueError if the run was another."""
+        """Restore what the file holds; returns the number of steps taken.
+
+        Raises ValueError if the file is of a run with other settings, or damaged.
+        """
         if not self.file.is_file():
             return 0
-        state = torch.load(self.file, map_location=self.device, weights_only=True)
-        if state["settings"] != self.settings:
-            raise ValueError(f"{self.file} is of another run ({state['settings']}): delete it, or choose another --out")
-        self.objective.load_state_dict(state["objective"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        remedy = "delete it, or choose another --out"
+        try:
+            state = torch.load(self.file, map_location=self.device, weights_only=True)
+            if (settings := state["settings"]) == self.settings:
+                self.objective.load_state_dict(state["objective"])
+                self.optimizer.load_state_dict(state["optimizer"])
+        except (RuntimeError, ValueError, LookupError, TypeError, EOFError, pickle.UnpicklingError) as error:
+            raise ValueError(f"{self.file} cannot be resumed ({type(error).__name__}): {remedy}") from error
+        if settings != self.settings:
+            raise ValueError(f"{self.file} is of another run ({settings}): {remedy}")
         if rank() == 0:
             print(f"{self.stage.name}: resumes after step {state['step']} of {self.stage.steps}, from {self.file}")
         return state["step"]

@@ -63,6 +63,21 @@ def test_a_run_with_other_settings_is_not_resumed(tmp_path):
             run(other, place)
 
 
+@pytest.mark.parametrize("damage", ["cut", "text", "empty", "another model"])
+def test_a_file_that_cannot_be_resumed_is_refused_in_a_sentence(tmp_path, damage):
+    stage, file = replace(ALIGN, steps=1, batch=1), tmp_path / "align.pt"
+    run(stage, Place(tmp_path))
+    saved = file.read_bytes()
+    content = {"cut": saved[: len(saved) // 2], "text": b"hello", "empty": b""}.get(damage, saved)
+    file.write_bytes(content)
+    if damage == "another model":
+        state = torch.load(file)
+        del state["objective"]["model.lm_head.weight"]
+        torch.save(state, file)
+    with pytest.raises(ValueError, match=r"align\.pt cannot be resumed.*--out"):
+        run(stage, Place(tmp_path))
+
+
 class Steep(NextTokenLoss):
     """A loss that is a number, but whose gradients are not."""
 
