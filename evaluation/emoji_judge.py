@@ -17,7 +17,9 @@ from training import emoji_world
 from training.conversations import messages
 from training.stage_files import STAGE_FILES, load_stage, snapshot
 
-UNSEEN = 10**9  # the first seed of the scenes by which decisions about the recipe are made; training never uses them
+# The first seeds of two sets of scenes that training never uses.
+UNSEEN = 10**9  # for decisions about the recipe
+FINAL = 2 * 10**9  # for published tables: no decision may depend on these
 BATCH = 64  # questions
 Score = tuple[int, int]  # right answers, questions
 
@@ -39,13 +41,15 @@ def evaluate(
     n_scenes: int,
     sprites: dict | None = None,
     apart: bool = False,
+    first: int = UNSEEN,
 ) -> dict[str, Score]:
-    """Kind of question -> score over `n_scenes` unseen scenes. About half of the questions ask for a word or phrase.
+    """Kind of question -> score over `n_scenes` scenes, from seed `first` on. About half of the questions ask for a
+    word or phrase.
 
     `sprites` may be another artist's. With `apart`, each scene shows a pair of things that training never shows.
     """
     model.eval()
-    tally, todo = defaultdict(lambda: [0, 0]), questions(processor, n_scenes, sprites, apart)
+    tally, todo = defaultdict(lambda: [0, 0]), questions(processor, range(first, first + n_scenes), sprites, apart)
     for start in range(0, len(todo), BATCH):
         part = todo[start : start + BATCH]
         said = answers(model, processor, [picture for picture, *_ in part], [question for *_, question, _ in part])
@@ -60,22 +64,24 @@ def evaluate(
     return {row: (right, n) for row, (right, n) in tally.items()}
 
 
-def questions(processor: LlavaProcessor, n_scenes: int, sprites: dict | None, apart: bool) -> list[tuple]:
-    """(picture, truth, kind, question, answer) for all questions, sorted by length so that batches need no padding."""
+def questions(processor: LlavaProcessor, seeds: range, sprites: dict | None, apart: bool) -> list[tuple]:
+    """(picture, truth, kind, question, answer) for each question, sorted by length so that batches need no padding."""
     sprites, side, found = sprites or emoji_world.load_sprites(), processor.image_processor.crop_size["height"], []
-    for seed in range(UNSEEN, UNSEEN + n_scenes):
+    for seed in seeds:
         picture, truth = emoji_world.make_scene(sprites, seed, side, apart)
         found += [(picture, truth, *turn) for turn in emoji_world.questions(truth, emoji_world.wording(seed))]
     return sorted(found, key=lambda turn: len(turn[3]))
 
 
-def evaluate_all(model: LlavaForConditionalGeneration, processor: LlavaProcessor, n_scenes: int) -> dict[str, Score]:
-    """`evaluate`, with a row for the scenes whose pairs training never shows."""
-    apart = {"all, on pairs never shown together": evaluate(model, processor, n_scenes, apart=True)["all"]}
-    return evaluate(model, processor, n_scenes) | apart
+def evaluate_all(
+    model: LlavaForConditionalGeneration, processor: LlavaProcessor, n_scenes: int, first: int
+) -> dict[str, Score]:
+    """`evaluate`, with a row for other scenes with the same seeds, each with a pair that training never shows."""
+    apart = evaluate(model, processor, n_scenes, apart=True, first=first)["all"]
+    return evaluate(model, processor, n_scenes, first=first) | {"all, on pairs never shown together": apart}
 
 
-def evaluate_stages(folder: Path, n_scenes: int, device: str = "cpu") -> None:
+def evaluate_stages(folder: Path, n_scenes: int, device: str = "cpu", first: int = UNSEEN) -> None:
     """Print a model's table: a column for each stage whose weights are kept, and one for the model in int8."""
     load = partial(LlavaForConditionalGeneration.from_pretrained, folder, torch.float32, device, kernels="torch")
     model, processor = load(), LlavaProcessor.from_pretrained(folder)
@@ -85,8 +91,8 @@ def evaluate_stages(folder: Path, n_scenes: int, device: str = "cpu") -> None:
         if name and not (kept / f"{name}.safetensors").is_file():
             continue
         load_stage(model, final, kept, name)
-        columns[title] = evaluate_all(model, processor, n_scenes)
-    columns["in int8"] = evaluate_all(load(quantize="int8"), processor, n_scenes)
+        columns[title] = evaluate_all(model, processor, n_scenes, first)
+    columns["in int8"] = evaluate_all(load(quantize="int8"), processor, n_scenes, first)
     print(table(columns))
 
 

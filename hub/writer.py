@@ -15,7 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 SPACE = "\u2581"  # sentencepiece's visible space
 
@@ -32,10 +32,12 @@ def save(model: nn.Module, processor, folder: str | Path, shard_bytes: float = 5
     """Write a complete checkpoint of a LLaVA and its processor. Nothing in `folder` changes until all is written.
 
     transformers cannot open one that was loaded from LLaVA's authors' layout, because that has no embedding for
-    <image>. Raises ValueError for a model in int8, which has no form in a checkpoint.
+    <image>. Raises ValueError for a model in int8, which has no form in a checkpoint, and for numbers that are not
+    finite.
     """
     if any(name.endswith(".q") for name, _ in model.named_parameters()):
         raise ValueError("a model in int8 cannot be saved: load it without quantize")
+    check_finite(dict(model.named_parameters()))
     with replaced_files(Path(folder)) as scratch:
         write_weights(model, scratch, shard_bytes)
         dtype = str(model.dtype).removeprefix("torch.")
@@ -45,6 +47,12 @@ def save(model: nn.Module, processor, folder: str | Path, shard_bytes: float = 5
         write_json(scratch / "generation_config.json", generation | model.generation_config)
         write_processor(processor, model.config, scratch)
         write_tokenizer(processor.tokenizer, scratch)
+
+
+def check_finite(tensors: dict[str, Tensor]) -> None:
+    for name, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise ValueError(f"{name} is not finite in {tensor.dtype}, as after training that diverged")
 
 
 @contextmanager
@@ -102,7 +110,15 @@ def write_weights(model: nn.Module, folder: Path, shard_bytes: float) -> None:
         index = {"metadata": {"total_size": total}, "weight_map": places}
         write_json(folder / "model.safetensors.index.json", index)
     for file, shard in zip(files, shards, strict=True):
-        save_file(shard, folder / file, metadata={"format": "pt"})
+        write_tensors(shard, folder / file)
+
+
+def write_tensors(tensors: dict[str, Tensor], file: Path) -> None:
+    """Write a new safetensors file with the permissions that the umask gives; save_file alone makes it private."""
+    file.touch()
+    mode = file.stat().st_mode
+    save_file(tensors, file, metadata={"format": "pt"})
+    file.chmod(mode)
 
 
 def config_json(config) -> dict:

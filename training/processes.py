@@ -47,6 +47,14 @@ def sum_over_all(x: Tensor) -> Tensor:
     return x
 
 
+def all_agree(fact: bool, device: str | torch.device) -> bool:
+    """Whether `fact` is true in every process."""
+    fact = torch.tensor(float(fact), device=device)
+    if dist.is_initialized():
+        dist.all_reduce(fact, dist.ReduceOp.MIN)
+    return bool(fact)
+
+
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """One stage: the loop, with what learns, resuming an interrupted run, log.csv and processes around it."""
 
 import logging
+import pickle
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -15,11 +16,11 @@ from torch.nn.parallel import DistributedDataParallel
 from hub.device import fast_dtype
 from llava import LlavaForConditionalGeneration
 from training.attention import use_training_attention
-from training.loop import train
+from training.loop import stop_if_diverged, train
 from training.losses import ContrastiveLoss
 from training.processes import rank, world_size
 from training.progress import Log
-from training.stages import Stage, learning_rate
+from training.stages import Stage
 from training.steps import Steps, backward
 
 SAVE_EVERY = 100  # steps
@@ -66,10 +67,10 @@ def run_stage(
     parallel = DistributedDataParallel(objective) if dist.is_initialized() else objective
     batches = place.steps(stage, data, first).loader(place.workers)
     gradients = partial(backward, parallel, objective.count, device=place.device, autocast=place.autocast)
-    for done, loss in train(batches, gradients, optimizer, partial(learning_rate, stage=stage), first):
-        log.add(done, loss)
-        if rank() == 0 and (done % SAVE_EVERY == 0 or done == stage.steps):
+    for done, loss in train(stage, batches, gradients, optimizer, first):
+        if done % SAVE_EVERY == 0 or done == stage.steps:
             saved.save(done)
+        log.add(done, loss)
 
 
 def choose_parameters(objective: nn.Module, trainable: tuple[str, ...]) -> list[nn.Parameter]:
@@ -90,19 +91,31 @@ class Saved:
         place.folder.mkdir(parents=True, exist_ok=True)
 
     def load(self) -> int:
-        """Restore what the file holds; returns the number of steps taken. Raises ValueError if the run was another."""
+        """Restore what the file holds; returns the number of steps taken.
+
+        Raises ValueError if the file is of a run with other settings, or damaged.
+        """
         if not self.file.is_file():
             return 0
-        state = torch.load(self.file, map_location=self.device, weights_only=True)
-        if state["settings"] != self.settings:
-            raise ValueError(f"{self.file} is of another run ({state['settings']}): delete it, or choose another --out")
-        self.objective.load_state_dict(state["objective"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        remedy = "delete it, or choose another --out"
+        try:
+            state = torch.load(self.file, map_location=self.device, weights_only=True)
+            if (settings := state["settings"]) == self.settings:
+                self.objective.load_state_dict(state["objective"])
+                self.optimizer.load_state_dict(state["optimizer"])
+        except (RuntimeError, ValueError, LookupError, TypeError, EOFError, pickle.UnpicklingError) as error:
+            raise ValueError(f"{self.file} cannot be resumed ({type(error).__name__}): {remedy}") from error
+        if settings != self.settings:
+            raise ValueError(f"{self.file} is of another run ({settings}): {remedy}")
         if rank() == 0:
             print(f"{self.stage.name}: resumes after step {state['step']} of {self.stage.steps}, from {self.file}")
         return state["step"]
 
     def save(self, step: int) -> None:
-        state = {"objective": self.objective.state_dict(), "optimizer": self.optimizer.state_dict()}
-        torch.save({"step": step, "settings": self.settings, **state}, self.file.with_suffix(".new"))
-        self.file.with_suffix(".new").replace(self.file)
+        """Replace the file. Raises ValueError, and keeps the old one, if a number is not finite."""
+        moments = [tensor for state in self.optimizer.state.values() for tensor in state.values()]
+        stop_if_diverged(self.stage, step, "result", [*self.objective.state_dict().values(), *moments])
+        if rank() == 0:
+            state = {"objective": self.objective.state_dict(), "optimizer": self.optimizer.state_dict()}
+            torch.save({"step": step, "settings": self.settings, **state}, self.file.with_suffix(".new"))
+            self.file.with_suffix(".new").replace(self.file)

@@ -3,8 +3,10 @@
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
+
+from hub.writer import check_finite, replaced_files, write_tensors
 
 # The title of a stage -> its file's stem in the folder stages/; None for the finished model, which has all tensors.
 STAGE_FILES = {"before alignment": "before-alignment", "after alignment": "after-alignment", "after tuning": None}
@@ -15,10 +17,12 @@ def snapshot(model: nn.Module) -> dict[str, Tensor]:
 
 
 def save_stage(then: dict[str, Tensor], other: dict[str, Tensor], file: Path) -> None:
-    """Write the tensors of `then` that are not equal to those of `other`, in bfloat16."""
-    file.parent.mkdir(parents=True, exist_ok=True)
+    """Write the tensors of `then` that differ from those of `other`, in bfloat16. ValueError if one is not finite."""
     changed = {name: tensor for name, tensor in then.items() if not torch.equal(tensor, other[name])}
-    save_file({name: tensor.to(torch.bfloat16).contiguous().cpu() for name, tensor in changed.items()}, file)
+    changed = {name: tensor.to(torch.bfloat16).contiguous().cpu() for name, tensor in changed.items()}
+    check_finite(changed)
+    with replaced_files(file.parent) as scratch:
+        write_tensors(changed, scratch / file.name)
 
 
 def load_stage(model: nn.Module, final: dict[str, Tensor], folder: Path, name: str | None) -> None:

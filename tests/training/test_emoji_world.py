@@ -1,3 +1,7 @@
+"""The emoji world: scenes as their truths say, texts that are true of them, and the score of answers."""
+
+import hashlib
+import json
 import os
 import random
 import subprocess
@@ -7,7 +11,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from emoji_world import (
+from PIL import Image
+
+from training.emoji_world import (
     CELL,
     GROUNDS,
     KINDS,
@@ -32,8 +38,8 @@ from emoji_world import (
     things,
     wording,
 )
-from PIL import Image
 
+ROOT = Path(__file__).parent.parent.parent
 SPRITES = load_sprites()
 SCENES = [make_scene(SPRITES, seed) for seed in range(300)]
 TRUTHS = [truth for _, truth in SCENES]
@@ -42,6 +48,7 @@ CAT_APPLE = {"ground": "blue", "things": [{"name": "cat", "x": 0.25, "y": 0.5, "
 EMPTY = {"ground": "pink", "things": []}
 
 
+@pytest.mark.quick
 def test_there_are_two_hundred_things_in_four_styles_and_more():
     assert len(OBJECTS) >= 200 and len(set(OBJECTS.values())) == len(OBJECTS) == sum(map(len, KINDS.values()))
     assert list(SPRITES) == list(OBJECTS) and all(4 <= len(drawings) <= 7 for drawings in SPRITES.values())
@@ -52,12 +59,14 @@ def test_there_are_two_hundred_things_in_four_styles_and_more():
     assert len({drawing.tobytes() for drawing in drawings}) == len(drawings)
 
 
+@pytest.mark.quick
 def test_a_sheet_that_does_not_fit_the_names_is_refused(tmp_path):
     Image.new("RGBA", (CELL, CELL)).save(tmp_path / "noto.webp")
     with pytest.raises(ValueError, match="make_sheet"):
         load_sprites(tmp_path)
 
 
+@pytest.mark.quick
 def test_anybodys_drawings_make_scenes():
     """Of any size, and only one of a thing."""
     mine = {name: [Image.new("RGBA", (30, 40), (255, 0, 0, 255))] for name in OBJECTS}
@@ -66,6 +75,7 @@ def test_anybodys_drawings_make_scenes():
         assert picture.size == (112, 112) and truth == TRUTHS[seed] == make_truth(seed)
 
 
+@pytest.mark.quick
 def test_some_pairs_are_never_shown_together():
     pairs = [(one, other) for one in OBJECTS for other in OBJECTS if one < other]
     apart = [pair for pair in pairs if kept_apart(*pair)]
@@ -77,6 +87,7 @@ def test_some_pairs_are_never_shown_together():
         assert any(kept_apart(one, other) for one in names for other in names)
 
 
+@pytest.mark.quick
 def test_a_seed_always_makes_the_same_scene_at_any_size():
     for seed in range(20):
         picture, truth = make_scene(SPRITES, seed)
@@ -92,18 +103,18 @@ def test_a_seed_always_makes_the_same_scene_at_any_size():
 def test_conversations_do_not_depend_on_the_process():
     """Python orders sets of words differently in every process."""
     program = (
-        "import random, emoji_world as w\n"
+        "import random; from training import emoji_world as w\n"
         "for i in range(60): print(w.conversation(w.make_truth(i), random.Random(i), 9), w.make_truth(i))"
     )
-    root = Path(__file__).parent.parent
     said = {
-        subprocess.run([sys.executable, "-c", program], capture_output=True, cwd=root,
+        subprocess.run([sys.executable, "-c", program], capture_output=True, cwd=ROOT,
                        env=os.environ | {"PYTHONHASHSEED": seed}, check=True).stdout
         for seed in "123"
     }
     assert len(said) == 1 and said.pop()
 
 
+@pytest.mark.quick
 def test_truth_is_in_range_and_things_hardly_overlap():
     assert {len(truth["things"]) for truth in TRUTHS} == {0, 1, 2, 3, 4}
     assert {truth["ground"] for truth in TRUTHS} == set(GROUNDS)
@@ -117,6 +128,7 @@ def test_truth_is_in_range_and_things_hardly_overlap():
                 assert max(abs(t["x"] - u["x"]), abs(t["y"] - u["y"])) > 0.44 * (t["size"] + u["size"])
 
 
+@pytest.mark.quick
 def test_the_picture_is_what_the_truth_says():
     for picture, truth in SCENES:
         pixels = np.asarray(picture, float)
@@ -131,6 +143,7 @@ def test_the_picture_is_what_the_truth_says():
             assert nearest == truth["ground"]
 
 
+@pytest.mark.quick
 def test_the_promised_wordings_are_asked():
     asked = {q.removesuffix(SHORT) for i, truth in enumerate(TRUTHS) for _, q, _ in questions(truth, random.Random(i))}
     asked |= {q for seed in range(2000) for _, q, _ in questions(CAT_APPLE, random.Random(seed), short=False)}
@@ -143,6 +156,7 @@ def test_the_promised_wordings_are_asked():
     assert not any("{" in question for question in asked)
 
 
+@pytest.mark.quick
 def test_articles_and_plurals():
     assert [a(name) for name in ("cat", "apple", "owl", "umbrella")] == ["a cat", "an apple", "an owl", "an umbrella"]
     some = ("cat", "strawberry", "key", "fox", "peach", "dress", "tomato", "piano", "sheep", "knife", "hot dog")
@@ -166,6 +180,7 @@ def test_the_words_do_not_tell_what_the_picture_shows():
     assert len(judged) > 2500 and right / len(judged) < 0.55
 
 
+@pytest.mark.quick
 def test_a_thing_in_the_middle_is_on_no_side():
     for truth in TRUTHS:
         if middle := on_side(truth, "middle"):
@@ -173,6 +188,7 @@ def test_a_thing_in_the_middle_is_on_no_side():
                        if side != "middle")
 
 
+@pytest.mark.quick
 def test_sentences_and_words():
     said = {kind: answer for kind, _, answer in questions(CAT_APPLE, random.Random(0), short=False)}
     assert said["describe"] == "The picture shows a cat and an apple on a blue background."
@@ -196,6 +212,7 @@ def test_own_answers_are_right_and_those_of_another_picture_are_not(short):
             assert not score(kind, "", truth) and not score(kind, "Hello.", truth)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("kind, right, wrong", [
     ("describe", ["An apple next to a cat.", "a cat, an apple on blue"],
      ["The picture shows a cat.", "A cat, an apple and a dog.", "A cat and an apple on a red background."]),
@@ -227,6 +244,7 @@ def test_judging(kind, right, wrong):
     assert [answer for answer in wrong if score(kind, answer, CAT_APPLE)] == []
 
 
+@pytest.mark.quick
 def test_judging_numbers_of_things():
     twice = {"ground": "blue", "things": [*CAT_APPLE["things"], {"name": "cat", "x": 0.2, "y": 0.1, "size": 0.2}]}
     for answer in ("Two cats and an apple", "A cat, an apple and a cat.", "Two cats. The cats are near an apple"):
@@ -237,12 +255,14 @@ def test_judging_numbers_of_things():
     assert not score("left", "a cat", twice)
 
 
+@pytest.mark.quick
 def test_hot_dogs_are_no_dogs():
     truth = {"ground": "red", "things": [{"name": "hot dog", "x": 0.3, "y": 0.5, "size": 0.4}]}
     assert score("what", "A hot dog", truth) and not score("what", "A dog", truth)
     assert score("exists:dog", "No, there is no dog in the picture.", truth)
 
 
+@pytest.mark.quick
 def test_an_empty_picture():
     assert score("count", "There are no objects.", EMPTY) and not score("count", "1", EMPTY)
     assert score("what", "Nothing", EMPTY)
@@ -251,6 +271,7 @@ def test_an_empty_picture():
     assert conversation(EMPTY, random.Random(0), turns=99)
 
 
+@pytest.mark.quick
 def test_yes_and_no_are_balanced_and_sides_are_clear():
     rng = random.Random(0)
     asked = [(kind, answer, truth) for truth in TRUTHS for kind, _, answer in questions(truth, rng, short=True)]
@@ -267,6 +288,7 @@ def test_yes_and_no_are_balanced_and_sides_are_clear():
     assert {kind for kind, _, _ in asked} >= set(SIDES)
 
 
+@pytest.mark.quick
 def test_relations_are_of_things_that_are_there_once_and_have_one_converse():
     converse = {"left": "right", "right": "left", "top": "bottom", "bottom": "top"}
     seen = 0
@@ -280,6 +302,7 @@ def test_relations_are_of_things_that_are_there_once_and_have_one_converse():
     assert on_side(CAT_APPLE, "left") == "cat" and ("cat", "left", "apple") in relations(CAT_APPLE)
 
 
+@pytest.mark.quick
 def test_conversations_have_llavas_form():
     for i, truth in enumerate(TRUTHS):
         turns = conversation(truth, random.Random(i), turns=4)
@@ -289,6 +312,7 @@ def test_conversations_have_llavas_form():
         assert len({turn["value"] for turn in turns if turn["from"] == "human"}) == len(turns) // 2
 
 
+@pytest.mark.quick
 def test_captions_are_true():
     for i, truth in enumerate(TRUTHS):
         text = caption(truth, random.Random(i))
@@ -301,20 +325,43 @@ def test_captions_are_true():
     assert all(" above " in said or " below " in said for said in (caption(above, random.Random(i)) for i in range(9)))
 
 
+@pytest.mark.quick
 def test_a_laptop_is_not_at_the_top_by_its_name():
     truth = {"ground": "blue", "things": [{"name": "laptop", "x": 0.5, "y": 0.2, "size": 0.4}]}
     assert score("top", "There is a laptop at the top.", truth) and score("top", "A laptop.", truth)
     assert not score("top", "There is a laptop at the bottom.", truth)
 
 
+@pytest.mark.quick
 def test_numbers_reach_beyond_the_largest_scene():
     assert len(NUMBERS) > max(len(truth["things"]) for truth in TRUTHS)
 
 
+@pytest.mark.quick
 def test_the_pictures_for_people_are_small_and_say_whose_they_are():
-    folder = Path(__file__).parent.parent / "images"
+    folder = ROOT / "images"
     files = sorted(folder.glob("*.jpg"))
     notice = (folder / "NOTICE").read_text()
     assert len(files) >= 6
     for file in files:
         assert file.stat().st_size < 80_000 and file.name in notice
+
+
+@pytest.mark.parametrize("command", [["-m", "training.emoji_world"], [ROOT / "training" / "emoji_world.py"]], ids=str)
+def test_the_command_writes_scenes_to_look_at(command, tmp_path):
+    cwd = ROOT if command[0] == "-m" else tmp_path
+    done = subprocess.run([sys.executable, *command, "--out", tmp_path / "world", "--count", "12"], cwd=cwd)
+    written = (tmp_path / "world" / "conversations.json").read_bytes()
+    digest = hashlib.sha256(written).hexdigest()  # every seed's words are as they were when the bundled model was made
+    assert done.returncode == 0 and digest == "467f77700d3bf8a5023754becbb8ba4f5eafc1a8cbcca89843a43ec63f2d8b63"
+    for i, record in enumerate(json.loads(written)):
+        with Image.open(tmp_path / "world" / record["image"]) as picture:
+            assert picture.tobytes() == SCENES[i][0].tobytes()
+    assert Image.open(tmp_path / "world" / "sheet.png").size == (6 * 112, 2 * 112)
+
+
+def test_the_command_refuses_no_scenes_in_a_sentence(tmp_path):
+    command = [sys.executable, "-m", "training.emoji_world", "--out", tmp_path / "world", "--count", "0"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 2 and done.stderr == "error: --count must be at least 1, not 0\n"
+    assert not (tmp_path / "world").exists()

@@ -1,0 +1,79 @@
+"""The judge of the emoji world: which scenes it uses, and that the bundled model is as good as its table says."""
+
+import re
+import sys
+
+import pytest
+import torch
+
+import evaluate
+from evaluation import emoji_judge
+from hub.files import BUNDLED
+from llava import LlavaForConditionalGeneration, LlavaProcessor
+from tiny_world import ROOT
+from training import emoji_world
+from training.stage_files import STAGE_FILES, load_stage, snapshot
+from training.stages import STAGES
+
+
+def load(**options) -> LlavaForConditionalGeneration:
+    return LlavaForConditionalGeneration.from_pretrained(BUNDLED, torch.float32, kernels="torch", **options)
+
+
+def test_published_tables_are_over_scenes_that_no_decision_was_made_on(monkeypatch):
+    """By default the scenes for decisions; with --final others, whether their pairs were shown together or not."""
+
+    def judged(*flags: str) -> list[tuple[int, bool]]:
+        seen = []
+        monkeypatch.setattr(emoji_world, "make_scene", lambda sprites, seed, side, apart: seen.append(
+            (seed, apart)) or (None, emoji_world.make_truth(seed, apart)))  # fmt: skip
+        monkeypatch.setattr(emoji_judge, "answers", lambda model, processor, pictures, asked: [""] * len(asked))
+        monkeypatch.setattr(sys, "argv", ["evaluate.py", "--scenes", "2", "--device", "cpu", *flags])
+        evaluate.main()
+        return sorted(set(seen))
+
+    assert emoji_judge.UNSEEN == 10**9 and emoji_judge.FINAL == 2 * 10**9
+    for flags, first in (([], emoji_judge.UNSEEN), (["--final"], emoji_judge.FINAL)):
+        assert judged(*flags) == [(first, False), (first, True), (first + 1, False), (first + 1, True)]
+    assert sum(stage.steps * stage.batch for stage in STAGES) < emoji_judge.UNSEEN
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("wrong", [["--scenes", "0"], ["--scenes", "-3"], ["--device", "moon"], ["nowhere"]])
+def test_what_cannot_be_judged_is_refused(monkeypatch, wrong):
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *wrong])
+    with pytest.raises((ValueError, OSError), match=wrong[-1]):
+        evaluate.main()
+
+
+@pytest.mark.quick
+def test_a_table_has_the_sums_last_and_shares_in_percent():
+    before = {"all": (1, 4), "left": (0, 2), "all, in a word": (1, 2)}
+    after = {"all": (3, 4), "left": (2, 2), "all, in a word": (1, 2)}
+    assert emoji_judge.table({"before": before, "after": after}).splitlines() == [
+        "| question | before | after | asked |",
+        "|---|---|---|---|",
+        "| left | 0.0% | 100.0% | 2 |",
+        "| all, in a word | 50.0% | 50.0% | 2 |",
+        "| all | 25.0% | 75.0% | 4 |",
+    ]
+
+
+def test_the_bundled_model_sees_as_well_as_its_table_says():
+    """After each stage that is kept, on some of the table's scenes: by chance it may be 7 % off."""
+    row = re.compile(r"^\| all \| (.*)% \| (.*)% \| (.*)% \| .*% \| \d+ \|$", re.M)
+    told = row.search((ROOT / "training" / "README.md").read_text()).groups()
+    model, processor = load(), LlavaProcessor.from_pretrained(BUNDLED)
+    final = snapshot(model)
+    for share, name in zip(told, STAGE_FILES.values(), strict=True):
+        load_stage(model, final, ROOT / "checkpoints" / "stages", name)
+        right, asked = emoji_judge.evaluate(model, processor, 30)["all"]
+        assert right / asked == pytest.approx(float(share) / 100, abs=0.07), name
+
+
+def test_the_bundled_model_is_as_good_in_int8():
+    processor, right = LlavaProcessor.from_pretrained(BUNDLED), {}
+    for quantize in (None, "int8"):
+        right[quantize] = emoji_judge.evaluate(load(quantize=quantize), processor, 12)["all"]
+    assert right["int8"][1] == right[None][1] > 80
+    assert abs(right["int8"][0] - right[None][0]) <= 0.05 * right[None][1]
