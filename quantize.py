@@ -3,10 +3,12 @@
 Each row of a matrix is divided by its own scale, its largest number over 127, and rounded: w is about q * scale. Only
 weights are rounded; what flows through the model stays in its dtype. Only the decoder's matrices are: they are nine
 tenths of the bytes, and a token reads all of them. A picture or a prompt has hundreds of rows to multiply at once; then
-arithmetic is the limit, so the matrix is first written out in the model's dtype, into memory that all of them share.
+arithmetic is the limit, so the matrix is first written out in the model's dtype, into one buffer for each thread.
 
 Left out: int8 activations, 4 bits, scales for groups of a row.
 """
+
+import threading
 
 import torch
 import torch.nn.functional as F
@@ -35,7 +37,9 @@ def quantize_rows(weight: Tensor, q: Tensor, scale: Tensor) -> None:  # (out, in
 class Int8Linear(nn.Module):
     """A matrix of the decoder in int8, without bias: q (out, in) and scale (out,)."""
 
-    shared = torch.empty(0)  # where a whole matrix is written out
+    # Where a whole matrix is written out. All layers use it in turn, for new memory would take longer to get than to
+    # fill. Threads run different layers at the same time, so each thread has its own.
+    buffers = threading.local()
 
     def __init__(self, linear: Linear):
         super().__init__()
@@ -52,11 +56,12 @@ class Int8Linear(nn.Module):
         return F.linear(x, self.written_out(x.dtype))
 
     def written_out(self, dtype: torch.dtype) -> Tensor:  # (out, in)
-        n, shared = self.q.numel(), Int8Linear.shared
-        if shared.numel() < n or shared.dtype != dtype or shared.device != self.q.device:
-            with torch.inference_mode(False):  # or nobody else could write into it
-                Int8Linear.shared = shared = torch.empty(n, dtype=dtype, device=self.q.device)
-        weight, n = shared[:n].view_as(self.q), rows_at_once(self.q)
+        """The whole matrix, valid until this thread asks for the next one."""
+        n, buffer = self.q.numel(), getattr(self.buffers, "buffer", None)
+        if buffer is None or buffer.numel() < n or buffer.dtype != dtype or buffer.device != self.q.device:
+            with torch.inference_mode(False):  # an inference tensor could not be written to outside inference mode
+                self.buffers.buffer = buffer = torch.empty(n, dtype=dtype, device=self.q.device)
+        weight, n = buffer[:n].view_as(self.q), rows_at_once(self.q)
         for rows, q, scale in zip(weight.split(n), self.q.split(n), self.scale[:, None].split(n), strict=True):
             rows.copy_(q).mul_(scale)
         return weight

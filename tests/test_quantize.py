@@ -1,5 +1,7 @@
 """int8 weights: rounded as near as can be, read as they come, and hardly to be told from the others."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from reference import prompts, reference_and_ours, reference_model
@@ -60,6 +62,38 @@ def test_a_model_in_int8_says_nearly_the_same(tmp_path, text):
         logits, wanted = int8(ids).logits, whole(ids).logits
     assert (logits - wanted).std() < 0.05 * wanted.std()
     assert torch.equal(int8.generate(ids, max_new_tokens=5), int8.generate(ids, max_new_tokens=5))
+
+
+MODES = {
+    "greedy": {},
+    "two rows": {"rows": 2},
+    "sampled": {"do_sample": True, "temperature": 1.5, "seed": 5},
+    "streamed": {"stream": True},
+    "stopped": {"stop_strings": ["a"]},
+}
+
+
+@pytest.mark.parametrize("quantize", [None, "int8"])
+def test_threads_give_the_answers_of_one_after_the_other(quantize):
+    """Pictures, questions and modes at once on one model. A prompt of 64 patches has the matrices written out."""
+    processor = LlavaProcessor.from_pretrained(BUNDLED)
+    model = LlavaForConditionalGeneration.from_pretrained(BUNDLED, torch.float32, quantize=quantize)
+    sprites = emoji_world.load_sprites()
+    questions = ("Describe the picture.", "What is on the left?", "How many objects are in the picture?")
+
+    def answer(n: int) -> tuple[list, list[str]]:
+        question, options = questions[n % 3], dict(list(MODES.values())[n % 5])
+        rows, said = options.pop("rows", 1), []
+        if options.pop("stream", False):
+            options["streamer"] = said.append
+        pictures = [emoji_world.make_scene(sprites, judge.UNSEEN + n + row)[0] for row in range(rows)]
+        inputs = processor(images=pictures, text=[f"USER: <image>\n{question} ASSISTANT:"] * rows)
+        return model.generate(**inputs, max_new_tokens=20, tokenizer=processor.tokenizer, **options).tolist(), said
+
+    numbers = list(range(30)) * 2
+    wanted = [answer(n) for n in range(30)] * 2
+    with ThreadPoolExecutor(4) as threads:
+        assert list(threads.map(answer, numbers)) == wanted
 
 
 def test_a_tied_head_stays_as_it_is(tmp_path):
