@@ -8,12 +8,15 @@ kernels read on the device and the step itself counts up. The plain functions cu
 knows, so they cannot be replayed; nor can anything that waits for a result of the GPU.
 """
 
+import threading
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 import kernels
+
+RECORDING = threading.Lock()  # torch.cuda.graph captures on one stream, which all threads share
 
 
 class DecodeGraph:
@@ -50,6 +53,8 @@ class DecodeGraph:
     def record(self, model, cache) -> None:
         length = cache.length
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):  # nothing runs in here, on the GPU; only Python does, and it counts
+        # While it records nothing runs on the GPU; only Python does, and it counts. Without thread_local, a capture
+        # would forbid every other thread to take memory.
+        with RECORDING, torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
             self.logits = self.decode(model, self.ids, self.position_ids, cache)
         cache.length = length

@@ -10,6 +10,10 @@ import json
 import os
 import subprocess
 import sys
+import threading
+import time
+import types
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -428,12 +432,32 @@ def test_the_graph_is_given_each_token_and_its_place(monkeypatch):
 
     scores, step = torch.zeros(2, dtype=torch.long), DecodeGraph(decode)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
-    monkeypatch.setattr(torch.cuda, "graph", lambda graph: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, **_: contextlib.nullcontext())
     for i in range(4):
         ids, position_ids = torch.tensor([i, 7]), torch.tensor([[i], [i + 1]])
         assert torch.equal(step(None, ids, position_ids, Cache), ids * 100 + position_ids[:, 0] * 10 + Cache.past)
         Cache.past += 1
         assert Cache.length == Cache.past == 6 + i
+
+
+def test_threads_record_one_after_the_other(monkeypatch):
+    """PyTorch captures on one stream, and a capture must not forbid the other threads their work meanwhile."""
+    recording, modes = threading.Lock(), []
+
+    @contextlib.contextmanager
+    def graph(_, capture_error_mode="global"):
+        modes.append(capture_error_mode)
+        assert recording.acquire(blocking=False)
+        time.sleep(0.05)
+        yield
+        recording.release()
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    cache = types.SimpleNamespace(length=5)
+    with ThreadPoolExecutor(3) as threads:
+        list(threads.map(lambda _: DecodeGraph(lambda *_: None).record(None, cache), range(3)))
+    assert modes == ["thread_local"] * 3
 
 
 # --- Compiled for a GPU ----------------------------------------------------------------------------------------------
