@@ -17,6 +17,7 @@ import emoji_world
 from arguments import BUNDLED
 from batches import messages
 from llava import LlavaForConditionalGeneration, LlavaProcessor
+from save_checkpoint import check_finite
 
 UNSEEN = 10**9  # the first seed of the scenes kept for judging
 KEPT = {"before alignment": "before-alignment", "after alignment": "after-alignment", "after tuning": None}
@@ -106,7 +107,9 @@ def snapshot(model: nn.Module) -> dict[str, Tensor]:
 
 
 def save_stage(then: dict[str, Tensor], other: dict[str, Tensor], file: Path) -> None:
-    """What `then` has other than `other`, in bfloat16."""
-    file.parent.mkdir(parents=True, exist_ok=True)
+    """Write the tensors of `then` that differ from those of `other`, in bfloat16."""
     changed = {name: tensor for name, tensor in then.items() if not torch.equal(tensor, other[name])}
-    save_file({name: tensor.to(torch.bfloat16).contiguous().cpu() for name, tensor in changed.items()}, file)
+    changed = {name: tensor.to(torch.bfloat16).contiguous().cpu() for name, tensor in changed.items()}
+    check_finite(changed)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    save_file(changed, file)

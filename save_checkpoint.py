@@ -13,7 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 from llava import LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
 from load_weights import named_parts
@@ -32,10 +32,12 @@ def save(model: LlavaForConditionalGeneration, processor: LlavaProcessor, folder
     """Write a whole checkpoint. Nothing in `folder` changes before all of it is written.
 
     One exception to what is said above: a model from LLaVA's authors has no embedding for <image>, which transformers
-    would want. Raises ValueError for a model in int8, which has no form in a checkpoint.
+    would want. Raises ValueError for a model in int8, which has no form in a checkpoint, and for one whose numbers are
+    not all finite.
     """
     if any(name.endswith(".q") for name, _ in model.named_parameters()):
         raise ValueError("a model in int8 cannot be saved: load it without quantize")
+    check_finite(dict(model.named_parameters()))
     with replaced_files(Path(folder)) as scratch:
         write_weights(model, scratch, shard_bytes)
         dtype = str(model.dtype).removeprefix("torch.")
@@ -45,6 +47,12 @@ def save(model: LlavaForConditionalGeneration, processor: LlavaProcessor, folder
         write_json(scratch / "generation_config.json", generation | model.generation_config)
         write_processor(processor, model.config, scratch)
         write_tokenizer(processor.tokenizer, scratch)
+
+
+def check_finite(tensors: dict[str, Tensor]) -> None:
+    for name, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise ValueError(f"{name} is not finite in {tensor.dtype}, as after training that diverged")
 
 
 @contextmanager

@@ -209,21 +209,10 @@ def run_stage(
     learning = [parameter for parameter in objective.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(learning, lr=stage.lr, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
     place.folder.mkdir(parents=True, exist_ok=True)
-    kept, first = place.folder / f"{stage.name}.pt", 0
-    settings = f"{stage.steps} steps of {stage.batch} at {stage.lr}, from {place.source}"
-    if kept.is_file():
-        state = torch.load(kept, map_location=place.device, weights_only=True)
-        if state["settings"] != settings:
-            raise ValueError(f"{kept} is of another run ({state['settings']}): delete it, or choose another --out")
-        objective.load_state_dict(state["objective"])
-        first = state["step"]
-        if place.rank == 0:
-            print(f"{stage.name}: goes on behind step {first} of {stage.steps}, from {kept}")
+    first = resume(stage, objective, optimizer, place)
     log = Log(stage, place, first)
     if first == stage.steps:
         return
-    if first:
-        optimizer.load_state_dict(state["optimizer"])
     if place.compile:
         torch._logging.set_logs(dynamo=logging.ERROR)  # or it would tell at length that it cannot compile int(sum)
         objective.compile(dynamic=True)
@@ -234,14 +223,57 @@ def run_stage(
             group["lr"] = learning_rate(step, stage)
         optimizer.zero_grad()
         loss = backward(parallel, objective.count, batches, place)
-        nn.utils.clip_grad_norm_(learning, 1.0)
-        optimizer.step()
-        log.add(step + 1, loss)
+        norm = nn.utils.clip_grad_norm_(learning, 1.0)
         done = step + 1
-        if place.rank == 0 and (done % KEEP_EVERY == 0 or done == stage.steps):
-            state = {"objective": objective.state_dict(), "optimizer": optimizer.state_dict()}
-            torch.save({"step": done, "settings": settings, **state}, kept.with_suffix(".new"))
-            kept.with_suffix(".new").replace(kept)
+        stop_if_diverged(stage, done, "loss", [torch.tensor(loss)], place)
+        stop_if_diverged(stage, done, "norm of the gradients", [norm], place)
+        optimizer.step()
+        if done % KEEP_EVERY == 0 or done == stage.steps:
+            keep(stage, done, objective, optimizer, place)
+        log.add(done, loss)
+
+
+def settings(stage: Stage, place: Place) -> str:
+    """What must be the same for a run to resume."""
+    return f"{stage.steps} steps of {stage.batch} at {stage.lr}, from {place.source}"
+
+
+def resume(stage: Stage, objective: nn.Module, optimizer: torch.optim.Optimizer, place: Place) -> int:
+    """Load what an earlier run of this stage kept and return how many steps it took, 0 if there was none."""
+    kept = place.folder / f"{stage.name}.pt"
+    if not kept.is_file():
+        return 0
+    state = torch.load(kept, map_location=place.device, weights_only=True)
+    if state["settings"] != settings(stage, place):
+        raise ValueError(f"{kept} is of another run ({state['settings']}): delete it, or choose another --out")
+    objective.load_state_dict(state["objective"])
+    optimizer.load_state_dict(state["optimizer"])
+    if place.rank == 0:
+        print(f"{stage.name}: resumes after step {state['step']} of {stage.steps}, from {kept}")
+    return state["step"]
+
+
+def keep(stage: Stage, step: int, objective: nn.Module, optimizer: torch.optim.Optimizer, place: Place) -> None:
+    """Write what `resume` reads, if all of its numbers are finite."""
+    kept = place.folder / f"{stage.name}.pt"
+    moments = [tensor for state in optimizer.state.values() for tensor in state.values()]
+    stop_if_diverged(stage, step, "result", [*objective.state_dict().values(), *moments], place)
+    if place.rank == 0:
+        state = {"objective": objective.state_dict(), "optimizer": optimizer.state_dict()}
+        torch.save({"step": step, "settings": settings(stage, place), **state}, kept.with_suffix(".new"))
+        kept.with_suffix(".new").replace(kept)
+
+
+def stop_if_diverged(stage: Stage, step: int, what: str, tensors: list[Tensor], place: Place) -> None:
+    """Raise ValueError, in all processes together, if a number of these tensors is not finite in one of them."""
+    finite = torch.tensor(float(all(tensor.isfinite().all() for tensor in tensors)), device=place.device)
+    if dist.is_initialized():
+        dist.all_reduce(finite, dist.ReduceOp.MIN)
+    if not finite:
+        raise ValueError(
+            f"{stage.name} diverged: the {what} of step {step} is not finite, so no model is written. Choose a lower "
+            "learning rate (--lr with --data, else in train.STAGES) and another --out"
+        )
 
 
 def backward(objective: nn.Module, count: Callable[[dict], Tensor], batches: list[dict], place: Place) -> float:
@@ -403,6 +435,13 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def rate(text: str) -> float:
+    number = float(text)
+    if not 0 <= number < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not a learning rate")
+    return number
+
+
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Train the tiny LLaVA, tune one, or judge it.")
     parser.add_argument("--out", type=Path, help="where the model is written (default: a folder under runs/)")
@@ -414,7 +453,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--model", type=Path, help="the checkpoint that --data starts from (default: the bundled one)")
     parser.add_argument("--steps", type=positive, help="with --data (default: once through the file)")
     parser.add_argument("--batch", type=positive, help="with --data: conversations a step (default: 16)")
-    parser.add_argument("--lr", type=float, help="with --data: the highest learning rate (default: 2e-5)")
+    parser.add_argument("--lr", type=rate, help="with --data: the highest learning rate (default: 2e-5)")
     parser.add_argument("--accumulate", type=positive, default=1, help="pieces of a step, to save memory")
     parser.add_argument("--compile", action="store_true", help="faster by half, after a minute's work")
     parser.add_argument("--seed", type=int, default=0, help="of the first weights")

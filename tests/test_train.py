@@ -23,6 +23,7 @@ from batches import Records, Steps, World, collate, messages, tokenize_caption, 
 from clip import ImageProcessor
 from command import BUNDLED
 from llava import LlavaForConditionalGeneration, LlavaProcessor
+from save_checkpoint import save
 
 ROOT = Path(__file__).parent.parent
 TURNS = [
@@ -231,6 +232,68 @@ def test_a_stopped_run_goes_on_with_the_same_losses(world, tmp_path, monkeypatch
     assert all(torch.equal(tensor, weights[whole][name]) for name, tensor in weights[stopped].items())
 
 
+class Steep(train.NextTokenLoss):
+    """A loss that is a number and whose gradients are not."""
+
+    def forward(self, batch):
+        return super().forward(batch) + (0 * self.model.lm_head.weight).sqrt().sum()
+
+
+class Lost(train.NextTokenLoss):
+    def forward(self, batch):
+        return super().forward(batch) * torch.inf
+
+
+@pytest.mark.parametrize(
+    "how, trouble",
+    [
+        ({"lr": 1e5, "steps": 20}, "not finite"),
+        ({"loss": Lost, "steps": 1}, "loss"),
+        ({"loss": Steep, "steps": 1}, "gradients"),
+        ({"lr": 1e39, "steps": 1}, "result"),  # good numbers lead to a last step out of float32's range
+    ],
+)
+def test_a_run_that_diverges_stops_and_keeps_nothing_of_it(world, tmp_path, monkeypatch, how, trouble):
+    monkeypatch.setattr(train, "KEEP_EVERY", 1)
+    stage = replace(TUNE, batch=2, **how)
+    with pytest.raises(ValueError, match=f"diverged.*{trouble}"):
+        train.run_stage(stage, fresh_model(world), partial(stage.data, world), train.Place(tmp_path))
+    kept = tmp_path / "tune.pt"
+    assert kept.is_file() == (stage.steps > 1) and not kept.with_suffix(".new").exists()
+    if kept.is_file():
+        state = torch.load(kept)
+        assert all(tensor.isfinite().all() for tensor in state["objective"].values())
+
+
+def test_numbers_that_are_not_finite_are_not_saved(world, tmp_path):
+    """A number may be finite in float32 only: a checkpoint is in bfloat16."""
+    model, processor = fresh_model(world), LlavaProcessor.from_pretrained(BUNDLED)
+    good = judge.snapshot(model)
+    for number, dtype in ((torch.nan, torch.float32), (torch.inf, torch.float32), (3.4e38, torch.bfloat16)):
+        with torch.no_grad():
+            model.float().language_model.norm.weight[3] = number
+        name = r"language_model\.norm\.weight"
+        with pytest.raises(ValueError, match=name):
+            save(model.to(dtype), processor, tmp_path / "model")
+        with pytest.raises(ValueError, match=name):
+            judge.save_stage(model.state_dict(), good, tmp_path / "stage.safetensors")
+        assert not (tmp_path / "model").exists() and not (tmp_path / "stage.safetensors").exists()
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_command_that_diverges_says_so_and_writes_no_model(tmp_path, processes):
+    (tmp_path / "my.json").write_text(json.dumps(records(tmp_path, 4)))
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    command = [*(launch if processes > 1 else [sys.executable]), ROOT / "train.py", "--data", tmp_path / "my.json",
+               "--out", tmp_path / "out", "--batch", "2", "--steps", "20", "--lr", "1e5"]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=170)
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert errors and all("tune diverged" in line and "--lr" in line for line in errors), done.stderr
+    assert done.returncode == (2 if processes == 1 else 1)  # torchrun's own
+    assert processes > 1 or done.stderr == errors[0] + "\n"
+    assert [path.name for path in (tmp_path / "out").iterdir()] == []
+
+
 def test_a_step_in_pieces_is_the_same_step(world, tmp_path):
     batches = [[world.conversations(range(6))], [world.conversations(range(2 * i, 2 * i + 2)) for i in range(3)]]
     grads = []
@@ -398,7 +461,8 @@ def test_two_processes_take_what_has_no_picture(tmp_path):
     assert done.returncode == 0 and "4/4" in done.stdout, done.stderr[-3000:]
 
 
-@pytest.mark.parametrize("wrong", [["--batch", "0"], ["--accumulate", "3", "--batch", "4"], ["--device", "moon"]])
+@pytest.mark.parametrize("wrong", [["--batch", "0"], ["--accumulate", "3", "--batch", "4"], ["--device", "moon"],
+                                   ["--lr", "nan"], ["--lr", "inf"], ["--lr=-1"], ["--lr", "fast"]])  # fmt: skip
 def test_wrong_arguments_are_refused_in_a_sentence(tmp_path, wrong):
     (tmp_path / "my.json").write_text(json.dumps(records(tmp_path, 3)))
     command = [sys.executable, ROOT / "train.py", "--data", tmp_path / "my.json", "--out", tmp_path / "out", *wrong]
