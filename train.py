@@ -442,27 +442,57 @@ def rate(text: str) -> float:
     return number
 
 
+# What a command takes besides the flag that chooses it; None is the recipe from nothing.
+TAKES = {
+    None: ("out", "quick", "accumulate", "compile", "seed", "device"),
+    "data": ("out", "images", "model", "steps", "batch", "lr", "accumulate", "compile", "device"),
+    "evaluate": ("scenes", "device"),
+}
+DEFAULTS = {
+    **dict.fromkeys(("out", "evaluate", "data", "images", "model", "steps", "batch", "lr")),
+    **{"quick": False, "compile": False, "scenes": 300, "accumulate": 1, "seed": 0},
+}
+
+
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Train the tiny LLaVA, tune one, or judge it.")
+    """The flags of one command. Raises ValueError for flags that do not go together and for files that do not exist."""
+    parser = argparse.ArgumentParser(
+        description="Train the tiny LLaVA, tune one, or judge it.", argument_default=argparse.SUPPRESS
+    )
     parser.add_argument("--out", type=Path, help="where the model is written (default: a folder under runs/)")
     parser.add_argument("--quick", action="store_true", help="a few steps of every stage")
     parser.add_argument("--evaluate", type=Path, nargs="?", const=BUNDLED, metavar="FOLDER", help="judge a model")
-    parser.add_argument("--scenes", type=positive, default=300, help="how many unseen scenes to judge by")
+    parser.add_argument("--scenes", type=positive, help="with --evaluate: how many unseen scenes (default: 300)")
     parser.add_argument("--data", type=Path, help="a LLaVA-format JSON file to tune on")
-    parser.add_argument("--images", type=Path, help="the folder of its pictures (default: the file's own)")
-    parser.add_argument("--model", type=Path, help="the checkpoint that --data starts from (default: the bundled one)")
+    parser.add_argument("--images", type=Path, help="with --data: the folder of its pictures (default: the file's own)")
+    parser.add_argument("--model", type=Path, help="with --data: the checkpoint it starts from (default: the bundled)")
     parser.add_argument("--steps", type=positive, help="with --data (default: once through the file)")
     parser.add_argument("--batch", type=positive, help="with --data: conversations a step (default: 16)")
     parser.add_argument("--lr", type=rate, help="with --data: the highest learning rate (default: 2e-5)")
-    parser.add_argument("--accumulate", type=positive, default=1, help="pieces of a step, to save memory")
+    parser.add_argument("--accumulate", type=positive, help="pieces of a step, to save memory (default: 1)")
     parser.add_argument("--compile", action="store_true", help="faster by half, after a minute's work")
-    parser.add_argument("--seed", type=int, default=0, help="of the first weights")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    args = parser.parse_args()
-    for flag in ("--images", "--model", "--steps", "--batch", "--lr"):
-        if not args.data and getattr(args, flag.strip("-")) is not None:
-            raise ValueError(f"{flag} goes with --data: what the recipe itself takes stands in train.STAGES")
+    parser.add_argument("--seed", type=int, help="of the recipe's first weights (default: 0)")
+    parser.add_argument("--device", help="cpu or cuda (default: cuda where there is a GPU)")
+    given = vars(parser.parse_args())
+    check_together(given)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    args = argparse.Namespace(**DEFAULTS | {"device": device} | given)
+    if args.images and not args.images.is_dir():
+        raise ValueError(f"there is no folder {args.images}: --images is the folder of the pictures that --data names")
+    if args.data and not args.data.is_file():
+        raise ValueError(f"there is no file {args.data}: --data is a JSON file of conversations")
     return args
+
+
+def check_together(given: dict) -> None:
+    command = next((name for name in TAKES if name in given), None)
+    for flag in given:
+        if flag != command and flag not in TAKES[command]:
+            needed = next((name for name, flags in TAKES.items() if flag in flags), None)
+            if command:
+                raise ValueError(f"--{flag} does not go with --{command}")
+            recipe = ": what the recipe itself takes is in train.STAGES" if needed == "data" else ""
+            raise ValueError(f"--{flag} goes with --{needed}{recipe}")
 
 
 def main() -> None:

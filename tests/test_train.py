@@ -1,6 +1,7 @@
 """The recipe: what each stage learns from, what it may change, that a stopped run goes on, alone or shared."""
 
 import csv
+import itertools
 import json
 import os
 import pickle
@@ -470,11 +471,64 @@ def test_wrong_arguments_are_refused_in_a_sentence(tmp_path, wrong):
     assert done.returncode == 2 and "Traceback" not in done.stderr and "error: " in done.stderr
 
 
-@pytest.mark.parametrize("wrong", [["--steps", "100"], ["--model", "x"], ["--accumulate", "3"]])
-def test_what_the_recipe_does_not_take_is_refused_before_it_begins(tmp_path, wrong):
-    command = [sys.executable, ROOT / "train.py", "--out", tmp_path / "out", *wrong]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
-    assert done.returncode == 2 and done.stderr.startswith("error: ") and not (tmp_path / "out").exists()
+VALUES = {"out": "x", "quick": None, "evaluate": "x", "scenes": "2", "data": "my.json", "images": "x", "model": "x",
+          "steps": "2", "batch": "2", "lr": "0.1", "accumulate": "1", "compile": None, "seed": "1",
+          "device": "cpu"}  # fmt: skip
+TOGETHER = [
+    {"out", "quick", "accumulate", "compile", "seed", "device"},
+    {"out", "data", "images", "model", "steps", "batch", "lr", "accumulate", "compile", "device"},
+    {"evaluate", "scenes", "device"},
+]
+
+
+def flags(*names: str) -> list[str]:
+    return [part for name in names for part in ("--" + name, VALUES[name]) if part is not None]
+
+
+def test_flags_that_do_not_go_together_are_refused(tmp_path, monkeypatch):
+    """All pairs, by themselves and with the flag that one of the two needs."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my.json").write_text("[]")
+    (tmp_path / "x").mkdir()
+    refused = 0
+    for one, other in itertools.combinations(VALUES, 2):
+        for mode in (set(), {"data"}, {"evaluate"}):
+            given = {one, other} | mode
+            monkeypatch.setattr(sys, "argv", ["train.py", *flags(*sorted(given))])
+            fits = any(given <= allowed and required <= given for allowed, required in zip(
+                TOGETHER, (set(), {"data"}, {"evaluate"}), strict=True))  # fmt: skip
+            if fits:
+                train.parse_arguments()
+                continue
+            refused += 1
+            with pytest.raises(ValueError, match="--"):
+                train.parse_arguments()
+    assert refused > 150
+
+
+@pytest.mark.parametrize(
+    "wrong, named",
+    [
+        (["--steps", "100"], "--steps"),
+        (["--model", "x"], "--model"),
+        (["--scenes", "9"], "--scenes"),
+        (["--evaluate", "--data", "my.json"], "--data"),
+        (["--evaluate", "--accumulate", "1"], "--accumulate"),
+        (["--quick", "--data", "my.json"], "--quick"),
+        (["--seed", "0", "--data", "my.json"], "--seed"),
+        (["--data", "my.json", "--images", "gone", "--model", "nowhere"], "gone"),
+        (["--data", "missing.json", "--model", "nowhere"], "missing.json"),
+        (["--accumulate", "3"], "pieces"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_what_is_wrong_is_named_before_anything_begins(tmp_path, wrong, named):
+    (tmp_path / "my.json").write_text("[]")
+    command = [sys.executable, ROOT / "train.py", "--out", "out", *wrong]
+    command = command[:2] + wrong if "--evaluate" in wrong else command
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100, cwd=tmp_path)
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    assert named in done.stderr and "nowhere" not in done.stderr and not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("content", ["{", "{}", "[]", '["a"]', "[1]", "\xff"])
