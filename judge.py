@@ -10,14 +10,14 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import emoji_world
 from arguments import BUNDLED
 from batches import messages
 from llava import LlavaForConditionalGeneration, LlavaProcessor
-from save_checkpoint import check_finite
+from save_checkpoint import check_finite, replaced_files, write_tensors
 
 UNSEEN = 10**9  # the first seed of the scenes kept for judging
 KEPT = {"before alignment": "before-alignment", "after alignment": "after-alignment", "after tuning": None}
@@ -111,5 +111,5 @@ def save_stage(then: dict[str, Tensor], other: dict[str, Tensor], file: Path) ->
     changed = {name: tensor for name, tensor in then.items() if not torch.equal(tensor, other[name])}
     changed = {name: tensor.to(torch.bfloat16).contiguous().cpu() for name, tensor in changed.items()}
     check_finite(changed)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    save_file(changed, file)
+    with replaced_files(file.parent) as scratch:
+        write_tensors(changed, scratch / file.name)

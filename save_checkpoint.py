@@ -94,7 +94,15 @@ def write_weights(model: nn.Module, folder: Path, shard_bytes: float) -> None:
         index = {"metadata": {"total_size": total}, "weight_map": places}
         write_json(folder / "model.safetensors.index.json", index)
     for file, shard in zip(files, shards, strict=True):
-        save_file(shard, folder / file, metadata={"format": "pt"})
+        write_tensors(shard, folder / file)
+
+
+def write_tensors(tensors: dict[str, Tensor], file: Path) -> None:
+    """Write a new safetensors file that others may read if the umask lets them; save_file alone makes it private."""
+    file.touch()
+    mode = file.stat().st_mode
+    save_file(tensors, file, metadata={"format": "pt"})
+    file.chmod(mode)
 
 
 def config_json(config: LlavaConfig) -> dict:

@@ -281,6 +281,25 @@ def test_numbers_that_are_not_finite_are_not_saved(world, tmp_path):
         assert not (tmp_path / "model").exists() and not (tmp_path / "stage.safetensors").exists()
 
 
+@pytest.mark.parametrize("umask", [0o022, 0o027])
+def test_the_umask_decides_who_may_read_what_is_written(world, tmp_path, umask):
+    model, processor = fresh_model(world), LlavaProcessor.from_pretrained(BUNDLED)
+    before = os.umask(umask)
+    try:
+        save(model, processor, tmp_path / "whole")
+        save(model, processor, tmp_path / "shards", shard_bytes=5e6)
+        judge.save_stage(model.state_dict(), {name: -t for name, t in model.state_dict().items()},
+                         tmp_path / "stages" / "stage.safetensors")  # fmt: skip
+        stage = replace(TUNE, steps=1, batch=1)
+        train.run_stage(stage, model, partial(stage.data, world), train.Place(tmp_path / "run"))
+    finally:
+        os.umask(before)
+    written = [path for path in tmp_path.rglob("*") if path.is_file()]
+    modes = {path.name: oct(path.stat().st_mode & 0o777) for path in written}
+    assert {"model.safetensors", "model-00001-of-00006.safetensors", "stage.safetensors", "tune.pt"} <= set(modes)
+    assert set(modes.values()) == {oct(0o666 & ~umask)}, modes
+
+
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_command_that_diverges_says_so_and_writes_no_model(tmp_path, processes):
     (tmp_path / "my.json").write_text(json.dumps(records(tmp_path, 4)))
