@@ -14,7 +14,8 @@
     torchrun --nproc-per-node=2 train.py                       the same steps, each shared between two processes
 
 The pictures are drawn as they are needed: picture n is the scene with seed n, so no picture is seen twice in a stage,
-and a run that resumes at a step sees what it would have seen. Seeds from judge.UNSEEN up are for judging only.
+and a run that resumes at a step sees what it would have seen. Seeds from judge.UNSEEN up are for judging only: those
+from judge.FINAL up (--final) for published tables, the others for decisions about the recipe.
 """
 
 import argparse
@@ -48,7 +49,7 @@ import emoji_world
 from batches import Records, Steps, World, messages
 from clip import CLIPVisionConfig, ImageProcessor
 from command import BUNDLED, check_device, fast_dtype, run
-from judge import evaluate_stages, save_stage, snapshot
+from judge import FINAL, UNSEEN, evaluate_stages, save_stage, snapshot
 from llama import LlamaConfig
 from llava import LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
 from losses import ContrastiveLoss, NextTokenLoss, SpeltOutLoss, init_weights, world_size
@@ -446,11 +447,11 @@ def rate(text: str) -> float:
 TAKES = {
     None: ("out", "quick", "accumulate", "compile", "seed", "device"),
     "data": ("out", "images", "model", "steps", "batch", "lr", "accumulate", "compile", "device"),
-    "evaluate": ("scenes", "device"),
+    "evaluate": ("scenes", "final", "device"),
 }
 DEFAULTS = {
     **dict.fromkeys(("out", "evaluate", "data", "images", "model", "steps", "batch", "lr")),
-    **{"quick": False, "compile": False, "scenes": 300, "accumulate": 1, "seed": 0},
+    **{"quick": False, "compile": False, "final": False, "scenes": 300, "accumulate": 1, "seed": 0},
 }
 
 
@@ -463,6 +464,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="a few steps of every stage")
     parser.add_argument("--evaluate", type=Path, nargs="?", const=BUNDLED, metavar="FOLDER", help="judge a model")
     parser.add_argument("--scenes", type=positive, help="with --evaluate: how many unseen scenes (default: 300)")
+    parser.add_argument("--final", action="store_true", help="with --evaluate: the scenes kept for published tables")
     parser.add_argument("--data", type=Path, help="a LLaVA-format JSON file to tune on")
     parser.add_argument("--images", type=Path, help="with --data: the folder of its pictures (default: the file's own)")
     parser.add_argument("--model", type=Path, help="with --data: the checkpoint it starts from (default: the bundled)")
@@ -499,7 +501,7 @@ def main() -> None:
     args = parse_arguments()
     check_device(args.device)
     if args.evaluate:
-        evaluate_stages(args.evaluate, args.scenes, args.device)
+        evaluate_stages(args.evaluate, args.scenes, args.device, FINAL if args.final else UNSEEN)
         return
     torch.manual_seed(args.seed)
     place = find_place(args)

@@ -378,6 +378,25 @@ def test_every_stage_runs_from_the_command(tmp_path):
     assert "| all, on pairs never shown together |" in done.stdout
 
 
+def test_published_tables_are_over_scenes_that_no_decision_was_made_on(monkeypatch):
+    """By default the scenes for decisions; with --final others, whether their pairs were shown together or not."""
+
+    def judged(*flags: str) -> list[tuple[int, bool]]:
+        seen = []
+        monkeypatch.setattr(judge.emoji_world, "make_scene", lambda sprites, seed, side, apart: seen.append(
+            (seed, apart)) or (None, emoji_world.make_truth(seed, apart)))  # fmt: skip
+        monkeypatch.setattr(judge, "answers", lambda model, processor, pictures, asked: [""] * len(asked))
+        monkeypatch.setattr(sys, "argv", ["train.py", "--evaluate", "--scenes", "2", "--device", "cpu", *flags])
+        train.main()
+        return sorted(set(seen))
+
+    assert judge.UNSEEN == 10**9 and judge.FINAL == 2 * 10**9
+    for flags, first in (([], judge.UNSEEN), (["--final"], judge.FINAL)):
+        assert judged(*flags) == [(first, False), (first, True), (first + 1, False), (first + 1, True)]
+    steps = sum(stage.steps * stage.batch for stage in train.STAGES)
+    assert steps < judge.UNSEEN
+
+
 # --- The bundled model -----------------------------------------------------------------------------------------------
 
 
@@ -490,13 +509,13 @@ def test_wrong_arguments_are_refused_in_a_sentence(tmp_path, wrong):
     assert done.returncode == 2 and "Traceback" not in done.stderr and "error: " in done.stderr
 
 
-VALUES = {"out": "x", "quick": None, "evaluate": "x", "scenes": "2", "data": "my.json", "images": "x", "model": "x",
-          "steps": "2", "batch": "2", "lr": "0.1", "accumulate": "1", "compile": None, "seed": "1",
+VALUES = {"out": "x", "quick": None, "evaluate": "x", "scenes": "2", "final": None, "data": "my.json", "images": "x",
+          "model": "x", "steps": "2", "batch": "2", "lr": "0.1", "accumulate": "1", "compile": None, "seed": "1",
           "device": "cpu"}  # fmt: skip
 TOGETHER = [
     {"out", "quick", "accumulate", "compile", "seed", "device"},
     {"out", "data", "images", "model", "steps", "batch", "lr", "accumulate", "compile", "device"},
-    {"evaluate", "scenes", "device"},
+    {"evaluate", "scenes", "final", "device"},
 ]
 
 
@@ -531,6 +550,7 @@ def test_flags_that_do_not_go_together_are_refused(tmp_path, monkeypatch):
         (["--steps", "100"], "--steps"),
         (["--model", "x"], "--model"),
         (["--scenes", "9"], "--scenes"),
+        (["--final"], "--final"),
         (["--evaluate", "--data", "my.json"], "--data"),
         (["--evaluate", "--accumulate", "1"], "--accumulate"),
         (["--quick", "--data", "my.json"], "--quick"),
