@@ -32,7 +32,7 @@ def runs_kernels(x: Tensor) -> bool:
 
 def can_run(x: Tensor) -> bool:
     """Whether kernels can compute with x: its dtype and device, no gradients are recorded and autocast is off."""
-    return x.dtype in DTYPES and runs_kernels(x) and not formula_needed(x)
+    return x.dtype in DTYPES and runs_kernels(x) and not formula_needed()
 
 
 def check_tensors(**tensors: Tensor) -> None:

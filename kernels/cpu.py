@@ -27,12 +27,13 @@ class FewRowsLinear(nn.Linear):
         adopt(self, plain)
 
     def forward(self, x: Tensor) -> Tensor:  # (..., in) -> (..., out)
-        if x.is_cpu and x.dtype == self.weight.dtype and self.bias is None and not formula_needed(x):
+        weight = self.weight
+        if self.bias is None and x.is_cpu and x.dtype == weight.dtype and not formula_needed():
             rows = x.numel() // self.in_features
             if rows == 1:
-                return torch.mv(self.weight, x.flatten()).view(*x.shape[:-1], -1)
+                return torch.mv(weight, x.flatten()).view(*x.shape[:-1], -1)
             if 1 < rows <= FEW_ROWS and x.dtype == torch.bfloat16:
-                return (self.weight @ x.flatten(0, -2).T).T.unflatten(0, x.shape[:-1])
+                return (weight @ x.flatten(0, -2).T).T.unflatten(0, x.shape[:-1])
         return super().forward(x)
 
 
@@ -41,18 +42,18 @@ class FusedAttention(LlamaAttention):
 
     def __init__(self, plain: LlamaAttention):
         adopt(self, plain)
-        self.fused_qkv = FusedLinears(LARGEST_FUSED)
-        self.fused_qkv.fuse(self.q_proj, self.k_proj, self.v_proj)
+        self.fused_qkv = FusedLinears(self, ("q_proj", "k_proj", "v_proj"), LARGEST_FUSED)
+        self.fused_qkv.fuse()
 
     def _apply(self, fn, recurse: bool = True):  # what .to(), .float() and so on call
         self.fused_qkv.forget()
         return super()._apply(fn, recurse)
 
     def qkv(self, x: Tensor) -> tuple[Tensor, ...]:  # (B, T, D) -> (B, H, T, d) and two (B, K, T, d)
-        if formula_needed(x):
+        if formula_needed() or (qkv := self.fused_qkv.module()) is None:
             return super().qkv(x)
-        projections = self.fused_qkv(x, self.q_proj, self.k_proj, self.v_proj)
-        return tuple(y.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for y in projections)
+        heads = qkv(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, H + K + K, T, d)
+        return heads.split((self.n_heads, self.n_kv_heads, self.n_kv_heads), dim=1)
 
 
 class FusedMLP(LlamaMLP):
@@ -60,17 +61,17 @@ class FusedMLP(LlamaMLP):
 
     def __init__(self, plain: LlamaMLP):
         adopt(self, plain)
-        self.fused_gate_up = FusedLinears(LARGEST_FUSED)
-        self.fused_gate_up.fuse(self.gate_proj, self.up_proj)
+        self.fused_gate_up = FusedLinears(self, ("gate_proj", "up_proj"), LARGEST_FUSED)
+        self.fused_gate_up.fuse()
 
     def _apply(self, fn, recurse: bool = True):
         self.fused_gate_up.forget()
         return super()._apply(fn, recurse)
 
     def forward(self, x: Tensor) -> Tensor:  # (B, T, D) -> (B, T, D)
-        if formula_needed(x):
+        if formula_needed():
             return super().forward(x)
-        gate, up = self.fused_gate_up(x, self.gate_proj, self.up_proj)
+        gate, up = self.fused_gate_up(x)
         return self.down_proj(F.silu(gate, inplace=True) * up)
 
 

@@ -90,15 +90,18 @@ class FastLlama(Llama):
 
     def __init__(self, plain: Llama):
         adopt(self, plain)
-        self.fused = [(FusedLinears(), FusedLinears()) for _ in self.layers]  # q, k and v; gate and up
-        for layer, (qkv, gate_up) in zip(self.layers, self.fused, strict=True):
-            qkv.fuse(layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj)
-            gate_up.fuse(layer.mlp.gate_proj, layer.mlp.up_proj)
+        self.fused: list[tuple[FusedLinears, FusedLinears]] = []
+        for layer in self.layers:
+            qkv = FusedLinears(layer.self_attn, ("q_proj", "k_proj", "v_proj"))
+            gate_up = FusedLinears(layer.mlp, ("gate_proj", "up_proj"))
+            qkv.fuse()
+            gate_up.fuse()
+            self.fused.append((qkv, gate_up))
 
     def _apply(self, fn, recurse: bool = True):  # what .to(), .float() and so on call
-        for fused in self.fused:
-            for linears in fused:
-                linears.forget()
+        for qkv, gate_up in self.fused:
+            qkv.forget()
+            gate_up.forget()
         return super()._apply(fn, recurse)
 
     def new_cache(self, batch: int, capacity: int) -> FastCache:
@@ -127,9 +130,9 @@ class FastLlama(Llama):
         for layer, (qkv, gate_up) in zip(self.layers, self.fused, strict=True):
             attn, mlp = layer.self_attn, layer.mlp
             y = rms_norm(x, layer.input_layernorm.weight, eps)
-            y = attn.o_proj(self.attend(*qkv(y, attn.q_proj, attn.k_proj, attn.v_proj), rope, cache, attn.layer))
+            y = attn.o_proj(self.attend(*qkv(y), rope, cache, attn.layer))
             x, y = add_rms_norm(x, y, layer.post_attention_layernorm.weight, eps)
-            x = x + mlp.down_proj(swiglu(*gate_up(y, mlp.gate_proj, mlp.up_proj)))
+            x = x + mlp.down_proj(swiglu(*gate_up(y)))
         cache.length += T
         return rms_norm(x, self.norm.weight, eps)
 

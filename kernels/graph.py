@@ -66,7 +66,7 @@ class GraphStep:
 
     def record(self, step: RecordedStep, cache: FastCache) -> None:
         length, graph = cache.length, torch.cuda.CUDAGraph()
-        try:  # kernels are recorded, not run; other threads may allocate memory meanwhile
+        try:  # kernels are recorded, not run; thread_local, so that other threads may allocate memory meanwhile
             with RECORDING, cache.recording(), torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 step.scores = self.plain_step(self.model, step.ids, step.position_ids, cache)
         finally:

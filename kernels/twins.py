@@ -22,71 +22,73 @@ def adopt(twin: nn.Module, plain: nn.Module) -> None:
     vars(twin).update(vars(plain))
 
 
-def formula_needed(x: Tensor) -> bool:
-    """Whether a twin must run the plain formula: gradients are recorded, or autocast chooses the dtypes."""
-    return torch.is_grad_enabled() or (not x.is_meta and torch.is_autocast_enabled(x.device.type))
+def formula_needed() -> bool:
+    """Whether twins must run the plain formula: gradients are recorded, or autocast chooses the dtypes."""
+    return torch.is_grad_enabled() or torch._C._is_any_autocast_enabled()
 
 
 class FusedLinears:
-    """Several linears with the same input as one product, because one large product is faster than several.
+    """Several linears with the same input as one module, because one large product is faster than several.
 
     In every parameter (weight and bias of an nn.Linear, q and scale of an Int8Linear) a row belongs to one output. The
     parameters are concatenated by rows, and those of each linear become views of the result: nothing is stored twice,
-    and writing to them takes effect. When they have been moved or replaced, by .to() or load_state_dict(assign=True),
-    the next call fuses them again. Linears with more than `largest` bytes together, or of different kinds, are called
-    one by one.
+    and writing to them takes effect. When a linear or a parameter has been replaced or moved, by an adapter, .to() or
+    load_state_dict(assign=True), the next use fuses them again.
     """
 
-    def __init__(self, largest: float = math.inf):
-        self.largest = largest
+    def __init__(self, owner: nn.Module, names: tuple[str, ...], largest: float = math.inf):
+        self.owner, self.names, self.largest = owner, names, largest  # children of `owner`; bytes of all together
         self.forget()
 
     def __reduce__(self):  # copy.deepcopy and pickle make an empty one: the copied linears have memory of their own
-        return FusedLinears, (self.largest,)
+        return FusedLinears, (self.owner, self.names, self.largest)
 
     def forget(self) -> None:
         """Release the fused parameters, so that moving the linears frees the old memory."""
-        # What was fused (see identity), and the result. One tuple, so that other threads read both or neither.
-        self.made: tuple[list, nn.Module | None] = ([], None)
+        # The linears, where their parameters were, and the result. One tuple, because other threads read it.
+        self.made: tuple[list[nn.Module], list[tuple[dict, str, int]], nn.Module | None] = ([], [], None)
 
-    def __call__(self, x: Tensor, *linears: nn.Module) -> tuple[Tensor, ...]:  # (..., in) -> (..., out) of each linear
-        made_for, whole = self.made
-        if made_for != identity(linears):
-            whole = self.fuse(*linears)
+    def __call__(self, x: Tensor) -> tuple[Tensor, ...]:  # (..., in) -> (..., out) of each linear
+        whole = self.module()
         if whole is None:
-            return tuple(linear(x) for linear in linears)
-        return whole(x).split([rows(linear) for linear in linears], dim=-1)
+            return tuple(getattr(self.owner, name)(x) for name in self.names)
+        return whole(x).split(whole.sizes, dim=-1)
+
+    def module(self) -> nn.Module | None:
+        """The fused linears, or None if they are too large or not alike: then they have to run one by one."""
+        linears, places, whole = self.made
+        modules = self.owner._modules  # this runs in every layer for every token, and attributes of modules are slow
+        if linears != [modules[name] for name in self.names]:
+            return self.fuse()
+        for parameters, name, place in places:
+            if address(parameters.get(name)) != place:
+                return self.fuse()
+        return whole
 
     @torch.inference_mode(False)  # tensors made in inference mode could not be trained later
     @torch.no_grad()
-    def fuse(self, *linears: nn.Module) -> nn.Module | None:
-        """Make one module of the linears and remember it; None if they are too large or not alike."""
-        whole = None
-        if alike(linears) and sum(p.nbytes for linear in linears for p in linear.parameters()) <= self.largest:
+    def fuse(self) -> nn.Module | None:
+        linears, whole = [getattr(self.owner, name) for name in self.names], None
+        size = sum(p.nbytes for linear in linears for p in linear.parameters())
+        if alike(linears) and size <= self.largest:
             whole = copy.copy(linears[0])  # its class and settings; the parameters follow
-            whole._parameters = dict(linears[0]._parameters)
+            whole._parameters, whole.sizes = dict(linears[0]._parameters), []
             for name, _ in linears[0].named_parameters():
                 parts = [getattr(linear, name) for linear in linears]
-                joined = torch.cat([part.detach() for part in parts])
+                joined, whole.sizes = torch.cat([part.detach() for part in parts]), [len(part) for part in parts]
                 whole._parameters[name] = nn.Parameter(joined, requires_grad=False)
-                for part, view in zip(parts, joined.split([len(part) for part in parts]), strict=True):
+                for part, view in zip(parts, joined.split(whole.sizes), strict=True):
                     part.data = view
-        self.made = identity(linears), whole
+        stored = [(linear._parameters, name) for linear in linears for name in linear._parameters]
+        self.made = linears, [(parameters, name, address(parameters[name])) for parameters, name in stored], whole
         return whole
 
 
-def identity(linears: tuple[nn.Module, ...]) -> list:
-    """The linears' classes and the addresses of their parameters."""
-    # nn.Module.parameters() is slower than the dictionary, and this runs in every layer for every token.
-    stored = [p.data_ptr() for linear in linears for p in linear._parameters.values() if p is not None]
-    return [type(linear) for linear in linears] + stored
+def address(parameter: nn.Parameter | None) -> int:
+    return 0 if parameter is None else parameter.data_ptr()
 
 
-def alike(linears: tuple[nn.Module, ...]) -> bool:
+def alike(linears: list[nn.Module]) -> bool:
     """Whether all have one class and the parameters of an nn.Linear or an Int8Linear, and nothing else."""
     kinds = {(type(linear), *(name for name, _ in linear.named_parameters())) for linear in linears}
     return len(kinds) == 1 and next(iter(kinds))[1:] in (("weight",), ("weight", "bias"), ("q", "scale"))
-
-
-def rows(linear: nn.Module) -> int:
-    return len(next(iter(linear._parameters.values())))

@@ -2,6 +2,9 @@
 
 import contextlib
 import copy
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -16,6 +19,7 @@ from llama import KVCache, rope_angles, visible_keys
 pytest.importorskip("triton")
 from kernels import graph
 from kernels.decoder import FastCache, FastInt8Linear, FastLlama
+from kernels.graph import GraphStep, RecordedStep
 
 every_kind = pytest.mark.parametrize("kind", KINDS)
 
@@ -315,6 +319,26 @@ def test_a_rewound_cache_continues_from_there(models):
     scores = [step(models[0], cache) for _ in range(3)]
     cache.length -= 2
     assert torch.equal(torch.stack(scores[1:]), torch.stack([step(models[0], cache) for _ in range(2)]))
+
+
+def test_threads_record_one_after_the_other(models, monkeypatch):
+    """PyTorch records on one stream, and a recording must not forbid other threads to allocate memory."""
+    recording, modes = threading.Lock(), []
+
+    @contextlib.contextmanager
+    def record(made, capture_error_mode="global"):
+        modes.append(capture_error_mode)
+        assert recording.acquire(blocking=False)
+        time.sleep(0.05)
+        yield
+        recording.release()
+
+    monkeypatch.setattr(torch.cuda, "graph", record)
+    cache, step = start(models[0]), GraphStep(models[0])
+    step.plain_step = lambda *_: None  # Triton's interpreter runs in one thread only
+    with ThreadPoolExecutor(3) as threads:
+        list(threads.map(lambda _: step.record(RecordedStep(torch.zeros(2), torch.zeros(2, 1)), cache), range(3)))
+    assert modes == ["thread_local"] * 3
 
 
 def test_what_a_graph_cannot_replay_is_not_recorded(models, monkeypatch):
