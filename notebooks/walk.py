@@ -1,16 +1,22 @@
-"""What the notebooks share: the check of a puzzle, and colours that everybody can tell apart.
+"""What all notebooks need. `import walk` puts the root of the repository on sys.path and sets the look of the figures.
 
-    A puzzle is a stub to fill in; check(yours, theirs, ...) compares it with the function of the repository, which is
-    the answer key. An unsolved one says so and stops nothing.
+`ROOT` is that root, `tiny_llava()` loads the bundled model, `chat_prompt` writes a question as the model expects it, and
+`check` compares the solution of a puzzle with the function of the repository that it is to rebuild.
 """
 
 import copy
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import matplotlib.pyplot as plt
 import torch
 
-# Okabe & Ito 2008, https://jfly.uni-koeln.de/color
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # first, because installed packages may have the names `clip` and `llama` too
+torch.manual_seed(0)
+
+# Colours that colour-blind readers can tell apart too: Okabe & Ito 2008, https://jfly.uni-koeln.de/color
 BLACK, ORANGE, SKY, GREEN, YELLOW, BLUE, RED, PINK = (
     "#000000", "#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7",
 )  # fmt: skip
@@ -25,14 +31,28 @@ plt.rcParams |= {
 }
 
 
+def tiny_llava() -> tuple:
+    """Returns the bundled model, in float32 on the CPU, and its processor."""
+    from llava import LlavaForConditionalGeneration, LlavaProcessor
+
+    folder = ROOT / "checkpoints/tiny-llava"
+    return LlavaForConditionalGeneration.from_pretrained(folder, torch.float32), LlavaProcessor.from_pretrained(folder)
+
+
+def chat_prompt(processor, question: str) -> str:
+    """Returns a prompt with one picture and a question about it, in the processor's template."""
+    content = [{"type": "image"}, {"type": "text", "text": question}]
+    return processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+
+
 def check(yours: Callable, theirs: Callable, *inputs: tuple) -> None:
-    """Call both with each of `inputs`, a tuple of arguments each, and say whether they agree."""
+    """Calls both functions with each tuple of arguments in `inputs` and prints whether their results agree."""
     for arguments in inputs:
         try:
-            answer = yours(*copy.deepcopy(arguments))  # it may change them
+            answer = yours(*copy.deepcopy(arguments))  # a copy, because `yours` may modify its arguments
         except NotImplementedError:
             answer = None
-        except Exception as error:  # whatever a half-solved puzzle may raise is for its author to read
+        except Exception as error:  # any error of an unfinished solution is shown to its author
             print(f"not solved yet: {type(error).__name__}: {error}")
             return
         if answer is None:
@@ -40,7 +60,7 @@ def check(yours: Callable, theirs: Callable, *inputs: tuple) -> None:
             return
         try:
             torch.testing.assert_close(answer, theirs(*arguments), rtol=1e-4, atol=1e-5)
-        except (AssertionError, TypeError) as error:  # the second where one is a tensor and the other is none
+        except (AssertionError, TypeError) as error:  # TypeError where one result is a tensor and the other is not
             print("not solved yet:", str(error).split("\n")[0])
             return
     print("solved")

@@ -14,7 +14,7 @@ from PIL import Image
 
 from notebooks.execute import execute
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 OURS = {file.stem for file in ROOT.glob("*.py")} | {"kernels"}
 
