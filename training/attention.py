@@ -1,7 +1,7 @@
 """Attention for training: the formula where it is faster, PyTorch's function elsewhere. The results are the same.
 
-PyTorch's function never stores the T x S weights and computes them again in its backward pass. On a CPU, and for the
-short texts of the emoji world, keeping them takes half the time or less; benchmarks/README.md has the measurement.
+PyTorch's function never stores the T x S weights, but computes them again in its backward pass. On a CPU and for short
+texts it is faster to keep them, as the formula does. For long texts they would not fit into memory.
 """
 
 from torch import Tensor, nn

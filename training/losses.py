@@ -65,13 +65,14 @@ class SpeltOutLoss(NextTokenLoss):
 
 
 class ContrastiveLoss(nn.Module):
-    """A contrast like CLIP's, but supervised and for each region, and a classification of each patch's position.
+    """A contrast of regions with their names, and a classification of each patch's position. It needs labels.
 
-    CLIP (Radford et al. 2021, figure 3) matches 400 million whole pictures with their captions, and learns by itself
-    what is where. Our loss is told it: it matches the patches under a thing with its name, and those of the background
-    with its colour. The names are the same everywhere in a picture, so this contrast alone would make the tower lose
-    the positions of its patches; two classifiers for row and column prevent that. The text side is a small Llama over
-    bytes. It is discarded afterwards, as LLaVA discards CLIP's.
+    CLIP's loss (Radford et al. 2021, figure 3) compares one vector per picture with one per caption, and its only label
+    is which of them belong together. Here the regions are labelled: patches under a thing belong to its name, and all
+    others to the colour of the background. Each patch must find its name by itself; equal names are one class. A name
+    is the same everywhere in a picture, so the contrast alone would make the tower lose the positions of its patches; a
+    linear layer that must tell row and column prevents that. The text side is a small Llama over bytes. It is discarded
+    after training, as LLaVA discards CLIP's.
     """
 
     def __init__(self, model: LlavaForConditionalGeneration, width: int = 128):

@@ -70,8 +70,8 @@ def new_model(tokenizer: Tokenizer) -> LlavaForConditionalGeneration:
     size = max(tokenizer.special_names) + 1
     text = replace(TEXT, vocab_size=-(-size // 64) * 64)  # rounded up, as in the hub's checkpoints
     model = LlavaForConditionalGeneration(
-        # LLaVA reads layer -2, one hypothesis being that the last one holds more global than local features. Our
-        # contrastive loss is about patches, so that the last layer is the best one.
+        # LLaVA reads CLIP's layer -2 (clip.py says why). The loss of our tower reads the patches of the last layer, so
+        # the decoder reads them too.
         LlavaConfig(VISION, text, image_token_index=tokenizer.image_token_id, vision_feature_layer=-1)
     )
     init_weights(model)
