@@ -161,6 +161,18 @@ def test_an_int8_matrix_on_a_gpu(dtype):
             no_worse(twin(x), module(x), exact.get_submodule(name)(x.float()))
 
 
+def test_an_int8_matrix_runs_the_formula_where_the_kernel_cannot():
+    plain = make("int8", layers=1).lm_head
+    twin = FastInt8Linear(plain)
+    with torch.enable_grad():
+        assert torch.equal(twin(random(1, 32)), plain(random(1, 32)))
+        x = random(5, 32).requires_grad_()
+        assert torch.equal(*(torch.autograd.grad(part(x).sum(), x)[0] for part in (twin, plain)))
+    x = random(5, 32, dtype=FP16)  # of another dtype than the scale
+    assert torch.equal(twin(x), plain(x)) and twin(x).dtype == FP16
+    assert twin(x[:0].float()).shape == (0, 70)
+
+
 def test_the_tower_on_a_gpu():
     plain = make()
     fast = accelerate(copy.deepcopy(plain), "triton")
@@ -213,6 +225,19 @@ def test_the_formula_runs_where_kernels_cannot(why, attended):
     assert not attended
     for ours, theirs in zip(*results, strict=True):
         assert_close(ours, theirs, atol=1e-4 if ours.dtype == FP32 else 0.02, rtol=1e-4)
+
+
+def test_a_later_mask_replaces_an_earlier_one():
+    plain = make(layers=1)
+    results = []
+    for model in (accelerate(copy.deepcopy(plain), "triton"), plain):
+        cache = model.language_model.new_cache(2, 8)
+        for mask in ([[1, 1], [0, 1]], [[1, 1, 1], [1, 1, 1]], [[1, 1, 1, 1], [0, 1, 1, 1]]):
+            mask = torch.tensor(mask)
+            new = torch.tensor([[5, 6, 7, 8], [9, 1, 2, 3]])[:, cache.length : mask.shape[1]]
+            results.append(model(new, attention_mask=mask, past_key_values=cache).logits[:, -1])
+    for ours, theirs in zip(results[:3], results[3:], strict=True):
+        assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
 
 
 def test_a_full_cache_says_so():
@@ -337,8 +362,17 @@ def test_threads_record_one_after_the_other(models, monkeypatch):
     cache, step = start(models[0]), GraphStep(models[0])
     step.plain_step = lambda *_: None  # Triton's interpreter runs in one thread only
     with ThreadPoolExecutor(3) as threads:
-        list(threads.map(lambda _: step.record(RecordedStep(torch.zeros(2), torch.zeros(2, 1)), cache), range(3)))
+        list(threads.map(lambda _: step.record(RecordedStep(torch.zeros(2), torch.zeros(2, 1), 0), cache), range(3)))
     assert modes == ["thread_local"] * 3
+
+
+def test_a_graph_is_recorded_again_when_the_weights_move(models):
+    ours, theirs = map(start, models)
+    for move in (None, None, "to", None, None):
+        if move:
+            models[0].float()
+        assert_close(step(models[0], ours), step(models[1], theirs), atol=1e-4, rtol=1e-4)
+        assert (ours.recorded.graph is None) == (ours.length in (4, 6))
 
 
 def test_what_a_graph_cannot_replay_is_not_recorded(models, monkeypatch):
