@@ -138,6 +138,16 @@ def test_a_linear_replaced_later_takes_effect(how):
 
 
 @either
+def test_linears_of_different_dtypes_stay_apart(how):
+    """Concatenated they would all have the wider dtype."""
+    fast = accelerate(make(), how)
+    fast.language_model.layers[0].self_attn.k_proj.half()
+    with pytest.raises(RuntimeError, match="dtype"):
+        scores(fast)
+    assert fast.language_model.layers[0].self_attn.k_proj.weight.dtype == FP16
+
+
+@either
 def test_accelerating_twice_is_accelerating_once(how):
     fast = accelerate(accelerate(make(), how), how)
     same(fast, make())
