@@ -90,6 +90,7 @@ class FastLlama(Llama):
 
     def __init__(self, plain: Llama):
         adopt(self, plain)
+        self.moves = 0  # how often the weights may have been moved
         self.fused: list[tuple[FusedLinears, FusedLinears]] = []
         for layer in self.layers:
             qkv = FusedLinears(layer.self_attn, ("q_proj", "k_proj", "v_proj"))
@@ -99,6 +100,7 @@ class FastLlama(Llama):
             self.fused.append((qkv, gate_up))
 
     def _apply(self, fn, recurse: bool = True):  # what .to(), .float() and so on call
+        self.moves += 1
         for qkv, gate_up in self.fused:
             qkv.forget()
             gate_up.forget()
@@ -109,9 +111,7 @@ class FastLlama(Llama):
 
     def can_use(self, cache: KVCache | None, x: Tensor) -> bool:
         """Whether the kernels can run x with this cache."""
-        if not isinstance(cache, FastCache) or cache.holes or self.config.head_dim > WIDEST_HEAD:
-            return False
-        return cache.k[0].dtype == x.dtype and can_run(x)
+        return isinstance(cache, FastCache) and not cache.holes and self.config.head_dim <= WIDEST_HEAD and can_run(x)
 
     def forward(self, x, attention_mask=None, position_ids=None, cache=None, hidden_states=None, attentions=None):
         B, T, _ = x.shape

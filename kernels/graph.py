@@ -22,8 +22,9 @@ class RecordedStep:
     """The decode step of one cache: tensors at fixed addresses, and the graph once it is recorded."""
 
     @torch.inference_mode(False)  # tensors made in inference mode could not be written to outside it
-    def __init__(self, input_ids: Tensor, position_ids: Tensor):
+    def __init__(self, input_ids: Tensor, position_ids: Tensor, moves: int):
         self.ids, self.position_ids = input_ids.clone(), position_ids.clone()  # (B,), (B, 1): what the graph reads
+        self.moves = moves  # FastLlama.moves when it was made: the graph has the addresses that the weights had then
         self.scores: Tensor | None = None  # (B, V): what it writes
         self.graph: torch.cuda.CUDAGraph | None = None
 
@@ -31,8 +32,8 @@ class RecordedStep:
 class GraphStep:
     """Replaces a model's `step`: the same arguments and the same scores (B, V), which the next call overwrites.
 
-    A graph belongs to one cache and is stored there. The first step with a cache runs normally, because Triton compiles
-    kernels in it; the second one is recorded.
+    A graph belongs to one cache and is stored there. The first step with a cache, or after the weights were moved, runs
+    normally, because Triton compiles kernels and matrices are fused in it; the second one is recorded.
     """
 
     def __init__(self, model: nn.Module):
@@ -44,11 +45,11 @@ class GraphStep:
     def __call__(self, input_ids: Tensor, position_ids: Tensor, cache: KVCache) -> Tensor:
         if not self.can_replay(cache):
             return self.plain_step(self.model, input_ids, position_ids, cache)
-        if cache.recorded is None:
-            cache.recorded = RecordedStep(input_ids, position_ids)
+        step, moves = cache.recorded, self.model.language_model.moves
+        if step is None or step.moves != moves:
+            cache.recorded = RecordedStep(input_ids, position_ids, moves)
             return self.plain_step(self.model, input_ids, position_ids, cache)
         cache.check(len(input_ids), cache.length + 1)
-        step = cache.recorded
         if step.graph is None:
             self.record(step, cache)
         step.ids.copy_(input_ids)

@@ -68,6 +68,7 @@ class FusedLinears:
     @torch.inference_mode(False)  # tensors made in inference mode could not be trained later
     @torch.no_grad()
     def fuse(self) -> nn.Module | None:
+        """Make the module of the linears as they are now."""
         linears, whole = [getattr(self.owner, name) for name in self.names], None
         size = sum(p.nbytes for linear in linears for p in linear.parameters())
         if alike(linears) and size <= self.largest:
@@ -90,5 +91,7 @@ def address(parameter: nn.Parameter | None) -> int:
 
 def alike(linears: list[nn.Module]) -> bool:
     """Whether all have one class and the parameters of an nn.Linear or an Int8Linear, and nothing else."""
-    kinds = {(type(linear), *(name for name, _ in linear.named_parameters())) for linear in linears}
-    return len(kinds) == 1 and next(iter(kinds))[1:] in (("weight",), ("weight", "bias"), ("q", "scale"))
+    stored = [dict(linear.named_parameters()) for linear in linears]
+    kinds = {tuple((name, p.dtype, p.device) for name, p in parameters.items()) for parameters in stored}
+    known = tuple(stored[0]) in (("weight",), ("weight", "bias"), ("q", "scale"))
+    return known and len(kinds) == 1 and len({type(linear) for linear in linears}) == 1

@@ -83,6 +83,12 @@ def test_weights_loaded_later(how, assign):
         same(fast, other)
 
 
+FUSED = {
+    "auto": lambda model: [layer.self_attn.fused_qkv for layer in model.language_model.layers],
+    "triton": lambda model: [part for pair in model.language_model.fused for part in pair],
+}
+
+
 @either
 @pytest.mark.parametrize(
     "copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["deepcopy", "pickle"]
@@ -91,6 +97,8 @@ def test_a_copy_has_weights_of_its_own(how, copied):
     fast, other = accelerate(make(), how), make()
     scores(fast)
     twin = copied(fast)
+    held = [part.made[2] for part in FUSED[how](twin)]
+    assert held == [None] * len(held)  # nothing is copied twice
     for part in (*twin.parameters(), *other.parameters()):
         part.mul_(1.5)
     same(twin, other)
@@ -102,12 +110,12 @@ def test_a_copy_has_weights_of_its_own(how, copied):
 @either
 def test_converting_frees_the_old_weights(how):
     fast = accelerate(make(), how)
-    weight = fast.language_model.layers[0].self_attn.k_proj.weight
-    old = StorageWeakRef(weight.untyped_storage())
-    assert not old.expired()
-    del weight
+    layer = fast.language_model.layers[0]
+    linears = layer.self_attn.k_proj, layer.mlp.up_proj, layer.mlp.down_proj
+    old = [StorageWeakRef(linear.weight.untyped_storage()) for linear in linears]
+    assert not any(storage.expired() for storage in old)
     fast.to(FP64)
-    assert old.expired()
+    assert all(storage.expired() for storage in old)
 
 
 @either
@@ -127,6 +135,16 @@ def test_a_linear_replaced_later_takes_effect(how):
         attn, mlp = model.language_model.layers[0].self_attn, model.language_model.layers[0].mlp
         attn.v_proj, mlp.gate_proj, mlp.up_proj = Doubled(attn.v_proj), Doubled(mlp.gate_proj), Doubled(mlp.up_proj)
     same(fast, plain)
+
+
+@either
+def test_linears_of_different_dtypes_stay_apart(how):
+    """Concatenated they would all have the wider dtype."""
+    fast = accelerate(make(), how)
+    fast.language_model.layers[0].self_attn.k_proj.half()
+    with pytest.raises(RuntimeError, match="dtype"):
+        scores(fast)
+    assert fast.language_model.layers[0].self_attn.k_proj.weight.dtype == FP16
 
 
 @either
