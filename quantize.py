@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # of x in PyTorch's int8 product
 FEW_ROWS = 4  # up to here PyTorch's int8 product is faster than writing the matrix out
 
 
@@ -47,7 +48,9 @@ class Int8Linear(nn.Module):
         self.q, self.scale = nn.Parameter(q, requires_grad=False), nn.Parameter(scale, requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:  # (..., in) -> (..., out)
-        if x.is_cpu and x.numel() <= FEW_ROWS * x.shape[-1]:
+        few = x.numel() <= FEW_ROWS * x.shape[-1]
+        # PyTorch's product is for a CPU, has no derivative, and reads beyond the end of rows of odd lengths.
+        if few and x.is_cpu and x.dtype in DTYPES and not x.requires_grad and x.shape[-1] % 32 == 0:
             return torch._weight_int8pack_mm(x.flatten(0, -2), self.q, self.scale).unflatten(0, x.shape[:-1])
         return F.linear(x, self.dequantize(x.dtype))
 
@@ -73,6 +76,6 @@ def quantize_model(model: nn.Module, how: str, dtype: torch.dtype) -> None:
     embedding = model.language_model.embed_tokens.weight
     for name, module in list(model.named_modules()):
         is_decoder = name.startswith(("language_model.", "lm_head"))
-        if is_decoder and type(module) is nn.Linear and module.bias is None and module.weight is not embedding:
+        if is_decoder and isinstance(module, nn.Linear) and module.bias is None and module.weight is not embedding:
             parent, _, leaf = name.rpartition(".")
             setattr(model.get_submodule(parent), leaf, Int8Linear(module.weight, dtype))
