@@ -32,7 +32,7 @@ from hub.strips import resize
 def quick_gelu(x: Tensor) -> Tensor:
     """x sigmoid(1.702 x): the approximation of GELU (Hendrycks & Gimpel 2016, section 2) that OpenAI's CLIP uses.
 
-    It differs from the exact GELU by up to 0.02. A tower has to run with the one it was trained with.
+    It differs from the exact GELU by up to 0.02. A tower needs the one it was trained with.
     """
     return x * torch.sigmoid(1.702 * x)
 

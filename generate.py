@@ -23,7 +23,7 @@ from tokenizer import Tokenizer
 
 
 def sample(logits: Tensor, seen: Tensor, config: GenerationConfig, generator: torch.Generator | None) -> Tensor:
-    """Choose the next ids (B,) by scores (B, V). `seen` (B, V + 1), from tokens_seen, marks tokens already in the text.
+    """Choose the next ids (B,) from their scores (B, V). `seen` (B, V + 1), from tokens_seen, marks tokens already in the text.
 
     The order is the reference's: repetition penalty (Keskar et al. 2019, section 4.1), then, unless the choice is
     greedy, temperature, top-k and top-p (Holtzman et al. 2019, section 3.1). GenerationConfig explains each.
@@ -41,14 +41,14 @@ def sample(logits: Tensor, seen: Tensor, config: GenerationConfig, generator: to
         logits = logits.masked_fill(logits < threshold, -torch.inf)
     if config.top_p < 1:
         ascending, order = logits.sort()
-        drop = ascending.softmax(-1).cumsum(-1) <= 1 - config.top_p
+        drop = ascending.softmax(-1).cumsum(-1) <= 1 - config.top_p  # the least likely, together 1 - top_p
         drop[:, -1] = False  # always keep the most likely token
-        logits = logits.masked_fill(drop.scatter(1, order, drop), -torch.inf)
+        logits = logits.masked_fill(drop.scatter(1, order, drop), -torch.inf)  # scatter undoes the sort
     return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
 
 
 def tokens_seen(input_ids: Tensor, attention_mask: Tensor, V: int) -> Tensor:  # two (B, T) -> (B, V + 1)
-    """Which tokens a prompt contains. Padding, and ids without a score, are marked in a last column, never read."""
+    """Which tokens a prompt contains. Padding, and ids without a score, are marked in an extra column that is never read."""
     ids = input_ids.masked_fill(attention_mask.cumsum(-1) == 0, V).clamp(max=V)
     return torch.zeros(len(ids), V + 1, dtype=torch.bool, device=ids.device).scatter(1, ids, True)
 

@@ -1,9 +1,9 @@
 """The decoder of Llama and Mistral: a sequence of vectors in, a sequence of vectors out.
 
-    x (B, T, D)  ->  N blocks of  [RMSNorm -> attention with RoPE -> +]  [RMSNorm -> SwiGLU -> +]  ->  RMSNorm
+    N blocks of  x = x + attention(RMSNorm(x)),  x = x + SwiGLU(RMSNorm(x)),  and a last RMSNorm;  x is (B, T, D)
 
 The decoder does not know where its input vectors come from: word embeddings and projected image patches are treated
-alike, and LLaVA needs nothing more than that. Llama: Touvron et al. 2023, https://arxiv.org/abs/2302.13971. Mistral
+alike, which is what lets LLaVA insert pictures. Llama: Touvron et al. 2023, https://arxiv.org/abs/2302.13971. Mistral
 adds grouped-query attention and a sliding window: Jiang et al. 2023, https://arxiv.org/abs/2310.06825.
 
     B batch    T new tokens    S all tokens so far, new ones included    D width    H heads    K key/value heads
@@ -86,7 +86,7 @@ def visible_keys(attention_mask: Tensor | None, past: int, T: int, window: int |
 
     `attention_mask` is (B, S), False at padding, or None. Returns None in two cases that `attention` handles without a
     mask: all tokens are new (each attends to itself and those before it), or one token is new (it attends to all). A
-    query at padding may attend to nothing; its output is 0, and nothing reads it.
+    query at padding may attend to nothing; no other query reads its output.
     """
     S = past + T
     if attention_mask is None and (T == 1 or past == 0) and (window is None or S <= window):
@@ -118,7 +118,7 @@ def eager_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """The same by PyTorch's function, which does not store the weights. This is the one the model uses."""
+    """The same for real tokens by PyTorch's function, which does not store the weights. The model uses this one."""
     causal, grouped = mask is None and q.shape[2] > 1, q.shape[1] != k.shape[1]
     return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=grouped)
 
@@ -138,7 +138,7 @@ class KVCache:
         self.attention_mask: Tensor | None = None
 
     def check(self, batch: int, tokens: int) -> None:
-        """Raise ValueError unless the cache is for this batch and has room for so many tokens in total."""
+        """Raise ValueError unless the cache is for this batch and has room for `tokens` tokens in total."""
         if batch != self.batch:
             raise ValueError(f"the cache is for a batch of {self.batch}, but the batch is {batch}")
         if tokens > self.capacity:

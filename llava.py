@@ -10,8 +10,8 @@ LLaVA-1.5: Liu et al. 2023, https://arxiv.org/abs/2310.03744.
 
     B batch    T tokens    D width of the decoder    P patches of a picture    V vocabulary
 
-`python llava.py --image x.jpg` answers about a picture. Classes and arguments have the names of Hugging Face
-transformers. Not implemented: gradient checkpointing, and other input sizes than the tower was trained on.
+`python llava.py --image x.jpg` answers about a picture. Public classes and arguments have the names of Hugging
+Face transformers. Not implemented: gradient checkpointing, and other input sizes than the tower was trained on.
 """
 
 import signal
@@ -52,7 +52,7 @@ class LlavaConfig:
     projector_hidden_act: str = "gelu"
     vision_feature_select_strategy: str = "default"  # "default" drops the tower's class token, "full" keeps it
     vision_feature_layer: int | list[int] = -2  # the tower's hidden state that is used; several are concatenated
-    vocab_size: int = 32000  # in older files; the decoder's own is used
+    vocab_size: int = 32000  # in older files; text_config's replaces it
     multimodal_projector_bias: bool = True
     tie_word_embeddings: bool = False  # the head shares the embedding's matrix
 
@@ -130,13 +130,13 @@ class LlavaForConditionalGeneration(nn.Module):
         strategy = vision_feature_select_strategy or self.config.vision_feature_select_strategy
         n = self.config.vision_config.num_hidden_layers
         check_feature_choice(layers, n, strategy)
-        layers = [layer % (n + 1) for layer in layers]  # -2 is the output of the last layer but one
+        layers = [layer % (n + 1) for layer in layers]  # there are n + 1 states: the input, and n layers' outputs
         hidden_states = self.vision_tower(pixel_values, depth=max(layers))
         first = 1 if strategy == "default" else 0  # 1 drops the class token
         return self.multi_modal_projector(torch.cat([hidden_states[layer][:, first:] for layer in layers], dim=-1))
 
     def embed(self, input_ids: Tensor) -> Tensor:  # (B, T) -> (B, T, D)
-        if input_ids.shape[1] > 1:  # generated ids are in range, and reading them here would wait for the GPU
+        if input_ids.shape[1] > 1:  # generated ids are in range, and checking them would wait for the GPU
             check_ids(input_ids, self.config.vocab_size)
         return self.language_model.embed_tokens(input_ids)
 
@@ -149,7 +149,7 @@ class LlavaForConditionalGeneration(nn.Module):
             return self.embed(input_ids) if inputs_embeds is None else inputs_embeds
         if inputs_embeds is None:
             is_image = input_ids == image_token
-            inputs_embeds = self.embed(input_ids.masked_fill(is_image, 0))  # <image> may have no row of its own
+            inputs_embeds = self.embed(input_ids.masked_fill(is_image, 0))  # the table may have no row for <image>
         else:
             if not 0 <= image_token < self.config.vocab_size:
                 raise ValueError(f"<image>, token {image_token}, has no embedding: with pixel_values pass input_ids")

@@ -84,4 +84,4 @@ def load(model: nn.Module, folder: Path) -> None:
         raise ValueError(mismatches[0] + more)
     for name, tensor in found.items():
         parent, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, nn.Parameter(tensor.contiguous()))  # a pickle keeps strides
+        setattr(model.get_submodule(parent), leaf, nn.Parameter(tensor.contiguous()))  # those of a pickle may not be

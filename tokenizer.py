@@ -151,7 +151,7 @@ class Template:
 
 
 TEMPLATES = {
-    # used by the hub's llava-hf checkpoints, whose own omits the space after a message without text
+    # used by the hub's llava-hf checkpoints (their own template omits the space after a message without text)
     "hub": Template("", "USER: ", " ", "ASSISTANT: ", " "),
     # Vicuna's, with which LLaVA-1.5 was trained and evaluated (Liu et al. 2023, https://arxiv.org/abs/2310.03744)
     "v1": Template(
