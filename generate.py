@@ -23,7 +23,7 @@ from tokenizer import Tokenizer
 
 
 def sample(logits: Tensor, seen: Tensor, config: GenerationConfig, generator: torch.Generator | None) -> Tensor:
-    """Choose the next ids (B,) from their scores (B, V). `seen` (B, V + 1), from tokens_seen, marks tokens already in the text.
+    """Choose the next ids (B,) from their scores (B, V). `seen` (B, V + 1) is the result of tokens_seen.
 
     The order is the reference's: repetition penalty (Keskar et al. 2019, section 4.1), then, unless the choice is
     greedy, temperature, top-k and top-p (Holtzman et al. 2019, section 3.1). GenerationConfig explains each.
@@ -48,7 +48,7 @@ def sample(logits: Tensor, seen: Tensor, config: GenerationConfig, generator: to
 
 
 def tokens_seen(input_ids: Tensor, attention_mask: Tensor, V: int) -> Tensor:  # two (B, T) -> (B, V + 1)
-    """Which tokens a prompt contains. Padding, and ids without a score, are marked in an extra column that is never read."""
+    """Which tokens a text contains. Padding and ids without a score are marked in an extra column that is never read."""
     ids = input_ids.masked_fill(attention_mask.cumsum(-1) == 0, V).clamp(max=V)
     return torch.zeros(len(ids), V + 1, dtype=torch.bool, device=ids.device).scatter(1, ids, True)
 
