@@ -5,7 +5,7 @@
     sample           scores over the vocabulary become the next token
 
 `generate_tokens` is the loop around the three; `generate` decides when it ends and returns prompt and answer, as the
-reference does. Chat and other callers that keep a cache from one answer to the next use `generate_tokens` directly.
+reference does. Chat, which keeps a cache from one answer to the next, uses `generate_tokens` directly.
 
     B batch    T tokens of the prompt    V vocabulary
 
@@ -111,13 +111,15 @@ def generate(
     finished = torch.zeros(batch, dtype=torch.bool, device=device)
     cache = model.language_model.new_cache(batch, T + n_new)
     tokens = generate_tokens(model, input_ids, attention_mask, cache, pixel_values, config, generator)
-    for end, next_ids in zip(range(T, T + n_new), tokens, strict=False):
-        is_last = end == T + n_new - 1
-        ids[:, end] = next_ids.where(~finished, pad)
-        running, finished = ~finished, finished | torch.isin(next_ids, eos)
+    for end in range(T, T + n_new):
+        next_ids = next(tokens)
+        running = ~finished
+        ids[:, end] = next_ids.where(running, pad)
+        finished = finished | torch.isin(next_ids, eos)
         if watcher:
             for row in running.nonzero().flatten().tolist():
-                finished[row] |= watcher.put(row, int(next_ids[row]), last=is_last or bool(finished[row]))
+                is_last = bool(finished[row]) or end == T + n_new - 1
+                finished[row] |= watcher.put(row, int(next_ids[row]), is_last)
         if finished.all():
             break
     return ids[:, : end + 1]

@@ -284,8 +284,7 @@ class LlavaProcessor:
         with sound_settings():
             config = LlavaConfig(**known_fields(LlavaConfig, read_config(folder)))
         tokenizer = Tokenizer.from_pretrained(folder)
-        ours, theirs = tokenizer.image_token_id, config.image_token_index
-        if ours != theirs:
+        if (ours := tokenizer.image_token_id) != (theirs := config.image_token_index):
             raise ValueError(f"{folder}: <image> is token {ours} for the tokenizer and token {theirs} in config.json")
         settings, template = read_processor_settings(folder)
         side = config.vision_config.image_size
