@@ -49,7 +49,7 @@ class Int8Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # (..., in) -> (..., out)
         few = x.numel() <= FEW_ROWS * x.shape[-1]
-        # PyTorch's product is for a CPU, has no derivative, and reads beyond the end of rows of odd lengths.
+        # PyTorch's product is for a CPU, has no derivative, and crashes on some lengths of rows (20 and 100 were seen).
         if few and x.is_cpu and x.dtype in DTYPES and not x.requires_grad and x.shape[-1] % 32 == 0:
             return torch._weight_int8pack_mm(x.flatten(0, -2), self.q, self.scale).unflatten(0, x.shape[:-1])
         return F.linear(x, self.dequantize(x.dtype))
