@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from hub.generation import GenerationConfig
+from hub.interface import check_left_padding
 from llama import KVCache
 from tokenizer import Tokenizer
 
@@ -98,9 +99,7 @@ def generate(
     config = GenerationConfig.merged(model.generation_config, options | {"seed": seed})
     batch, T = input_ids.shape
     n_new, device = config.new_tokens(T), input_ids.device
-    attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-    if attention_mask.shape != input_ids.shape or not attention_mask[:, -1].all():
-        raise ValueError("attention_mask must have the shape of input_ids and end in ones: pad prompts on the left")
+    attention_mask = check_left_padding(input_ids, attention_mask)
     watcher = TextWatcher(tokenizer, batch, streamer, stop_strings) if streamer or stop_strings else None
     generator = None if seed is None else torch.Generator(device).manual_seed(seed)
     eos = torch.tensor(config.eos_token_id, device=device).reshape(-1)

@@ -62,11 +62,13 @@ def match(model: nn.Module, folder: Path) -> tuple[dict[str, Tensor], list[str]]
                 continue
             if name not in wanted:
                 mismatches.append(f"{where} is unknown")
-            elif name in found:
+                continue
+            shape = wanted[name].shape
+            if name in found:
                 mismatches.append(f"{where} is also in {sources[name]}")
             elif tensor.dtype not in DTYPES:
                 mismatches.append(f"{where} is {tensor.dtype}, not floating-point numbers")
-            elif tensor.shape != (shape := wanted[name].shape):
+            elif tensor.shape != shape:
                 mismatches.append(f"{where} is {list(tensor.shape)}, but config.json makes it {list(shape)}")
             found[name], sources[name] = tensor, file
     return found, mismatches + [f"tensor {name} is missing in {folder}" for name in wanted if name not in found]

@@ -21,11 +21,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from hub.files import open_sentencepiece
+from hub.files import SPACE, open_sentencepiece
 from hub.interface import check_messages
 from hub.settings import read_tokenizer_settings
-
-SPACE = "\u2581"  # sentencepiece's visible space, "▁"
 
 
 class Tokenizer:

@@ -85,7 +85,7 @@ def find_end(row: list[int], eos: set[int], tokenizer, stop: list[str] | None) -
 
 
 def settings(args: Namespace) -> dict:
-    """The flags that determine an answer, dtype and template as they are in effect (see loading.settle)."""
+    """The flags that determine an answer, with the dtype and template in effect (see loading.settle)."""
     names = "temperature top_p top_k seed repetition_penalty max_new_tokens stop dtype quantize template system"
     return {name: getattr(args, name) for name in names.split()}
 
@@ -100,7 +100,7 @@ def to_json(args: Namespace, paths: list[str], prompt: str, answer: dict) -> str
 def answer_one(model, processor, images: list[Image.Image], args: Namespace) -> None:
     """Print the answer while it is generated, or with --json as a line at its end."""
     if not images:
-        print("No picture given: the prompt is answered by itself.", file=sys.stderr)
+        print("No picture given: the prompt is answered without one.", file=sys.stderr)
     streamer = None if args.json else lambda text: print(text, end="", flush=True)
     (answer,) = ask(model, processor, [(images, args.prompt)], args, streamer)
     print(to_json(args, args.image, args.prompt, answer) if args.json else "")

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from hub.files import read_json, tower_folder
+from hub.files import find_checkpoint, read_json
 
 
 def hub_config(config: dict, folder: Path) -> dict:
@@ -22,3 +22,11 @@ def hub_config(config: dict, folder: Path) -> dict:
         "tie_word_embeddings": config.get("tie_word_embeddings", False),
         "torch_dtype": config.get("torch_dtype"),
     }
+
+
+def tower_folder(config: dict, folder: Path) -> Path:
+    """In the layout of LLaVA's authors the vision tower is a checkpoint of its own, named in config.json."""
+    tower = config["mm_vision_tower"]
+    if not isinstance(tower, str):
+        raise ValueError(f"{folder / 'config.json'}: mm_vision_tower is not the path of a vision tower")
+    return folder / tower if (folder / tower).is_dir() else find_checkpoint(tower)

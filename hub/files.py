@@ -1,4 +1,4 @@
-"""Where a checkpoint's files are: a folder, or a hub id in the local cache; its weights; its JSON. And safe writing."""
+"""Where a checkpoint's files are: a folder, or a hub id in the local cache; its weights; its JSON."""
 
 import json
 import os
@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from sentencepiece import SentencePieceProcessor
 from torch import Tensor
 
+SPACE = "\u2581"  # sentencepiece's visible space, "▁"
 BUNDLED = Path(__file__).parent.parent / "checkpoints" / "tiny-llava"  # the model that comes with the project
 
 
@@ -96,6 +97,8 @@ def tensor_files(folder: Path) -> list[tuple[Path, str]]:
     is_whole = "mm_vision_tower" not in config
     if is_whole or any(".vision_tower." in name for file, _ in files for name in names_in(file)):
         return files
+    from hub.authors import tower_folder
+
     return files + [(file, "vision_model.") for file in weight_files(tower_folder(config, folder))]
 
 
@@ -127,11 +130,3 @@ def one_sentence(file: Path) -> Iterator[None]:
         raise ValueError(f"{file} is truncated or not a safetensors file ({why})") from error
     except Exception as error:
         raise ValueError(f"{file} is broken, or holds more than tensors and is rejected as unsafe") from error
-
-
-def tower_folder(config: dict, folder: Path) -> Path:
-    """In the layout of LLaVA's authors the vision tower is a checkpoint of its own, named in config.json."""
-    tower = config["mm_vision_tower"]
-    if not isinstance(tower, str):
-        raise ValueError(f"{folder / 'config.json'}: mm_vision_tower is not the path of a vision tower")
-    return folder / tower if (folder / tower).is_dir() else find_checkpoint(tower)

@@ -46,6 +46,14 @@ def check_ids(input_ids: Tensor, vocab_size: int) -> None:
         raise ValueError(f"the ids {least} to {most} do not fit a vocabulary of {vocab_size}")
 
 
+def check_left_padding(input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """The attention mask of a batch of prompts, all ones for None. Raises ValueError unless they are padded left."""
+    attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+    if attention_mask.shape != input_ids.shape or not attention_mask[:, -1].all():
+        raise ValueError("attention_mask must have the shape of input_ids and end in ones: pad prompts on the left")
+    return attention_mask
+
+
 def check_feature_choice(layers: list[int], n_layers: int, strategy: str) -> None:
     """Raise ValueError for hidden states that the tower does not have, or an unknown treatment of the class token."""
     if strategy not in ("default", "full"):

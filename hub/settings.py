@@ -11,8 +11,8 @@ from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 
-from hub.files import read_json, tower_folder
-from hub.tensors import DTYPES
+from hub.files import read_json
+from hub.tensors import DTYPE_NAMES
 
 # The first words of the prompt template of LLaVA-1.5, tokenizer.TEMPLATES["v1"].
 VICUNA = "A chat between a curious user and an artificial intelligence assistant."
@@ -42,7 +42,6 @@ RANGES = {
 THREE = {"image_mean", "image_std"}  # one for each colour
 ONE_OR_MORE = {"vision_feature_layer", "eos_token_id"}
 MAY_BE_NULL = {"num_key_value_heads", "head_dim", "sliding_window", "pad_token_id"}
-
 
 # Defaults of a text_config, by its model_type, where they differ from llama.LlamaConfig's.
 DEFAULTS = {
@@ -132,15 +131,16 @@ def read_config(folder: Path) -> dict:
         raise ValueError(f"{folder / 'config.json'} describes a model of type {config['model_type']!r}, not a LLaVA")
     if "text_config" not in config:
         raise ValueError(f"{folder / 'config.json'} has no text_config")
-    names = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
     check_ranges(config, folder / "config.json")
-    return config | {"dtype": names.get(str(config.get("dtype") or config.get("torch_dtype")))}
+    return config | {"dtype": DTYPE_NAMES.get(str(config.get("dtype") or config.get("torch_dtype")))}
 
 
 def read_processor_settings(folder: Path) -> tuple[dict, str]:
     """The image processor's settings, and which of tokenizer.TEMPLATES its files ask for."""
     config = read_json(folder / "config.json")
     if "mm_vision_tower" in config:
+        from hub.authors import tower_folder
+
         file, template = tower_folder(config, folder) / "preprocessor_config.json", VICUNA
         settings = read_json(file) | {"do_pad": config.get("image_aspect_ratio") == "pad"}
     else:

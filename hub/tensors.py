@@ -7,15 +7,15 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # what the tensors of a checkpoint may be
+DTYPE_NAMES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
 
 
 def as_dtype(asked: torch.dtype | str | None) -> torch.dtype | None:
     """A dtype given as such or by name ("bfloat16"); None for None and "auto", which mean the checkpoint's own."""
     if asked is None or asked == "auto":
         return None
-    names = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
-    if (dtype := names.get(str(asked).removeprefix("torch."))) is None:
-        *first, last = names
+    if (dtype := DTYPE_NAMES.get(str(asked).removeprefix("torch."))) is None:
+        *first, last = DTYPE_NAMES
         raise ValueError(f"dtype must be auto, {', '.join(first)} or {last}, not {asked}")
     return dtype
 

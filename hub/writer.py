@@ -17,7 +17,7 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-SPACE = "\u2581"  # sentencepiece's visible space
+from hub.files import SPACE
 
 # A prefix of our names, and its replacement in the hub's files.
 HUB = [

@@ -68,7 +68,7 @@ class FusedLinears:
     @torch.inference_mode(False)  # tensors made in inference mode could not be trained later
     @torch.no_grad()
     def fuse(self) -> nn.Module | None:
-        """Make the module of the linears as they are now."""
+        """Fuse the current parameters of the linears."""
         linears, whole = [getattr(self.owner, name) for name in self.names], None
         size = sum(p.nbytes for linear in linears for p in linear.parameters())
         if alike(linears) and size <= self.largest:

@@ -32,11 +32,12 @@ plt.rcParams |= {
 
 
 def tiny_llava() -> tuple:
-    """Returns the bundled model, in float32 on the CPU, and its processor."""
+    """Returns the bundled model, the plain one in float32 on the CPU, and its processor."""
     from llava import LlavaForConditionalGeneration, LlavaProcessor
 
     folder = ROOT / "checkpoints/tiny-llava"
-    return LlavaForConditionalGeneration.from_pretrained(folder, torch.float32), LlavaProcessor.from_pretrained(folder)
+    model = LlavaForConditionalGeneration.from_pretrained(folder, torch.float32, kernels="torch")
+    return model, LlavaProcessor.from_pretrained(folder)
 
 
 def chat_prompt(processor, question: str) -> str:

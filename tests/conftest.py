@@ -1,14 +1,39 @@
-"""Triton decides when a kernel is defined whether it will be interpreted. In these tests all are, on the CPU.
+"""Fixtures for several folders; and the switch of Triton's interpreter.
 
-Nothing else changes: only models accelerated with "triton" run kernels on a CPU, and subprocesses do not inherit the
-variable.
+Triton decides when a kernel is defined whether it will be interpreted. In these tests all are, on the CPU. Nothing else
+changes: only models accelerated with "triton" run kernels on a CPU, and subprocesses do not inherit the variable.
 """
 
 import importlib.util
 import os
+
+import pytest
 
 if importlib.util.find_spec("triton"):
     os.environ["TRITON_INTERPRET"] = "1"
     import kernels.graph  # noqa: F401  (it imports every kernel)
 
     del os.environ["TRITON_INTERPRET"]
+
+
+@pytest.fixture(scope="module")
+def reference():
+    """A random LLaVA of transformers."""
+    from reference import reference_model  # here, because it imports transformers, which quick tests do without
+
+    return reference_model()
+
+
+@pytest.fixture
+def folder(reference, tmp_path):
+    """A checkpoint written by transformers, to change or to break."""
+    reference.save_pretrained(tmp_path / "llava")
+    return tmp_path / "llava"
+
+
+@pytest.fixture(scope="module")
+def tokenizer_model(tmp_path_factory):
+    """A small sentencepiece model."""
+    from folders import train_tokenizer
+
+    return train_tokenizer(tmp_path_factory.mktemp("tokenizer"))

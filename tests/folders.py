@@ -75,7 +75,7 @@ def refused(folder, *words):
 
 
 def hub_cache(monkeypatch, cache, name):
-    """The empty snapshot of `name` in a local hub cache that has no network behind it."""
+    """The empty snapshot of `name` in a local hub cache, without a network."""
     monkeypatch.setenv("HF_HUB_CACHE", str(cache))
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: pytest.fail("went to the network"))
     snapshot = cache / f"models--{name.replace('/', '--')}" / "snapshots" / "0123abcd"

@@ -1,4 +1,4 @@
-"""What the real LLaVA-1.5 7B says about two well-known pictures, for whoever has its 14 GB of weights.
+"""What the real LLaVA-1.5 7B says about two well-known pictures, for those who have its 14 GB of weights.
 
     python tests/real_weights.py PATH_OR_HUB_ID [--pictures FOLDER] [--device cuda]
 

@@ -1,4 +1,4 @@
-"""A small LLaVA of random weights with the bundled tokenizer: it says words, and never comes to an end by itself."""
+"""A small LLaVA of random weights with the bundled tokenizer: it answers in words, and never produces an eos token."""
 
 import torch
 

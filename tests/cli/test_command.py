@@ -713,7 +713,7 @@ def test_it_ends_quietly(small, tmp_path, how):
         process.stdout.close()
         err = process.stderr.read().decode()
         assert process.wait(60) == 130
-    assert err == "No picture given: the prompt is answered by itself.\n"
+    assert err == "No picture given: the prompt is answered without one.\n"
 
 
 @pytest.mark.parametrize(("number", "code"), [(0, 2), (1, 0), (2, 0)])

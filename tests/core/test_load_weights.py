@@ -14,30 +14,15 @@ import transformers
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from folders import AUTHORS, HUB, NORM, close, edit_json, hub_cache, load, logits, refused, renamed, train_tokenizer
+from folders import AUTHORS, HUB, NORM, close, edit_json, hub_cache, load, logits, refused, renamed
 from hub import writer
+from hub.settings import read_config
 from llava import LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
+from load_weights import match
 from reference import TEXT, VISION, reference_model
 
 pytestmark = pytest.mark.parity
 ROOT = Path(__file__).parent.parent.parent
-
-
-@pytest.fixture(scope="module")
-def reference():
-    return reference_model()
-
-
-@pytest.fixture
-def folder(reference, tmp_path):
-    """A checkpoint of one's own, to change or to break."""
-    reference.save_pretrained(tmp_path / "llava")
-    return tmp_path / "llava"
-
-
-@pytest.fixture(scope="module")
-def tokenizer_model(tmp_path_factory):
-    return train_tokenizer(tmp_path_factory.mktemp("tokenizer"))
 
 
 # --- What loads ------------------------------------------------------------------------------------------------------
@@ -248,6 +233,14 @@ def test_what_is_broken_is_refused_by_name(folder, case):
     damage, words = BROKEN[case]
     damage(folder)
     refused(folder, words)
+
+
+def test_what_is_found_is_what_the_model_has(folder):
+    with_tensors(folder, {"model.more.weight": torch.ones(2)}, without=NORM)
+    model = LlavaForConditionalGeneration.without_weights(read_config(folder))
+    found, mismatches = match(model, folder)
+    assert set(found) == set(dict(model.named_parameters())) - {"language_model.norm.weight"}
+    assert len(mismatches) == 2
 
 
 class Hostile:

@@ -11,19 +11,6 @@ import torch
 from folders import hub_cache, load
 from hub.files import find_checkpoint
 from hub.writer import write_whole
-from reference import reference_model
-
-
-@pytest.fixture(scope="module")
-def reference():
-    return reference_model()
-
-
-@pytest.fixture
-def folder(reference, tmp_path):
-    """A checkpoint of one's own, to change or to break."""
-    reference.save_pretrained(tmp_path / "llava")
-    return tmp_path / "llava"
 
 
 def test_a_hub_id_is_looked_up_in_the_local_cache(folder, tmp_path, monkeypatch):

@@ -7,30 +7,13 @@ from PIL import Image
 from torch.testing import assert_close
 
 from clip import ImageProcessor
-from folders import close, load, train_tokenizer
+from folders import close, load
 from hub import writer
 from llava import LlavaProcessor
 from reference import reference_model
 from tokenizer import Tokenizer
 
 pytestmark = pytest.mark.parity
-
-
-@pytest.fixture(scope="module")
-def reference():
-    return reference_model()
-
-
-@pytest.fixture
-def folder(reference, tmp_path):
-    """A checkpoint of one's own, to change or to break."""
-    reference.save_pretrained(tmp_path / "llava")
-    return tmp_path / "llava"
-
-
-@pytest.fixture(scope="module")
-def tokenizer_model(tmp_path_factory):
-    return train_tokenizer(tmp_path_factory.mktemp("tokenizer"))
 
 
 def processor_for(model, tokenizer_model):

@@ -464,7 +464,7 @@ def test_any_text_in_a_prompt(pair, text):
 
 @fuzz("text in a chat's turn", text=TEXTS.map("".join), pictures=st.integers(0, 2))
 def test_any_text_in_a_turn(pair, text, pictures):
-    """Behind what the template writes, no control token, and all of the text."""
+    """After the template's own tokens there is no control token, and the text is complete."""
     chat, text = Chat(*pair, max_new_tokens=1), read_prompt(text)
     tokenizer, patches = pair[1].tokenizer, pair[1].image_seq_length
     chat.pictures = [("x", Image.new("RGB", (9, 9)))] * pictures

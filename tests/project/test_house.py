@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent.parent
 CORE = ["clip.py", "tokenizer.py", "llama.py", "llava.py", "generate.py", "load_weights.py"]
-# Each room or root file, and what it may import: everything to its left, and of its own group only what LEFT_OF allows.
+# Each room or root file may import everything above it, and of its own group only what WITHIN_A_GROUP allows.
 ORDER = [
     ["hub"],
     ["clip", "tokenizer", "llama", "load_weights", "generate"],

@@ -20,7 +20,7 @@ PICTURES = ["cat-and-apple", "car-and-tree", "dog-under-airplane", "elephant-and
 
 @torch.no_grad()
 def test_the_bundled_checkpoint_is_the_references_too():
-    """transformers opens the folder as it is, and says the same words in the same tokens."""
+    """transformers opens the folder unchanged, and generates the same tokens."""
     ours, theirs = LlavaForConditionalGeneration, transformers.LlavaForConditionalGeneration
     ours = ours.from_pretrained(BUNDLED, dtype=torch.float32)
     theirs = theirs.from_pretrained(BUNDLED, dtype=torch.float32)

@@ -169,7 +169,7 @@ def test_articles_and_plurals():
 
 
 def test_the_words_do_not_tell_what_the_picture_shows():
-    """Whoever sees only the number of things and the name in the question must not beat a coin."""
+    """Guessing from the number of things and the name in the question must be no better than a coin."""
     counts = defaultdict(Counter)
     asked = [[(len(truth["things"]), kind, answer) for kind, _, answer in questions(truth, wording(seed), True)
               if kind.startswith("exists")] for seed in range(6000) for truth in [make_truth(seed)]]
