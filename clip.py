@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
+from hub.settings import require
 from hub.strips import resize
 
 
@@ -60,8 +61,7 @@ class CLIPVisionConfig:
     def __post_init__(self) -> None:
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(f"hidden_size {self.hidden_size} does not divide into {self.num_attention_heads} heads")
-        if self.hidden_act not in ACTIVATIONS:
-            raise ValueError(f"hidden_act {self.hidden_act!r} is unknown: it must be one of {', '.join(ACTIVATIONS)}")
+        require("hidden_act", self.hidden_act, ACTIVATIONS)
 
     @property
     def num_patches(self) -> int:  # P

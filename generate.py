@@ -13,6 +13,7 @@ Not implemented: beam search and other searches that keep several candidates per
 """
 
 from collections.abc import Callable, Iterator
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -97,58 +98,67 @@ def generate(
     `seed` gives the same samples. Raises ValueError for options out of range, warns about those without effect.
     """
     config = GenerationConfig.merged(model.generation_config, options | {"seed": seed})
-    batch, T = input_ids.shape
-    n_new, device = config.new_tokens(T), input_ids.device
     attention_mask = check_left_padding(input_ids, attention_mask)
-    watcher = TextWatcher(tokenizer, batch, streamer, stop_strings) if streamer or stop_strings else None
+    (batch, T), device = input_ids.shape, input_ids.device
+    n_new = config.new_tokens(T)
+    watchers = text_watchers(tokenizer, batch, streamer, stop_strings)
     generator = None if seed is None else torch.Generator(device).manual_seed(seed)
-    eos = torch.tensor(config.eos_token_id, device=device).reshape(-1)
-    pad = next((int(i) for i in (config.pad_token_id, *eos) if i is not None), 0)
-
-    ids = torch.full((batch, T + n_new), pad, dtype=input_ids.dtype, device=device)
-    ids[:, :T] = input_ids
-    finished = torch.zeros(batch, dtype=torch.bool, device=device)
     cache = model.language_model.new_cache(batch, T + n_new)
     tokens = generate_tokens(model, input_ids, attention_mask, cache, pixel_values, config, generator)
-    for end in range(T, T + n_new):
-        next_ids = next(tokens)
-        running = ~finished
-        ids[:, end] = next_ids.where(running, pad)
+
+    eos = torch.tensor(config.eos_ids, device=device)
+    finished = torch.zeros(batch, dtype=torch.bool, device=device)
+    for next_ids in islice(tokens, n_new):
+        next_ids = next_ids.masked_fill(finished, config.pad_id)
+        input_ids = torch.cat([input_ids, next_ids[:, None]], dim=1)
         finished = finished | torch.isin(next_ids, eos)
-        if watcher:
-            for row in running.nonzero().flatten().tolist():
-                is_last = bool(finished[row]) or end == T + n_new - 1
-                finished[row] |= watcher.put(row, int(next_ids[row]), is_last)
+        if watchers:
+            stopped = [watcher.put(token_id) for watcher, token_id in zip(watchers, next_ids.tolist(), strict=True)]
+            finished = finished | torch.tensor(stopped, device=device)
         if finished.all():
             break
-    return ids[:, : end + 1]
+    for watcher in watchers:
+        watcher.flush()
+    return input_ids
+
+
+def text_watchers(tokenizer, batch: int, streamer, stop_strings) -> "list[TextWatcher]":
+    """One for each answer, or none if nothing needs the text."""
+    if not streamer and not stop_strings:
+        return []
+    if tokenizer is None:
+        raise ValueError("streamer and stop_strings need the text: pass tokenizer=processor.tokenizer too")
+    if streamer and batch > 1:
+        raise ValueError("a streamer follows one answer: generate a batch of prompts without it")
+    return [TextWatcher(tokenizer, streamer, stop_strings) for _ in range(batch)]
 
 
 class TextWatcher:
-    """Decodes answers as they are generated: passes new text to a streamer and looks for stop strings.
+    """Decodes an answer as it is generated: passes new text to a streamer and looks for stop strings.
 
-    A character that takes several tokens is held back until it is complete.
+    A character that takes several tokens is held back until it is complete. At the end, flush passes on what is left.
     """
 
-    def __init__(self, tokenizer: Tokenizer, batch: int, streamer: Callable | None, stop_strings: str | list | None):
-        if tokenizer is None:
-            raise ValueError("streamer and stop_strings need the text: pass tokenizer=processor.tokenizer too")
-        if streamer is not None and batch > 1:
-            raise ValueError("a streamer follows one answer: generate a batch of prompts without it")
+    def __init__(self, tokenizer: Tokenizer, streamer: Callable | None, stop_strings: str | list[str] | None = None):
         self.tokenizer, self.streamer = tokenizer, streamer
         self.stop_strings = [stop_strings] if isinstance(stop_strings, str) else list(stop_strings or [])
-        self.pending: list[list[int]] = [[] for _ in range(batch)]  # tokens not yet shown
-        self.texts: list[str | None] = [None] * batch  # None until there is a first token to show
+        self.pending: list[int] = []  # tokens that are not in the text yet
+        self.text: str | None = None  # None until a token has text
 
-    def put(self, row: int, token_id: int, last: bool) -> bool:
-        """Add a row's next token; True if the row's text now contains a stop string."""
-        self.pending[row].append(token_id)
-        text = self.tokenizer.join(self.pending[row], skip_special_tokens=True)
-        if text and (last or not text.endswith("\ufffd")):
-            self.pending[row].clear()
-            if self.texts[row] is None:  # encoding put a space in front of the text
-                self.texts[row], text = "", text.removeprefix(" ")
-            self.texts[row] += text
-            if text and self.streamer:
-                self.streamer(text)
-        return any(stop in (self.texts[row] or "") for stop in self.stop_strings)
+    def put(self, token_id: int) -> bool:
+        """Add the next token; True if the text now contains a stop string."""
+        self.pending.append(token_id)
+        if not self.tokenizer.join(self.pending, skip_special_tokens=True).endswith("\ufffd"):
+            self.flush()
+        return any(stop in (self.text or "") for stop in self.stop_strings)
+
+    def flush(self) -> None:
+        new = self.tokenizer.join(self.pending, skip_special_tokens=True)
+        self.pending.clear()
+        if not new:
+            return
+        if self.text is None:  # encoding put a space in front of the text
+            self.text, new = "", new.removeprefix(" ")
+        self.text += new
+        if self.streamer and new:
+            self.streamer(new)

@@ -31,8 +31,8 @@ import generate
 from clip import ACTIVATIONS, CLIPVisionConfig, CLIPVisionModel, ImageProcessor
 from hub.files import find_checkpoint
 from hub.generation import read_generation_settings
-from hub.interface import Inputs, ModelOutput, check_feature_choice, check_ids, flatten, kept_positions
-from hub.settings import decoder_settings, known_fields, read_config, read_processor_settings, sound_settings
+from hub.interface import Inputs, LlavaCausalLMOutputWithPast, as_lists, check_layers, check_prompt, image_positions
+from hub.settings import decoder_settings, known_fields, read_config, read_processor_settings, require, sound_settings
 from hub.tensors import as_dtype, no_weights
 from llama import KVCache, Llama, LlamaConfig
 from load_weights import load
@@ -68,9 +68,7 @@ class LlavaConfig:
             self.text_config = LlamaConfig(**known_fields(LlamaConfig, decoder_settings(self.text_config or {})))
         self.tie_word_embeddings = self.tie_word_embeddings or self.text_config.tie_word_embeddings
         self.vocab_size = self.text_config.vocab_size
-        if self.projector_hidden_act not in ACTIVATIONS:
-            act = repr(self.projector_hidden_act)
-            raise ValueError(f"projector_hidden_act {act} is unknown: it must be one of {', '.join(ACTIVATIONS)}")
+        require("projector_hidden_act", self.projector_hidden_act, ACTIVATIONS)
 
     @property
     def image_seq_length(self) -> int:  # tokens a picture takes in the prompt
@@ -91,18 +89,6 @@ class LlavaMultiModalProjector(nn.Module):
 
     def forward(self, image_features: Tensor) -> Tensor:  # (pictures, P, features) -> (pictures, P, D)
         return self.linear_2(self.activation(self.linear_1(image_features)))
-
-
-@dataclass
-class LlavaCausalLMOutputWithPast(ModelOutput):
-    """What `forward` returns. Entries that were not asked for are None."""
-
-    loss: Tensor | None = None  # one number
-    logits: Tensor | None = None  # (B, T, V)
-    past_key_values: KVCache | None = None
-    hidden_states: tuple[Tensor, ...] | None = None  # layers + 1 of (B, T, D), the last one after the final norm
-    attentions: tuple[Tensor, ...] | None = None  # layers of (B, H, T, S)
-    image_hidden_states: Tensor | None = None  # (pictures * P, D), the projector's output
 
 
 class LlavaForConditionalGeneration(nn.Module):
@@ -129,35 +115,24 @@ class LlavaForConditionalGeneration(nn.Module):
         layers = [layers] if isinstance(layers, int) else layers
         strategy = vision_feature_select_strategy or self.config.vision_feature_select_strategy
         n = self.config.vision_config.num_hidden_layers
-        check_feature_choice(layers, n, strategy)
+        check_layers(layers, n, strategy)
         layers = [layer % (n + 1) for layer in layers]  # there are n + 1 states: the input, and n layers' outputs
         hidden_states = self.vision_tower(pixel_values, depth=max(layers))
         first = 1 if strategy == "default" else 0  # 1 drops the class token
         return self.multi_modal_projector(torch.cat([hidden_states[layer][:, first:] for layer in layers], dim=-1))
 
-    def embed(self, input_ids: Tensor) -> Tensor:  # (B, T) -> (B, T, D)
-        if input_ids.shape[1] > 1:  # generated ids are in range, and checking them would wait for the GPU
-            check_ids(input_ids, self.config.vocab_size)
-        return self.language_model.embed_tokens(input_ids)
+    def embed(self, input_ids: Tensor | None, inputs_embeds: Tensor | None = None) -> Tensor:
+        """The embeddings (B, T, D) of a prompt, which is given as ids (B, T) or embedded already."""
+        check_prompt(input_ids, inputs_embeds, self.config.vocab_size)
+        return self.language_model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
 
-    def merge(self, input_ids: Tensor | None, inputs_embeds: Tensor | None, image_features: Tensor | None) -> Tensor:
-        """Embed the prompt and replace its <image> tokens by the picture's vectors (pictures * P, D): (B, T, D)."""
-        image_token = self.config.image_token_index
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
-        if image_features is None:
-            return self.embed(input_ids) if inputs_embeds is None else inputs_embeds
-        if inputs_embeds is None:
-            is_image = input_ids == image_token
-            inputs_embeds = self.embed(input_ids.masked_fill(is_image, 0))  # the table may have no row for <image>
-        else:
-            if not 0 <= image_token < self.config.vocab_size:
-                raise ValueError(f"<image>, token {image_token}, has no embedding: with pixel_values pass input_ids")
-            is_image = (inputs_embeds == self.language_model.embed_tokens.weight[image_token]).all(-1)
-        if (tokens := int(is_image.sum())) != len(image_features):
-            counts = f"tokens: {tokens}, features: {len(image_features)}"
-            raise ValueError(f"Image features and image tokens do not match, {counts}")
-        return inputs_embeds.masked_scatter(is_image[..., None], image_features.to(inputs_embeds.dtype))
+    def merge(self, input_ids: Tensor | None, inputs_embeds: Tensor | None, image_features: Tensor) -> Tensor:
+        """Embed the prompt and replace its <image> tokens by the projected patches (pictures * P, D): (B, T, D)."""
+        is_image = image_positions(self, input_ids, inputs_embeds, image_features)
+        if input_ids is not None:
+            input_ids = input_ids.masked_fill(is_image, 0)  # the table may have no row for <image>
+        x = self.embed(input_ids, inputs_embeds)
+        return x.masked_scatter(is_image[..., None], image_features.to(x.dtype))
 
     def forward(
         self,
@@ -176,18 +151,20 @@ class LlavaForConditionalGeneration(nn.Module):
         return_dict: bool = True,
         logits_to_keep: int | Tensor = 0,  # positions that get logits: the last n (0: all), or a tensor (n,)
     ) -> LlavaCausalLMOutputWithPast | tuple:
-        features = None
-        if pixel_values is not None:
+        if pixel_values is None:
+            features, x = None, self.embed(input_ids, inputs_embeds)
+        else:
             features = self.get_image_features(pixel_values, vision_feature_layer, vision_feature_select_strategy)
             features = features.flatten(0, 1)  # (pictures, P, D) -> (pictures * P, D)
-        x = self.merge(input_ids, inputs_embeds, features)
+            x = self.merge(input_ids, inputs_embeds, features)
         cache = past_key_values
         if cache is None and (use_cache or (use_cache is None and not self.training)):
             cache = self.language_model.new_cache(len(x), x.shape[1] + EXTRA_CAPACITY)
         hidden_states = [] if output_hidden_states else None
         attentions = [] if output_attentions else None
         x = self.language_model(x, attention_mask, position_ids, cache, hidden_states, attentions)
-        logits = self.lm_head(x[:, kept_positions(logits_to_keep)])
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(x[:, kept])
         out = LlavaCausalLMOutputWithPast(
             loss=None if labels is None else self.loss(logits, labels),
             logits=logits,
@@ -304,13 +281,7 @@ class LlavaProcessor:
         The <image> tokens of the prompts stand for the pictures in order. Raises ValueError if the counts differ, or if
         prompts differ in length and `padding` is False.
         """
-        texts = [text] if isinstance(text, str) else list(text or [])
-        pictures = [] if images is None else flatten(images)
-        n_tokens = sum(t.count("<image>") for t in texts)
-        if texts and n_tokens != len(pictures):
-            raise ValueError(f"The prompts hold {n_tokens} <image> tokens, but {len(pictures)} images were passed")
-        if return_tensors != "pt":
-            raise ValueError(f"return_tensors must be 'pt' (PyTorch tensors), not {return_tensors!r}")
+        texts, pictures = as_lists(text, images, return_tensors)
         inputs = Inputs()
         if texts:
             ids = [self.tokenizer.encode(t.replace("<image>", "<image>" * self.image_seq_length)) for t in texts]

@@ -10,6 +10,7 @@ LLaVA's authors; RENAME turns all of them into ours. Loading is strict: a tensor
 of another shape or not a floating-point number is an error that names it. hub/writer.py goes the other way.
 """
 
+from collections.abc import Iterator
 from pathlib import Path
 
 from safetensors import safe_open
@@ -50,27 +51,39 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
         return {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118
 
 
+def stored_tensors(folder: Path) -> Iterator[tuple[str, str, Tensor]]:
+    """Each tensor of a checkpoint: our name for it, where it stands (for messages), and the tensor."""
+    for file, prefix in tensor_files(folder):
+        for name, tensor in read_tensors(file).items():
+            if name.startswith(prefix) and not name.endswith(IGNORE):
+                yield our_name(name), f"tensor {name} in {file}", tensor
+
+
+def mismatch(tensor: Tensor, parameter: nn.Parameter) -> str | None:
+    """What keeps a tensor from becoming this parameter, or None if it fits."""
+    if tensor.dtype not in DTYPES:
+        return f"is {tensor.dtype}, not floating-point numbers"
+    if tensor.shape != parameter.shape:
+        return f"is {list(tensor.shape)}, but config.json makes it {list(parameter.shape)}"
+    return None
+
+
 def match(model: nn.Module, folder: Path) -> tuple[dict[str, Tensor], list[str]]:
     """A checkpoint's tensors by the model's names, and a sentence for each one that does not fit the model."""
     wanted = dict(model.named_parameters())
-    tied = set(dict(model.named_parameters(remove_duplicate=False))) - set(wanted)  # other names of the same tensor
-    found, sources, mismatches = {}, {}, []
-    for file, prefix in tensor_files(folder):
-        for stored_name, tensor in read_tensors(file).items():
-            name, where = our_name(stored_name), f"tensor {stored_name} in {file}"
-            if not stored_name.startswith(prefix) or name in tied or stored_name.endswith(IGNORE):
-                continue
-            if name not in wanted:
-                mismatches.append(f"{where} is unknown")
-                continue
-            shape = wanted[name].shape
-            if name in found:
-                mismatches.append(f"{where} is also in {sources[name]}")
-            elif tensor.dtype not in DTYPES:
-                mismatches.append(f"{where} is {tensor.dtype}, not floating-point numbers")
-            elif tensor.shape != shape:
-                mismatches.append(f"{where} is {list(tensor.shape)}, but config.json makes it {list(shape)}")
-            found[name], sources[name] = tensor, file
+    tied = dict(model.named_parameters(remove_duplicate=False)).keys() - wanted  # other names of the same parameter
+    found, places, mismatches = {}, {}, []
+    for name, where, tensor in stored_tensors(folder):
+        if name in tied:
+            continue
+        if name not in wanted:
+            mismatches.append(f"{where} is unknown")
+            continue
+        if name in found:
+            mismatches.append(f"{where} is given twice: {places[name]} has the same place in the model")
+        if why := mismatch(tensor, wanted[name]):
+            mismatches.append(f"{where} {why}")
+        found[name], places[name] = tensor, where
     return found, mismatches + [f"tensor {name} is missing in {folder}" for name in wanted if name not in found]
 
 

@@ -16,6 +16,7 @@ Not implemented: truncation, and training a vocabulary (training/ uses sentencep
 
 import re
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 
 import torch
@@ -75,31 +76,20 @@ class Tokenizer:
         return [self.decode(ids, skip_special_tokens) for ids in batch]
 
     def join(self, ids: list[int] | Tensor, skip_special_tokens: bool) -> str:
-        """`decode` without removing the first space. If a run of bytes is not UTF-8, each byte of it becomes U+FFFD."""
-        text, run = [], bytearray()
+        """`decode` without removing the first space."""
+        pieces = [self.piece(i, skip_special_tokens) for i in map(int, ids)]
+        runs = groupby(filter(None, pieces), key=type)
+        return "".join("".join(run) if kind is str else decode_bytes(b"".join(run)) for kind, run in runs)
 
-        def close_run() -> None:
-            try:
-                text.append(run.decode())
-            except UnicodeDecodeError:
-                text.append("\ufffd" * len(run))
-            run.clear()
-
-        for i in map(int, ids):
-            if i in self.special_names:
-                piece = "" if skip_special_tokens else self.special_names[i]
-            elif not 0 <= i < self.sp.vocab_size():
-                piece = ""
-            elif self.sp.is_byte(i):
-                run.append(int(self.sp.id_to_piece(i)[3:5], 16))  # "<0xE7>"
-                continue
-            else:
-                piece = self.sp.id_to_piece(i).replace(SPACE, " ")
-            if piece:
-                close_run()
-                text.append(piece)
-        close_run()
-        return "".join(text)
+    def piece(self, i: int, skip_special_tokens: bool) -> str | bytes:
+        """The text of one token, or the byte that it stands for; empty for an id beyond the vocabulary."""
+        if i in self.special_names:
+            return "" if skip_special_tokens else self.special_names[i]
+        if not 0 <= i < self.sp.vocab_size():
+            return ""
+        if self.sp.is_byte(i):
+            return bytes([int(self.sp.id_to_piece(i)[3:5], 16)])  # "<0xE7>"
+        return self.sp.id_to_piece(i).replace(SPACE, " ")
 
     def pad(self, batch: list[list[int]]) -> tuple[Tensor, Tensor]:  # -> two (B, T)
         """Fill rows up to the longest with <pad>. Returns ids and the attention mask, 1 on tokens and 0 on padding."""
@@ -114,6 +104,14 @@ class Tokenizer:
         return input_ids, attention_mask
 
 
+def decode_bytes(run: bytes) -> str:
+    """The characters that consecutive byte tokens spell in UTF-8, or U+FFFD for each byte if they spell none."""
+    try:
+        return run.decode()
+    except UnicodeDecodeError:
+        return "\ufffd" * len(run)
+
+
 # --- Prompts ---------------------------------------------------------------------------------------------------------
 
 
@@ -121,11 +119,11 @@ class Tokenizer:
 class Template:
     """How a conversation is written as a prompt: what stands before and after each turn."""
 
-    system: str  # the instruction at the start of a conversation that has none of its own
-    user: str
-    user_end: str
-    assistant: str
-    assistant_end: str
+    system: str = ""  # the instruction at the start of a conversation that has none of its own
+    user: str = ""
+    user_end: str = ""
+    assistant: str = ""
+    assistant_end: str = ""
 
     def render(self, messages: list[dict], add_generation_prompt: bool = False) -> str:
         """Convert messages, in the reference's form, to one prompt. The pictures of a message come before its text.
@@ -149,14 +147,17 @@ class Template:
 
 
 TEMPLATES = {
-    # used by the hub's llava-hf checkpoints (their own template omits the space after a message without text)
-    "hub": Template("", "USER: ", " ", "ASSISTANT: ", " "),
+    # llava-hf's checkpoints on the hub. (Their own template omits the space after a message without text.)
+    "hub": Template(user="USER: ", user_end=" ", assistant="ASSISTANT: ", assistant_end=" "),
     # Vicuna's, with which LLaVA-1.5 was trained and evaluated (Liu et al. 2023, https://arxiv.org/abs/2310.03744)
     "v1": Template(
-        "A chat between a curious user and an artificial intelligence assistant. "
+        system="A chat between a curious user and an artificial intelligence assistant. "
         "The assistant gives helpful, detailed, and polite answers to the user's questions.",
-        "USER: ", " ", "ASSISTANT: ", "</s>",
+        user="USER: ",
+        user_end=" ",
+        assistant="ASSISTANT: ",
+        assistant_end="</s>",
     ),
-    # for alignment: <image>, newline, caption, and </s> from training/; LLaVA's own is <image>, caption, newline
-    "plain": Template("", "", "", "", ""),
-}  # fmt: skip
+    # The first stage of training, which aligns pictures with captions: only <image> and the caption, no roles
+    "plain": Template(),
+}

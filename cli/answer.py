@@ -26,10 +26,6 @@ def sampling(args: Namespace) -> dict:
     return options | {"do_sample": args.temperature != 0, "temperature": args.temperature or None}
 
 
-def eos_ids(config: GenerationConfig) -> set[int]:
-    return {config.eos_token_id} if isinstance(config.eos_token_id, int) else set(config.eos_token_id)
-
-
 def check_places(prompt: str, pictures: int) -> None:
     if (times := prompt.count("<image>")) not in (0, pictures):
         raise ValueError(f"the prompt has <image> {times} times, but the number of pictures is {pictures}")
@@ -58,7 +54,7 @@ def ask(
     rows = model.generate(**inputs, **options, **watching, seed=args.seed)[:, T:].tolist()
     seconds = round((time.monotonic() - start) / len(questions), 3)
 
-    eos = eos_ids(GenerationConfig.merged(model.generation_config, options))
+    eos = GenerationConfig.merged(model.generation_config, options).eos_ids
     cut = "context" if T + options["max_new_tokens"] == context else "length"
     answers = []
     for row, prompt_tokens in zip(rows, inputs.attention_mask.sum(-1).tolist(), strict=True):
@@ -75,11 +71,11 @@ def ask(
     return answers
 
 
-def find_end(row: list[int], eos: set[int], tokenizer, stop: list[str] | None) -> int | None:
+def find_end(row: list[int], eos: list[int], tokenizer, stop: list[str] | None) -> int | None:
     """How many of a row's tokens are the answer, if an eos token or a stop string ended it; the rest is padding."""
-    watcher = TextWatcher(tokenizer, 1, None, stop)
+    watcher = TextWatcher(tokenizer, None, stop)
     for n, token in enumerate(row, 1):
-        if watcher.put(0, token, last=token in eos) or token in eos:
+        if watcher.put(token) or token in eos:
             return n
     return None
 

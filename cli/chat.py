@@ -17,10 +17,10 @@ import os
 import sys
 from collections.abc import Callable
 from contextlib import suppress
+from itertools import islice
 
 import torch
 
-from cli.answer import eos_ids
 from cli.errors import USER_ERRORS, sentence
 from generate import GenerationConfig, TextWatcher, generate_tokens
 from hub.pictures import open_image
@@ -44,7 +44,7 @@ class Chat:
         self.opening = f"{system} " if system is not None else template.system and f"{template.system} "
         self.config = GenerationConfig.merged(model.generation_config, options)
         # A generated <image> would have no picture, so it ends an answer too.
-        self.ends = eos_ids(self.config) | {processor.tokenizer.image_token_id}
+        self.ends = {*self.config.eos_ids, processor.tokenizer.image_token_id}
         self.generator = None if seed is None else torch.Generator(model.device).manual_seed(seed)
         self.context = model.config.text_config.max_position_embeddings
         self.clear()
@@ -92,21 +92,25 @@ class Chat:
         if room < 1:
             raise ValueError(f"this would make {T} tokens, and the context ends at {self.context}: /clear starts again")
         limit = min(self.config.new_tokens(T), room)
+        why = "context" if limit == room else "length"
         self.grow(T + limit)
         pictures = [picture for _, picture in self.pictures]
         pixels = self.processor.image_processor(pictures).to(device) if pictures else None
         ids = torch.tensor([prompt], device=device)
         mask = torch.ones_like(ids)
         tokens = generate_tokens(self.model, ids, mask, self.cache, pixels, self.config, self.generator)
-        watcher = TextWatcher(self.processor.tokenizer, 1, streamer, self.stop_strings)
+        watcher = TextWatcher(self.processor.tokenizer, streamer, self.stop_strings)
         try:
-            for n, token in zip(range(1, limit + 1), map(int, tokens), strict=False):
-                ended = token in self.ends
-                if not ended:  # the template writes the end of every answer, of one cut short too
-                    answer.append(token)
-                if watcher.put(0, token, last=ended or n == limit) or ended:
-                    return "stop"
-            return "context" if limit == room else "length"
+            for token in map(int, islice(tokens, limit)):
+                if token in self.ends:  # not part of the answer: the template writes the end, of one cut short too
+                    why = "stop"
+                    break
+                answer.append(token)
+                if watcher.put(token):
+                    why = "stop"
+                    break
+            watcher.flush()
+            return why
         finally:
             if self.cache.length >= T:  # the question is in the cache
                 self.ids = prompt + answer

@@ -5,7 +5,6 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from hub.files import read_json
-from hub.settings import check_ranges
 
 
 @dataclass
@@ -31,6 +30,14 @@ class GenerationConfig:
             raise ValueError(f"top_p must be above 0 and at most 1, not {self.top_p}")
         if not self.repetition_penalty > 0:
             raise ValueError(f"repetition_penalty must be above 0, not {self.repetition_penalty}")
+
+    @property
+    def eos_ids(self) -> list[int]:
+        return [self.eos_token_id] if isinstance(self.eos_token_id, int) else list(self.eos_token_id)
+
+    @property
+    def pad_id(self) -> int:  # fills rows that are finished
+        return self.pad_token_id if self.pad_token_id is not None else (self.eos_ids or [0])[0]
 
     def new_tokens(self, prompt_length: int) -> int:
         """How many tokens may follow a prompt of this length."""
@@ -62,4 +69,6 @@ def read_generation_settings(folder: Path) -> dict:
     """The entries of generation_config.json that are not null, checked; {} if the file does not exist."""
     file = folder / "generation_config.json"
     settings = {name: value for name, value in read_json(file).items() if value is not None}
+    from hub.ranges import check_ranges
+
     return check_ranges(settings, file)

@@ -1,8 +1,12 @@
 """What the interface of transformers expects of outputs, inputs and messages."""
 
+from dataclasses import dataclass
+
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
+
+from hub.settings import require
 
 
 class ModelOutput(dict):
@@ -23,6 +27,18 @@ class ModelOutput(dict):
         return tuple(self.values())
 
 
+@dataclass
+class LlavaCausalLMOutputWithPast(ModelOutput):
+    """What the model returns. Entries that were not asked for are None."""
+
+    loss: Tensor | None = None  # one number
+    logits: Tensor | None = None  # (B, T, V)
+    past_key_values: object | None = None  # a llama.KVCache
+    hidden_states: tuple[Tensor, ...] | None = None  # layers + 1 of (B, T, D), the last one after the final norm
+    attentions: tuple[Tensor, ...] | None = None  # layers of (B, H, T, S)
+    image_hidden_states: Tensor | None = None  # (pictures * P, D), the projector's output
+
+
 class Inputs(dict):
     """What the processor returns: tensors by name, as `inputs.input_ids` or `inputs["input_ids"]`."""
 
@@ -39,11 +55,46 @@ class Inputs(dict):
         return self
 
 
-def check_ids(input_ids: Tensor, vocab_size: int) -> None:
-    """Raise ValueError for ids that have no row in the embedding table."""
+def check_prompt(input_ids: Tensor | None, inputs_embeds: Tensor | None, vocab_size: int) -> None:
+    """Raise ValueError unless there is one of the two, and each id has a row in the embedding table."""
+    if (input_ids is None) == (inputs_embeds is None):
+        raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
+    if input_ids is None or input_ids.shape[1] == 1:  # generated ids are in range; checking them would wait for a GPU
+        return
     least, most = input_ids.aminmax()
     if least < 0 or most >= vocab_size:
         raise ValueError(f"the ids {least} to {most} do not fit a vocabulary of {vocab_size}")
+
+
+def image_positions(
+    model: nn.Module, input_ids: Tensor | None, inputs_embeds: Tensor | None, image_features: Tensor
+) -> Tensor:  # (B, T), True on <image> tokens
+    """Where a prompt has its <image> tokens. In an embedded prompt they are recognized by their embedding.
+
+    Raises ValueError if there are not as many as image features (pictures * P, D).
+    """
+    image_token = model.config.image_token_index
+    if inputs_embeds is None:
+        is_image = input_ids == image_token
+    elif 0 <= image_token < model.config.vocab_size:
+        is_image = (inputs_embeds == model.language_model.embed_tokens.weight[image_token]).all(-1)
+    else:
+        raise ValueError(f"<image>, token {image_token}, has no embedding: with pixel_values pass input_ids")
+    if (tokens := int(is_image.sum())) != len(image_features):
+        counts = f"tokens: {tokens}, features: {len(image_features)}"
+        raise ValueError(f"Image features and image tokens do not match, {counts}")
+    return is_image
+
+
+def as_lists(text: str | list[str] | None, images, return_tensors: str) -> tuple[list[str], list[Image.Image]]:
+    """The processor's prompts and pictures as two lists. Raises ValueError unless there is an <image> per picture."""
+    texts = [text] if isinstance(text, str) else list(text or [])
+    pictures = [] if images is None else flatten(images)
+    n_tokens = sum(text.count("<image>") for text in texts)
+    if texts and n_tokens != len(pictures):
+        raise ValueError(f"The prompts hold {n_tokens} <image> tokens, but {len(pictures)} images were passed")
+    require("return_tensors", return_tensors, ("pt",))  # PyTorch tensors
+    return texts, pictures
 
 
 def check_left_padding(input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
@@ -54,22 +105,11 @@ def check_left_padding(input_ids: Tensor, attention_mask: Tensor | None) -> Tens
     return attention_mask
 
 
-def check_feature_choice(layers: list[int], n_layers: int, strategy: str) -> None:
+def check_layers(layers: list[int], n_layers: int, strategy: str) -> None:
     """Raise ValueError for hidden states that the tower does not have, or an unknown treatment of the class token."""
-    if strategy not in ("default", "full"):
-        raise ValueError(f"vision_feature_select_strategy must be default or full, not {strategy!r}")
+    require("vision_feature_select_strategy", strategy, ("default", "full"))
     if not all(-n_layers - 1 <= layer <= n_layers for layer in layers):
         raise ValueError(f"vision_feature_layer must lie from {-n_layers - 1} to {n_layers}, not {layers}")
-
-
-def kept_positions(logits_to_keep: int | Tensor) -> slice | Tensor:
-    """The index of the positions that go through the head: the last n (0 for all), or a tensor (n,) of positions."""
-    if not isinstance(logits_to_keep, Tensor):
-        return slice(-logits_to_keep, None)
-    if logits_to_keep.ndim != 1:
-        shape = list(logits_to_keep.shape)
-        raise ValueError(f"logits_to_keep must be a number or a tensor (n,), not of shape {shape}")
-    return logits_to_keep
 
 
 def check_messages(messages: list[dict]) -> list[tuple[str, list[dict]]]:
@@ -81,15 +121,13 @@ def check_messages(messages: list[dict]) -> list[tuple[str, list[dict]]]:
 
 def parts_of(message: dict) -> list[dict]:
     role, content = message.get("role"), message.get("content")
-    if role not in ("system", "user", "assistant"):
-        raise ValueError(f"a message's role must be system, user or assistant, not {role!r}")
+    require("a message's role", role, ("system", "user", "assistant"))
     content = [{"type": "text", "text": content}] if isinstance(content, str) else content
     if not isinstance(content, list | tuple):
         raise ValueError(f"a message's content must be a text or a list of parts, not {content!r}")
     for part in content:
         kind = part.get("type") if isinstance(part, dict) else part
-        if kind not in ("image", "text"):
-            raise ValueError(f"a part of a message must be of type image or text, not {kind!r}")
+        require("the type of a part of a message", kind, ("image", "text"))
         if kind == "text" and not isinstance(part.get("text"), str):
             raise ValueError(f"a part of type text must have a text, not {part.get('text')!r}")
     return content

@@ -2,11 +2,10 @@
 
 The layouts: the hub's older files, those that transformers 5 writes, and those of LLaVA's authors
 (`liuhaotian/llava-v1.5-*`), whose config.json is the decoder's with additions and whose vision tower is a checkpoint
-of its own. All are returned in the first layout. A file from elsewhere can hold anything, so RANGES says what each
-number may be, and a wrong one raises a ValueError that names it here instead of failing somewhere in the model.
+of its own. All are returned in the first layout, and ranges.py checks each number.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
@@ -16,32 +15,6 @@ from hub.tensors import DTYPE_NAMES
 
 # The first words of the prompt template of LLaVA-1.5, tokenizer.TEMPLATES["v1"].
 VICUNA = "A chat between a curious user and an artificial intelligence assistant."
-
-SIZE = (int, 1, 2**24)
-TOKEN = (int, -1, 2**24)  # -1 is some files' word for none
-# What a number may be, wherever in the settings its name stands: its type, the least and the largest.
-RANGES = {
-    **dict.fromkeys(("hidden_size", "intermediate_size", "projection_dim", "vocab_size"), SIZE),
-    **dict.fromkeys(("num_attention_heads", "num_key_value_heads", "head_dim", "sliding_window"), SIZE),
-    **dict.fromkeys(("num_channels", "patch_size", "max_position_embeddings"), SIZE),
-    **dict.fromkeys(("image_size", "shortest_edge", "height", "width"), (int, 1, 4096)),  # a picture's side
-    "num_hidden_layers": (int, 1, 1000),  # a layer costs memory before a weight is read
-    **dict.fromkeys(("layer_norm_eps", "rms_norm_eps"), (float, 0, 1)),
-    **dict.fromkeys(("rope_theta", "factor"), (float, 1e-3, 1e12)),
-    **dict.fromkeys(("attention_bias", "mlp_bias", "tie_word_embeddings", "multimodal_projector_bias"), (bool, 0, 1)),
-    **dict.fromkeys(("do_pad", "do_resize", "do_center_crop", "do_rescale", "do_normalize", "do_sample"), (bool, 0, 1)),
-    **dict.fromkeys(("image_mean", "image_std"), (float, 0, 1)),
-    "rescale_factor": (float, 0, 1),
-    "resample": (int, 0, 5),  # Pillow's filters
-    **dict.fromkeys(("image_token_index", "eos_token_id", "pad_token_id"), TOKEN),
-    "vision_feature_layer": (int, -1001, 1000),
-    **dict.fromkeys(("max_new_tokens", "max_length"), SIZE),
-    **dict.fromkeys(("temperature", "top_p", "repetition_penalty"), (float, 0, 1e6)),
-    "top_k": (int, 0, 2**24),
-}
-THREE = {"image_mean", "image_std"}  # one for each colour
-ONE_OR_MORE = {"vision_feature_layer", "eos_token_id"}
-MAY_BE_NULL = {"num_key_value_heads", "head_dim", "sliding_window", "pad_token_id"}
 
 # Defaults of a text_config, by its model_type, where they differ from llama.LlamaConfig's.
 DEFAULTS = {
@@ -76,40 +49,19 @@ def decoder_settings(settings: dict) -> dict:
     a decoder or a kind of RoPE that is not implemented.
     """
     family = settings.get("model_type", "llama")
-    if family not in DEFAULTS:
-        raise ValueError(f"text_config: the decoder family {family!r} is unknown: this code knows llama and mistral")
+    require("text_config: model_type", family, DEFAULTS)
     rope = {**(settings.get("rope_scaling") or {}), **(settings.get("rope_parameters") or {})}
     kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind not in ("default", "linear"):
-        raise ValueError(f"text_config: rope_type {kind!r} is unknown: this code knows default and linear")
+    require("text_config: rope_type", kind, ("default", "linear"))
     theta = rope.get("rope_theta", settings.get("rope_theta", 10000.0))
     factor = rope.get("factor", settings.get("rope_factor", 1.0))
     return DEFAULTS[family] | settings | {"rope_theta": theta, "rope_factor": factor}
 
 
-def check_ranges(settings: dict, file: Path) -> dict:
-    """The settings themselves, or a ValueError that names the first number that is not in its range."""
-    for name, value in settings.items():
-        if name in RANGES:
-            check_range(name, value, file)
-        elif isinstance(value, dict):
-            check_ranges(value, file)
-    return settings
-
-
-def check_range(name: str, value: object, file: Path) -> None:
-    kind, low, high = RANGES[name]
-    if name in THREE and not (isinstance(value, list) and len(value) == 3):
-        raise ValueError(f"{file}: {name} must be a list of three numbers")
-    for number in value if isinstance(value, list) and name in THREE | ONE_OR_MORE else [value]:
-        fits = isinstance(number, (int, float) if kind is float else kind)
-        fits = fits and isinstance(number, bool) == (kind is bool) and low <= number <= high
-        if not fits and not (number is None and name in MAY_BE_NULL):
-            span = f"number from {low} to {high}"
-            what = {int: f"a whole {span}", float: f"a {span}", bool: "true or false"}[kind]
-            raise ValueError(f"{file}: {name} must be {what}, not {str(number)[:80]!r}")
-    if value == [] and name == "vision_feature_layer":
-        raise ValueError(f"{file}: {name} names no layer")
+def require(name: str, value: object, choices: Iterable[str]) -> None:
+    """Raise ValueError, naming the setting, unless its value is one of `choices`."""
+    if value not in choices:
+        raise ValueError(f"{name} must be {' or '.join(choices)}, not {value!r}")
 
 
 def read_config(folder: Path) -> dict:
@@ -131,12 +83,16 @@ def read_config(folder: Path) -> dict:
         raise ValueError(f"{folder / 'config.json'} describes a model of type {config['model_type']!r}, not a LLaVA")
     if "text_config" not in config:
         raise ValueError(f"{folder / 'config.json'} has no text_config")
+    from hub.ranges import check_ranges
+
     check_ranges(config, folder / "config.json")
     return config | {"dtype": DTYPE_NAMES.get(str(config.get("dtype") or config.get("torch_dtype")))}
 
 
 def read_processor_settings(folder: Path) -> tuple[dict, str]:
     """The image processor's settings, and which of tokenizer.TEMPLATES its files ask for."""
+    from hub.ranges import check_ranges
+
     config = read_json(folder / "config.json")
     if "mm_vision_tower" in config:
         from hub.authors import tower_folder

@@ -89,7 +89,7 @@ class Study:
 def study(run: Recorder) -> Study:
     model, ids = run.model, run.ids
     prompt, answer = ids[:, : run.prompt_length], ids[:, run.prompt_length :]
-    x = [model.merge(prompt, None, run.features.flatten(0, 1)), model.merge(answer, None, None)]
+    x = [model.merge(prompt, None, run.features.flatten(0, 1)), model.embed(answer)]
     wanted = {"output_attentions": True, "output_hidden_states": True, "logits_to_keep": 1}
     out = model(inputs_embeds=torch.cat(x, 1), use_cache=False, **wanted)
     places = (prompt[0] == model.config.image_token_index).nonzero().flatten()

@@ -63,11 +63,12 @@ def test_a_stream_shows_what_decoding_gives_and_never_half_a_character(pair, tex
     tokenizer, _ = pair
     ids = tokenizer.encode(text.replace("\ufffd", ""))
     shown = []
-    watcher = TextWatcher(tokenizer, 1, shown.append, None)
+    watcher = TextWatcher(tokenizer, shown.append)
     for i in ids[:-1]:
-        watcher.put(0, i, last=False)
+        watcher.put(i)
     assert not any("\ufffd" in part for part in shown)
-    watcher.put(0, ids[-1], last=True)
+    watcher.put(ids[-1])
+    watcher.flush()
     assert "".join(shown) == tokenizer.decode(ids, skip_special_tokens=True)
 
 
@@ -75,10 +76,11 @@ def test_a_stream_that_ends_in_half_a_character_says_so(pair):
     tokenizer, _ = pair
     half = tokenizer.sp.piece_to_id("<0xF0>")
     shown = []
-    watcher = TextWatcher(tokenizer, 1, shown.append, None)
-    watcher.put(0, half, last=False)
+    watcher = TextWatcher(tokenizer, shown.append)
+    watcher.put(half)
+    watcher.put(half)
     assert shown == []
-    watcher.put(0, half, last=True)
+    watcher.flush()
     assert shown == ["\ufffd\ufffd"]
 
 
@@ -188,11 +190,11 @@ def test_the_prompts_are_those_of_the_papers_and_the_hub():
         ([], "messages must be a list of at least one"),
         (CONVERSATION[0], "messages must be a list of at least one"),
         ([CONVERSATION], "messages must be a list of at least one"),
-        ([{"role": "tool", "content": "5"}], "a message's role must be system, user or assistant, not 'tool'"),
-        ([*CONVERSATION, {"content": "5"}], "a message's role must be system, user or assistant, not None"),
-        ([{"role": "user", "content": [{"type": "image_url"}]}], "must be of type image or text, not 'image_url'"),
-        ([{"role": "user", "content": [{"text": "Q"}]}], "must be of type image or text, not None"),
-        ([{"role": "user", "content": ["Q"]}], "must be of type image or text, not 'Q'"),
+        ([{"role": "tool", "content": "5"}], "a message's role must be system or user or assistant, not 'tool'"),
+        ([*CONVERSATION, {"content": "5"}], "a message's role must be system or user or assistant, not None"),
+        ([{"role": "user", "content": [{"type": "image_url"}]}], "must be image or text, not 'image_url'"),
+        ([{"role": "user", "content": [{"text": "Q"}]}], "must be image or text, not None"),
+        ([{"role": "user", "content": ["Q"]}], "must be image or text, not 'Q'"),
         ([{"role": "user", "content": [{"type": "text"}]}], "a part of type text must have a text"),
         ([{"role": "user", "content": None}], "a message's content must be a text or a list of parts, not None"),
         ([{"role": "user"}], "a message's content must be a text or a list of parts, not None"),
