@@ -5,8 +5,8 @@ Vision Transformer (Dosovitskiy et al. 2020, https://arxiv.org/abs/2010.11929) t
 The picture is cut into square patches, each patch becomes a vector, and transformer layers let the patches exchange
 information. One more vector, the class token, stands for the whole picture; CLIP's training compares it with the
 caption. LLaVA drops it and reads the patches before the last layer (layer -2). Its authors' hypothesis is that the last
-layer keeps more of a picture's global properties, and the one before it more of the local detail that questions are
-about (Liu et al. 2023, https://arxiv.org/abs/2304.08485, section 5.2).
+layer keeps more of a picture's global properties, and the one before it more local detail, which most questions
+need (Liu et al. 2023, https://arxiv.org/abs/2304.08485, section 5.2).
 
 In the six core files "the reference" is Hugging Face transformers, "the hub" is huggingface.co, and shapes use these
 letters:
@@ -87,7 +87,7 @@ class ImageProcessor:
     do_rescale: bool = True
     do_normalize: bool = True
 
-    def __post_init__(self) -> None:  # files write a square's size as a dictionary or as one number
+    def __post_init__(self) -> None:  # older files write a number instead of a dictionary
         if isinstance(self.size, int):
             self.size = {"shortest_edge": self.size}
         if isinstance(self.crop_size, int):
@@ -120,6 +120,7 @@ class ImageProcessor:
                 new_size = tuple(edge if side == short else int(edge * side / short) for side in image.size)
             else:
                 new_size = self.size["width"], self.size["height"]
+            # Image.resize, except that a huge result is cropped early (hub/strips.py)
             image = resize(image, new_size, self.resample, (width, height) if self.do_center_crop else None)
         if self.do_center_crop:
             left, top = (image.width - width) // 2, (image.height - height) // 2
@@ -137,12 +138,12 @@ def eager_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # three (B, H, 
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """The same by PyTorch's function, which does not store the T x T weights. This is the one the model uses."""
+    """The same, computed by PyTorch's function, which does not store the T x T weights."""
     return F.scaled_dot_product_attention(q, k, v)
 
 
 class CLIPAttention(nn.Module):
-    attention = staticmethod(attention)  # a module may be given another function with the same result
+    attention = staticmethod(attention)  # training/ replaces it by eager_attention where that is faster
 
     def __init__(self, config: CLIPVisionConfig):
         super().__init__()
@@ -215,7 +216,7 @@ class CLIPVisionModel(nn.Module):
     def forward(self, pixel_values: Tensor, depth: int | None = None) -> list[Tensor]:
         """Run the first `depth` layers (default: all) on pictures (B, 3, image_size, image_size).
 
-        Returns depth + 1 hidden states (B, 1 + P, D): the input of the first layer, then the output of each.
+        Returns hidden states, (B, 1 + P, D) each: the input of the first layer and the output of each layer that ran.
         """
         channels, side = self.config.num_channels, self.config.image_size
         if pixel_values.shape[1:] != (channels, side, side):

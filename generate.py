@@ -2,7 +2,7 @@
 
     prefill          the tokens of the prompt that are not in the cache yet go through the model together
     model.step       one new token per row goes through the model; the cache has the keys and values of all others
-    sample           scores over the vocabulary become the next token
+    sample           choose the next token from the scores over the vocabulary
 
 `generate_tokens` is the loop around the three; `generate` decides when it ends and returns prompt and answer, as the
 reference does. Chat, which keeps a cache from one answer to the next, uses `generate_tokens` directly.
@@ -28,12 +28,12 @@ def sample(logits: Tensor, seen: Tensor, config: GenerationConfig, generator: to
     """Choose the next ids (B,) from their scores (B, V). `seen` (B, V + 1) is the result of tokens_seen.
 
     The order is the reference's: repetition penalty (Keskar et al. 2019, section 4.1), then, unless the choice is
-    greedy, temperature, top-k and top-p (Holtzman et al. 2019, section 3.1). GenerationConfig explains each.
+    greedy, temperature, top-k and top-p (Holtzman et al. 2019, section 3.1). hub/generation.py explains each option.
     """
     logits, penalty = logits.float(), config.repetition_penalty
-    if logits.amax().isnan():  # amax propagates NaN and is 10 times cheaper than isnan().any()
+    if logits.amax().isnan():  # amax propagates NaN: one pass over the scores instead of two
         raise ValueError("the scores of the next token are not numbers: try bfloat16, or a weight is broken")
-    if penalty != 1:
+    if penalty != 1:  # negative scores are multiplied: dividing would raise them
         logits = torch.where(seen[:, :-1], torch.where(logits < 0, logits * penalty, logits / penalty), logits)
     if not config.do_sample:
         return logits.argmax(-1)
@@ -50,7 +50,7 @@ def sample(logits: Tensor, seen: Tensor, config: GenerationConfig, generator: to
 
 
 def tokens_seen(input_ids: Tensor, attention_mask: Tensor, V: int) -> Tensor:  # two (B, T) -> (B, V + 1)
-    """Which tokens a text contains. Padding and ids without a score are marked in an extra column, never read."""
+    """Which tokens a text contains. Padding, and ids without a score, go into column V, which `sample` ignores."""
     ids = input_ids.masked_fill(attention_mask.cumsum(-1) == 0, V).clamp(max=V)
     return torch.zeros(len(ids), V + 1, dtype=torch.bool, device=ids.device).scatter(1, ids, True)
 
@@ -67,7 +67,10 @@ def prefill(model, input_ids: Tensor, attention_mask: Tensor, cache: KVCache, pi
 
 @torch.inference_mode()
 def generate_tokens(model, input_ids, attention_mask, cache, pixel_values, config, generator) -> Iterator[Tensor]:
-    """Yields the next token of every row (B,) indefinitely; each is written to the cache when the next is requested."""
+    """Yields the next token of every row (B,) indefinitely.
+
+    A token's keys and values enter the cache when the token after it is requested.
+    """
     logits = prefill(model, input_ids, attention_mask, cache, pixel_values)
     seen = tokens_seen(input_ids, attention_mask, logits.shape[1])
     position_ids = attention_mask.sum(-1, keepdim=True)
@@ -94,14 +97,18 @@ def generate(
     """Continue prompts (B, T), padded on the left if their lengths differ, to (B, T + new): prompt and answer.
 
     `options` are the fields of GenerationConfig; the checkpoint's generation_config.json supplies the others. Each new
-    piece of text goes to `streamer`. A row ends with an eos token or a stop string, which stay in the result. The same
-    `seed` gives the same samples. Raises ValueError for options out of range, warns about those without effect.
+    piece of text goes to `streamer`. A row ends with an eos token or a stop string, which stay in the result, and is
+    then filled with padding. The same `seed` gives the same samples. Raises ValueError for options out of range, warns
+    about those without effect.
     """
-    config = GenerationConfig.merged(model.generation_config, options | {"seed": seed})
+    config = GenerationConfig.merged(model.generation_config, options | {"seed": seed})  # warns if seed has no effect
     attention_mask = check_left_padding(input_ids, attention_mask)
+    if streamer and len(input_ids) > 1:
+        raise ValueError("a streamer follows one answer: generate a batch of prompts without it")
     (batch, T), device = input_ids.shape, input_ids.device
     n_new = config.new_tokens(T)
-    watchers = text_watchers(tokenizer, batch, streamer, stop_strings)
+    watched = batch if streamer or stop_strings else 0
+    watchers = [TextWatcher(tokenizer, streamer, stop_strings) for _ in range(watched)]
     generator = None if seed is None else torch.Generator(device).manual_seed(seed)
     cache = model.language_model.new_cache(batch, T + n_new)
     tokens = generate_tokens(model, input_ids, attention_mask, cache, pixel_values, config, generator)
@@ -122,17 +129,6 @@ def generate(
     return input_ids
 
 
-def text_watchers(tokenizer, batch: int, streamer, stop_strings) -> "list[TextWatcher]":
-    """One for each answer, or none if nothing needs the text."""
-    if not streamer and not stop_strings:
-        return []
-    if tokenizer is None:
-        raise ValueError("streamer and stop_strings need the text: pass tokenizer=processor.tokenizer too")
-    if streamer and batch > 1:
-        raise ValueError("a streamer follows one answer: generate a batch of prompts without it")
-    return [TextWatcher(tokenizer, streamer, stop_strings) for _ in range(batch)]
-
-
 class TextWatcher:
     """Decodes an answer as it is generated: passes new text to a streamer and looks for stop strings.
 
@@ -140,6 +136,8 @@ class TextWatcher:
     """
 
     def __init__(self, tokenizer: Tokenizer, streamer: Callable | None, stop_strings: str | list[str] | None = None):
+        if tokenizer is None:
+            raise ValueError("streamer and stop_strings need the text: pass tokenizer=processor.tokenizer too")
         self.tokenizer, self.streamer = tokenizer, streamer
         self.stop_strings = [stop_strings] if isinstance(stop_strings, str) else list(stop_strings or [])
         self.pending: list[int] = []  # tokens that are not in the text yet
@@ -155,10 +153,9 @@ class TextWatcher:
     def flush(self) -> None:
         new = self.tokenizer.join(self.pending, skip_special_tokens=True)
         self.pending.clear()
-        if not new:
-            return
-        if self.text is None:  # encoding put a space in front of the text
+        if new and self.text is None:  # encoding put a space in front of the text
             self.text, new = "", new.removeprefix(" ")
-        self.text += new
-        if self.streamer and new:
-            self.streamer(new)
+        if new:
+            self.text += new
+            if self.streamer:
+                self.streamer(new)

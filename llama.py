@@ -44,15 +44,15 @@ class LlamaConfig:
     def __post_init__(self) -> None:
         self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
         self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
-        if self.num_attention_heads % self.num_key_value_heads:
-            heads = f"{self.num_attention_heads} heads cannot share {self.num_key_value_heads} key/value heads equally"
-            raise ValueError(f"text_config: {heads}")
+        H, K = self.num_attention_heads, self.num_key_value_heads
+        if H % K:
+            raise ValueError(f"text_config: {H} heads cannot share {K} key/value heads equally")
         if self.hidden_act != "silu":
             raise ValueError(f"text_config: hidden_act {self.hidden_act!r} is unknown: this decoder uses silu")
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight (Zhang & Sennrich 2019, equation 4): LayerNorm without mean and bias."""
+    """x / sqrt(mean(x^2) + eps) * weight: LayerNorm without mean and bias terms (Zhang & Sennrich 2019, eq. 4)."""
 
     def __init__(self, width: int, eps: float):
         super().__init__()
@@ -66,7 +66,7 @@ class RMSNorm(nn.Module):
 
 
 def rope_angles(config: LlamaConfig, position_ids: Tensor) -> Tensor:  # (B, T) -> (B, T, d / 2), float32
-    """RoPE's angles: position times frequency, with a frequency for each pair of numbers (Su et al. 2021, 3.2.2)."""
+    """position / (rope_theta^(2i / d) * rope_factor) for pair i = 0 ... d / 2 - 1 (Su et al. 2021, section 3.2.2)."""
     exponents = torch.arange(0, config.head_dim, 2, device=position_ids.device).float() / config.head_dim
     frequencies = 1.0 / (config.rope_theta**exponents * config.rope_factor)
     return position_ids[..., None].float() * frequencies
@@ -84,9 +84,10 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:  # (B, H, T, d), 
 def visible_keys(attention_mask: Tensor | None, past: int, T: int, window: int | None, device) -> Tensor | None:
     """Which of the S = past + T keys each of the T new queries attends to: (B or 1, 1, T, S), True where it does.
 
-    `attention_mask` is (B, S), False at padding, or None. Returns None in two cases that `attention` handles without a
-    mask: all tokens are new (each attends to itself and those before it), or one token is new (it attends to all). A
-    query at padding may attend to nothing; no other query reads its output.
+    `attention_mask` is (B, S), False at padding, or None. Without padding, and while S fits the window, it returns None
+    in two cases that `attention` handles without a mask: all tokens are new (each attends to itself and those before
+    it), or one token is new (it attends to all). A padding token may have no key to attend to; its output is masked out
+    for all other tokens.
     """
     S = past + T
     if attention_mask is None and (T == 1 or past == 0) and (window is None or S <= window):
@@ -112,13 +113,16 @@ def eager_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None)
     groups = q.shape[1] // k.shape[1]  # H / K query heads share each key head (Ainslie et al. 2023, section 2.2)
     k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)  # (B, K, S, d) -> (B, H, S, d)
     scores = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5  # (B, H, T, S)
-    scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)  # not -inf: softmax of a row of -inf is NaN
     weights = scores.softmax(-1, dtype=torch.float32).to(q.dtype)
     return weights @ v, weights
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """The same for real tokens by PyTorch's function, which does not store the weights. The model uses this one."""
+    """The same, computed by PyTorch's function, which does not store the weights. The output at padding may differ.
+
+    Without a mask T must be 1 or S, as visible_keys ensures: `is_causal` would align its triangle with the first key.
+    """
     causal, grouped = mask is None and q.shape[2] > 1, q.shape[1] != k.shape[1]
     return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=grouped)
 
@@ -145,7 +149,7 @@ class KVCache:
             raise ValueError(f"the cache is full: it has room for {self.capacity} tokens, and {tokens} are needed")
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:  # (B, K, T, d) -> (B, K, S, d)
-        """Append one layer's new keys and values to the earlier ones; returns all of them, as views."""
+        """Append one layer's new keys and values; returns all, as views. Llama.forward increases `length` later."""
         batch, heads, _, width = self.k[layer].shape
         if k.shape != v.shape or k.shape[:2] != (batch, heads) or k.shape[3] != width:
             raise ValueError(f"the cache holds [{batch}, {heads}, tokens, {width}], but it was given {list(k.shape)}")
@@ -157,12 +161,12 @@ class KVCache:
 
 
 class LlamaAttention(nn.Module):
-    attention = staticmethod(attention)  # a module may be given another function with the same result
+    attention = staticmethod(attention)  # a faster function with the same result may replace it
 
     def __init__(self, config: LlamaConfig, layer: int):
         super().__init__()
         D, H, K, d = config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.head_dim
-        self.layer, self.n_heads, self.n_kv_heads, self.head_dim = layer, H, K, d
+        self.layer, self.head_dim = layer, d
         self.q_proj = nn.Linear(D, H * d, bias=config.attention_bias)
         self.k_proj = nn.Linear(D, K * d, bias=config.attention_bias)
         self.v_proj = nn.Linear(D, K * d, bias=config.attention_bias)
@@ -173,6 +177,7 @@ class LlamaAttention(nn.Module):
         return tuple(y.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for y in projections)
 
     def forward(self, x, rope, mask=None, cache=None, attentions=None) -> Tensor:  # (B, T, D) -> (B, T, D)
+        """`rope`: cos and sin for apply_rope; `mask`: from visible_keys; `attentions`: a list to append to, or None."""
         q, k, v = self.qkv(x)
         q, k = apply_rope(q, *rope), apply_rope(k, *rope)
         if cache is not None:
@@ -208,7 +213,6 @@ class LlamaLayer(nn.Module):
         self.mlp = LlamaMLP(config)
 
     def forward(self, x, rope, mask=None, cache=None, attentions=None) -> Tensor:  # (B, T, D) -> (B, T, D)
-        """`rope`: cos and sin for apply_rope; `mask`: from visible_keys; `attentions`: a list to append to, or None."""
         x = x + self.self_attn(self.input_layernorm(x), rope, mask, cache, attentions)
         x = x + self.mlp(self.post_attention_layernorm(x))
         return x
@@ -245,6 +249,8 @@ class Llama(nn.Module):
         """
         B, T, _ = x.shape
         past = cache.length if cache is not None else 0
+        if cache is not None:
+            cache.check(B, past + T)
         attention_mask = self.padding_mask(attention_mask, B, past + T, cache)
         mask = visible_keys(attention_mask, past, T, self.config.sliding_window, x.device)
         if position_ids is None:
@@ -265,13 +271,13 @@ class Llama(nn.Module):
 
     @staticmethod
     def padding_mask(attention_mask: Tensor | None, B: int, S: int, cache: KVCache | None) -> Tensor | None:
-        """The mask over all S keys as booleans, or None if no key is padding. The cache keeps it for later calls."""
-        if cache is not None:
-            cache.check(B, S)
-            if attention_mask is None and cache.attention_mask is not None:  # tokens after the prompt are not padding
-                return F.pad(cache.attention_mask, (0, S - cache.attention_mask.shape[1]), value=True)
+        """The mask over all S keys as booleans, or None if no key is padding.
+
+        A mask that is passed is kept in the cache. If none is passed, the kept one is extended.
+        """
         if attention_mask is None:
-            return None
+            kept = cache.attention_mask if cache is not None else None
+            return None if kept is None else F.pad(kept, (0, S - kept.shape[1]), value=True)  # new tokens are real
         if attention_mask.shape != (B, S):
             shape = list(attention_mask.shape)
             raise ValueError(f"attention_mask is {shape}, but batch and tokens so far are {[B, S]}")

@@ -4,8 +4,8 @@
                                                                                merge -> llama.py -> scores of next token
     prompt  -> tokenizer.py -> (T,) ids -> embedding -> (T, 4096) vectors      /
 
-The prompt contains one <image> token for every patch, and the merge replaces their embeddings by the projected patches.
-From there on the decoder treats patches and words alike. LLaVA: Liu et al. 2023, https://arxiv.org/abs/2304.08485;
+LlavaProcessor repeats the prompt's <image> token once per patch, and the merge replaces the embeddings of these tokens
+by the projected patches. From there on the decoder treats patches and words alike. LLaVA: Liu et al. 2023, https://arxiv.org/abs/2304.08485;
 LLaVA-1.5: Liu et al. 2023, https://arxiv.org/abs/2310.03744.
 
     B batch    T tokens    D width of the decoder    P patches of a picture    V vocabulary
@@ -29,10 +29,10 @@ from torch import Tensor, nn
 
 import generate
 from clip import ACTIVATIONS, CLIPVisionConfig, CLIPVisionModel, ImageProcessor
+from hub import interface
 from hub.files import find_checkpoint
 from hub.generation import read_generation_settings
-from hub.interface import Inputs, LlavaCausalLMOutputWithPast, as_lists, check_layers, check_prompt, image_positions
-from hub.settings import decoder_settings, known_fields, read_config, read_processor_settings, require, sound_settings
+from hub.settings import as_value_error, decoder_settings, known_fields, read_config, read_processor_settings, require
 from hub.tensors import as_dtype, no_weights
 from llama import KVCache, Llama, LlamaConfig
 from load_weights import load
@@ -115,30 +115,28 @@ class LlavaForConditionalGeneration(nn.Module):
         layers = [layers] if isinstance(layers, int) else layers
         strategy = vision_feature_select_strategy or self.config.vision_feature_select_strategy
         n = self.config.vision_config.num_hidden_layers
-        check_layers(layers, n, strategy)
+        interface.check_layers(layers, n, strategy)
         layers = [layer % (n + 1) for layer in layers]  # there are n + 1 states: the input, and n layers' outputs
         hidden_states = self.vision_tower(pixel_values, depth=max(layers))
         first = 1 if strategy == "default" else 0  # 1 drops the class token
         return self.multi_modal_projector(torch.cat([hidden_states[layer][:, first:] for layer in layers], dim=-1))
 
-    def embed(self, input_ids: Tensor | None, inputs_embeds: Tensor | None = None) -> Tensor:
-        """The embeddings (B, T, D) of a prompt, which is given as ids (B, T) or embedded already."""
-        check_prompt(input_ids, inputs_embeds, self.config.vocab_size)
-        return self.language_model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+    def embed(self, input_ids: Tensor) -> Tensor:  # (B, T) -> (B, T, D)
+        interface.check_ids(input_ids, self.config.vocab_size)
+        return self.language_model.embed_tokens(input_ids)
 
-    def merge(self, input_ids: Tensor | None, inputs_embeds: Tensor | None, image_features: Tensor) -> Tensor:
-        """Embed the prompt and replace its <image> tokens by the projected patches (pictures * P, D): (B, T, D)."""
-        is_image = image_positions(self, input_ids, inputs_embeds, image_features)
-        if input_ids is not None:
-            input_ids = input_ids.masked_fill(is_image, 0)  # the table may have no row for <image>
-        x = self.embed(input_ids, inputs_embeds)
+    def merge(self, input_ids: Tensor, image_features: Tensor) -> Tensor:  # (B, T), (pictures * P, D) -> (B, T, D)
+        """Embed a prompt and replace the embeddings of its <image> tokens by the projected patches, in order."""
+        is_image = input_ids == self.config.image_token_index  # (B, T)
+        interface.check_image_tokens(is_image, image_features)
+        x = self.embed(input_ids.masked_fill(is_image, 0))  # the table may have no row for <image>
         return x.masked_scatter(is_image[..., None], image_features.to(x.dtype))
 
     def forward(
         self,
         input_ids: Tensor | None = None,  # (B, T), one <image> token for every patch
         pixel_values: Tensor | None = None,  # (pictures, 3, image_size, image_size), in the order of the <image> tokens
-        attention_mask: Tensor | None = None,  # (B, S), 0 on padding; S = T and what the cache holds
+        attention_mask: Tensor | None = None,  # (B, S), 0 on padding; S = tokens in the cache + T
         position_ids: Tensor | None = None,  # (B or 1, T)
         past_key_values: KVCache | None = None,
         inputs_embeds: Tensor | None = None,  # (B, T, D), instead of input_ids
@@ -150,13 +148,16 @@ class LlavaForConditionalGeneration(nn.Module):
         output_hidden_states: bool = False,
         return_dict: bool = True,
         logits_to_keep: int | Tensor = 0,  # positions that get logits: the last n (0: all), or a tensor (n,)
-    ) -> LlavaCausalLMOutputWithPast | tuple:
-        if pixel_values is None:
-            features, x = None, self.embed(input_ids, inputs_embeds)
-        else:
+    ) -> interface.LlavaCausalLMOutputWithPast | tuple:
+        interface.check_one_prompt(input_ids, inputs_embeds)
+        features = None
+        if pixel_values is not None:
             features = self.get_image_features(pixel_values, vision_feature_layer, vision_feature_select_strategy)
             features = features.flatten(0, 1)  # (pictures, P, D) -> (pictures * P, D)
-            x = self.merge(input_ids, inputs_embeds, features)
+        if inputs_embeds is not None:
+            x = inputs_embeds if features is None else interface.merge_embedded(self, inputs_embeds, features)
+        else:
+            x = self.embed(input_ids) if features is None else self.merge(input_ids, features)
         cache = past_key_values
         if cache is None and (use_cache or (use_cache is None and not self.training)):
             cache = self.language_model.new_cache(len(x), x.shape[1] + EXTRA_CAPACITY)
@@ -165,7 +166,7 @@ class LlavaForConditionalGeneration(nn.Module):
         x = self.language_model(x, attention_mask, position_ids, cache, hidden_states, attentions)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(x[:, kept])
-        out = LlavaCausalLMOutputWithPast(
+        out = interface.LlavaCausalLMOutputWithPast(
             loss=None if labels is None else self.loss(logits, labels),
             logits=logits,
             past_key_values=cache,
@@ -176,11 +177,14 @@ class LlavaForConditionalGeneration(nn.Module):
         return out if return_dict else out.to_tuple()
 
     def step(self, input_ids: Tensor, position_ids: Tensor, cache: KVCache) -> Tensor:
-        """Run one new token per row: ids (B,) at position_ids (B, 1). Scores (B, V) for the token after it."""
+        """Run one new token per row: ids (B,) at position_ids (B, 1). Returns scores (B, V) for the token after it.
+
+        A method of its own, because on a GPU a CUDA graph takes its place (kernels/graph.py).
+        """
         return self(input_ids[:, None], position_ids=position_ids, past_key_values=cache).logits[:, -1]
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:  # (B, T, V), (B, T) -> one number
-        """Mean cross-entropy of the scores at each position for the label after it, in float32."""
+        """Mean cross-entropy in float32. The scores at position t predict the label at t + 1."""
         logits, labels = logits[:, :-1].float(), labels[:, 1:]
         return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=self.config.ignore_index)
 
@@ -206,7 +210,7 @@ class LlavaForConditionalGeneration(nn.Module):
     ) -> "LlavaForConditionalGeneration":
         """Load a checkpoint from a folder or a hub id.
 
-        `dtype` (old name: `torch_dtype`) is by default, and for "auto", that of config.json, or else of the weights.
+        `dtype` (old name: `torch_dtype`): None or "auto" for the one in config.json, or else that of the weights.
         `quantize="int8"` stores the decoder's matrices in a byte per weight (quantize.py). `kernels="torch"` runs the
         plain model of these files; "auto" swaps in faster modules with the same results up to rounding, and "triton"
         insists on Triton's (kernels/__init__.py). Raises FileNotFoundError or ValueError for an incomplete checkpoint.
@@ -230,7 +234,7 @@ class LlavaForConditionalGeneration(nn.Module):
     @classmethod
     def without_weights(cls, settings: dict) -> "LlavaForConditionalGeneration":
         """The model that a config.json describes, on the meta device: shapes without memory, for `load` to fill."""
-        with sound_settings(), no_weights():
+        with as_value_error(), no_weights():
             return cls(LlavaConfig(**known_fields(LlavaConfig, settings)))
 
     @property
@@ -258,7 +262,7 @@ class LlavaProcessor:
     def from_pretrained(cls, path: str | Path) -> "LlavaProcessor":
         """Read the settings of a checkpoint: a folder or a hub id. Errors as for the model."""
         folder = find_checkpoint(path)
-        with sound_settings():
+        with as_value_error():
             config = LlavaConfig(**known_fields(LlavaConfig, read_config(folder)))
         tokenizer = Tokenizer.from_pretrained(folder)
         if (ours := tokenizer.image_token_id) != (theirs := config.image_token_index):
@@ -275,14 +279,14 @@ class LlavaProcessor:
         text: str | list[str] | None = None,
         padding: bool = False,
         return_tensors: str = "pt",
-    ) -> Inputs:
+    ) -> interface.Inputs:
         """input_ids and attention_mask (B, T), and pixel_values (pictures, 3, height, width) if there are pictures.
 
         The <image> tokens of the prompts stand for the pictures in order. Raises ValueError if the counts differ, or if
         prompts differ in length and `padding` is False.
         """
-        texts, pictures = as_lists(text, images, return_tensors)
-        inputs = Inputs()
+        texts, pictures = interface.as_lists(text, images, return_tensors)
+        inputs = interface.Inputs()
         if texts:
             ids = [self.tokenizer.encode(t.replace("<image>", "<image>" * self.image_seq_length)) for t in texts]
             if len(set(map(len, ids))) > 1 and not padding:

@@ -16,21 +16,22 @@ from pathlib import Path
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from hub.files import one_sentence, read_pickle, tensor_files
+from hub.files import file_errors_as_value_error, read_pickle, tensor_files
 from hub.tensors import DTYPES
 
-# A prefix in a file and its replacement. All are tried in this order, so a name can be changed twice.
+# A prefix in a file and its replacement. All are tried in this order, so a name can be changed twice:
+# model.vision_tower.vision_tower.vision_model.x -> vision_tower.vision_model.x -> vision_tower.x
 RENAME = [
-    ("model.language_model.", "language_model."),  # names in transformers' state_dict
     ("model.vision_tower.vision_tower.", "vision_tower."),  # LLaVA's authors
-    ("model.vision_tower.", "vision_tower."),
-    ("model.multi_modal_projector.", "multi_modal_projector."),
     ("model.mm_projector.0.", "multi_modal_projector.linear_1."),
     ("model.mm_projector.2.", "multi_modal_projector.linear_2."),
+    ("model.language_model.", "language_model."),  # transformers' state_dict
+    ("model.vision_tower.", "vision_tower."),
+    ("model.multi_modal_projector.", "multi_modal_projector."),
     ("language_model.lm_head.", "lm_head."),  # the hub's files
     ("language_model.model.", "language_model."),
     ("model.", "language_model."),  # a decoder on its own
-    ("vision_tower.vision_model.", "vision_tower."),
+    ("vision_tower.vision_model.", "vision_tower."),  # in the files of the hub and of the authors
     ("vision_model.", "vision_tower."),  # a CLIP on its own
 ]
 IGNORE = (".position_ids", ".inv_freq")  # tables that are computed, not learned
@@ -47,13 +48,13 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
     """The tensors of a file by their names there, mapped into memory. Raises ValueError for a damaged file."""
     if file.suffix == ".bin":
         return read_pickle(file)
-    with one_sentence(file), safe_open(file, framework="pt", device="cpu") as tensors:
+    with file_errors_as_value_error(file), safe_open(file, framework="pt", device="cpu") as tensors:
         return {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118
 
 
 def stored_tensors(folder: Path) -> Iterator[tuple[str, str, Tensor]]:
-    """Each tensor of a checkpoint: our name for it, where it stands (for messages), and the tensor."""
-    for file, prefix in tensor_files(folder):
+    """Each tensor of a checkpoint: our name for it, its name and file for error messages, and the tensor."""
+    for file, prefix in tensor_files(folder):  # of a whole CLIP, which has a text encoder too, only "vision_model."
         for name, tensor in read_tensors(file).items():
             if name.startswith(prefix) and not name.endswith(IGNORE):
                 yield our_name(name), f"tensor {name} in {file}", tensor
@@ -83,15 +84,15 @@ def match(model: nn.Module, folder: Path) -> tuple[dict[str, Tensor], list[str]]
             mismatches.append(f"{where} is given twice: {places[name]} has the same place in the model")
         if why := mismatch(tensor, wanted[name]):
             mismatches.append(f"{where} {why}")
-        found[name], places[name] = tensor, where
+        found[name], places[name] = tensor, where  # one that does not fit too: it is not missing
     return found, mismatches + [f"tensor {name} is missing in {folder}" for name in wanted if name not in found]
 
 
 def load(model: nn.Module, folder: Path) -> None:
     """Give a model that was built on the meta device the tensors of a checkpoint, mapped, in the files' own dtypes.
 
-    Parameters that share a tensor no longer do so: call tie_weights again. Raises ValueError, naming the tensor, if
-    anything does not fit.
+    Tied parameters are no longer tied afterwards: call tie_weights. Raises ValueError, naming the tensor, if anything
+    does not fit.
     """
     found, mismatches = match(model, folder)
     if mismatches:
@@ -99,4 +100,4 @@ def load(model: nn.Module, folder: Path) -> None:
         raise ValueError(mismatches[0] + more)
     for name, tensor in found.items():
         parent, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, nn.Parameter(tensor.contiguous()))  # those of a pickle may not be
+        setattr(model.get_submodule(parent), leaf, nn.Parameter(tensor.contiguous()))  # a pickle's may not be

@@ -44,6 +44,7 @@ class Int8Linear(nn.Module):
 
     def __init__(self, weight: Tensor, dtype: torch.dtype):
         super().__init__()
+        self.out_features, self.in_features = weight.shape
         q, scale = quantize_rows(weight.detach(), dtype)
         self.q, self.scale = nn.Parameter(q, requires_grad=False), nn.Parameter(scale, requires_grad=False)
 

@@ -2,44 +2,43 @@
 
 A sentencepiece model (Kudo & Richardson 2018, https://arxiv.org/abs/1808.06226) splits text into pieces. A space is
 part of a piece and written "▁"; a character that is not in the vocabulary is spelled in bytes such as "<0xE7>". Special
-tokens are not text:
+tokens have ids of their own and are never split:
 
-    <unk> 0    <s> 1, starts every prompt    </s> 2, ends an answer    <image>, one a patch    <pad>, pads shorter rows
+    <unk> 0    <s> 1, starts every prompt    </s> 2, ends an answer    <image>, a picture    <pad>, pads shorter rows
 
     "USER: <image>\\nWhat is it? ASSISTANT:"  ->  1 3148 1001 29901 29871 32000 29871 13 5618 ...
 
 29871 is a lone "▁". The first one is the space typed before <image>. The second one was added: sentencepiece puts a
 space in front of every text it encodes, here in front of "\\nWhat is it?".
 
-Not implemented: truncation, and training a vocabulary (training/ uses sentencepiece for that).
+Not implemented: splitting into pieces and training a vocabulary, which the sentencepiece library does, and truncation.
 """
 
 import re
 from dataclasses import dataclass
-from itertools import groupby
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from hub.files import SPACE, open_sentencepiece
-from hub.interface import check_messages
+from hub.interface import parse_messages
 from hub.settings import read_tokenizer_settings
 
 
 class Tokenizer:
-    """A sentencepiece model and special tokens. `special_tokens` gives the ids of those that the model lacks."""
+    """A sentencepiece model and special tokens. `special_tokens`: the ids of those that the files add to the model."""
 
     def __init__(self, model: bytes, special_tokens: dict[str, int] | None = None, pad_token: str = "<pad>"):
         self.sp, known = open_sentencepiece(model)
         self.bos_token_id, self.eos_token_id = self.sp.bos_id(), self.sp.eos_id()
         self.special_tokens = known | (special_tokens or {})
-        if "<image>" not in self.special_tokens:
+        if "<image>" not in self.special_tokens:  # LLaVA's authors add it after the vocabulary, and in no file
             size = self.sp.vocab_size()
             self.special_tokens = {"<image>": size, "<pad>": size + 1} | self.special_tokens
         self.special_names = {i: name for name, i in self.special_tokens.items()}
-        names = sorted(self.special_tokens, key=len, reverse=True)
-        self.special_pattern = re.compile("(" + "|".join(map(re.escape, names)) + ")")
+        names = sorted(self.special_tokens, key=len, reverse=True)  # a regex takes the first alternative that matches
+        self.special_pattern = re.compile("(" + "|".join(map(re.escape, names)) + ")")  # split keeps a group's matches
         self.pad_token_id = self.special_tokens.get(pad_token, self.sp.unk_id())
         self.image_token_id = self.special_tokens["<image>"]
         self.padding_side = "left"  # generation continues at the right end, so the right end must be text
@@ -61,25 +60,26 @@ class Tokenizer:
                 ids += self.sp.encode(part)
         return ids
 
-    def decode(
-        self,
-        ids: list[int] | Tensor,
-        skip_special_tokens: bool = False,
-        clean_up_tokenization_spaces: bool | None = None,  # changes nothing with this vocabulary, in the reference too
-    ) -> str:
-        """Ids to text, without the space that encoding puts in front. Ids beyond the vocabulary are skipped."""
+    def decode(self, ids: list[int] | Tensor, skip_special_tokens=False, clean_up_tokenization_spaces=None) -> str:
+        """Ids to text, without the space that encoding puts in front. Ids beyond the vocabulary are skipped.
+
+        `clean_up_tokenization_spaces` changes nothing with this vocabulary, in the reference too.
+        """
         return self.join(ids, skip_special_tokens).removeprefix(" ")
 
-    def batch_decode(
-        self, batch: list | Tensor, skip_special_tokens: bool = False, clean_up_tokenization_spaces: bool | None = None
-    ) -> list[str]:
+    def batch_decode(self, batch, skip_special_tokens=False, clean_up_tokenization_spaces=None) -> list[str]:
         return [self.decode(ids, skip_special_tokens) for ids in batch]
 
     def join(self, ids: list[int] | Tensor, skip_special_tokens: bool) -> str:
-        """`decode` without removing the first space."""
-        pieces = [self.piece(i, skip_special_tokens) for i in map(int, ids)]
-        runs = groupby(filter(None, pieces), key=type)
-        return "".join("".join(run) if kind is str else decode_bytes(b"".join(run)) for kind, run in runs)
+        """The text of ids, first space included. Consecutive byte tokens are decoded together."""
+        text, run = "", b""
+        for i in map(int, ids):
+            piece = self.piece(i, skip_special_tokens)
+            if isinstance(piece, bytes):
+                run += piece
+            elif piece:
+                text, run = text + decode_bytes(run) + piece, b""
+        return text + decode_bytes(run)
 
     def piece(self, i: int, skip_special_tokens: bool) -> str | bytes:
         """The text of one token, or the byte that it stands for; empty for an id beyond the vocabulary."""
@@ -105,7 +105,7 @@ class Tokenizer:
 
 
 def decode_bytes(run: bytes) -> str:
-    """The characters that consecutive byte tokens spell in UTF-8, or U+FFFD for each byte if they spell none."""
+    """UTF-8 to text, or U+FFFD for every byte if it is not valid."""
     try:
         return run.decode()
     except UnicodeDecodeError:
@@ -119,7 +119,7 @@ def decode_bytes(run: bytes) -> str:
 class Template:
     """How a conversation is written as a prompt: what stands before and after each turn."""
 
-    system: str = ""  # the instruction at the start of a conversation that has none of its own
+    system: str = ""  # the system message, used if the conversation does not begin with one
     user: str = ""
     user_end: str = ""
     assistant: str = ""
@@ -131,17 +131,17 @@ class Template:
         A message is {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is it?"}]}; roles
         are system, user and assistant; the content may be a plain string. Raises ValueError for anything else.
         """
-        around = {
+        before_and_after = {
             "system": ("", " "),
             "user": (self.user, self.user_end),
             "assistant": (self.assistant, self.assistant_end),
         }
-        turns = check_messages(messages)
-        prompt = self.system + " " if self.system and turns[0][0] != "system" else ""
+        turns = parse_messages(messages)
+        prompt = (self.system + " ") if self.system and turns[0][0] != "system" else ""
         for role, parts in turns:
             text = "<image>\n" * sum(part["type"] == "image" for part in parts)
             text += " ".join(part["text"] for part in parts if part["type"] == "text")
-            before, after = around[role]
+            before, after = before_and_after[role]
             prompt += before + text + after
         return prompt + self.assistant.rstrip() if add_generation_prompt else prompt
 
@@ -153,11 +153,8 @@ TEMPLATES = {
     "v1": Template(
         system="A chat between a curious user and an artificial intelligence assistant. "
         "The assistant gives helpful, detailed, and polite answers to the user's questions.",
-        user="USER: ",
-        user_end=" ",
-        assistant="ASSISTANT: ",
-        assistant_end="</s>",
+        user="USER: ", user_end=" ", assistant="ASSISTANT: ", assistant_end="</s>",
     ),
     # The first stage of training, which aligns pictures with captions: only <image> and the caption, no roles
     "plain": Template(),
-}
+}  # fmt: skip

@@ -105,13 +105,13 @@ def tensor_files(folder: Path) -> list[tuple[Path, str]]:
 def names_in(file: Path) -> list[str]:
     if file.suffix == ".bin":
         return list(read_pickle(file))
-    with one_sentence(file), safe_open(file, framework="pt") as tensors:
+    with file_errors_as_value_error(file), safe_open(file, framework="pt") as tensors:
         return list(tensors.keys())
 
 
 def read_pickle(file: Path) -> dict[str, Tensor]:
     """The tensors of a PyTorch pickle that holds tensors and nothing else, mapped into memory."""
-    with one_sentence(file):
+    with file_errors_as_value_error(file):
         tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     if not isinstance(tensors, dict) or {type(value) for item in tensors.items() for value in item} != {str, Tensor}:
         raise ValueError(f"{file} does not hold tensors by name")
@@ -121,7 +121,7 @@ def read_pickle(file: Path) -> dict[str, Tensor]:
 
 
 @contextmanager
-def one_sentence(file: Path) -> Iterator[None]:
+def file_errors_as_value_error(file: Path) -> Iterator[None]:
     """Turns what the readers of weight files raise, half a dozen kinds of errors, into a ValueError of one line."""
     try:
         yield

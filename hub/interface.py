@@ -55,35 +55,35 @@ class Inputs(dict):
         return self
 
 
-def check_prompt(input_ids: Tensor | None, inputs_embeds: Tensor | None, vocab_size: int) -> None:
-    """Raise ValueError unless there is one of the two, and each id has a row in the embedding table."""
+def check_one_prompt(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> None:
     if (input_ids is None) == (inputs_embeds is None):
         raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
-    if input_ids is None or input_ids.shape[1] == 1:  # generated ids are in range; checking them would wait for a GPU
+
+
+def check_ids(input_ids: Tensor, vocab_size: int) -> None:
+    """Raise ValueError for ids that have no row in the embedding table."""
+    if input_ids.shape[1] == 1:  # generated ids are in range, and checking them would wait for the GPU
         return
     least, most = input_ids.aminmax()
     if least < 0 or most >= vocab_size:
         raise ValueError(f"the ids {least} to {most} do not fit a vocabulary of {vocab_size}")
 
 
-def image_positions(
-    model: nn.Module, input_ids: Tensor | None, inputs_embeds: Tensor | None, image_features: Tensor
-) -> Tensor:  # (B, T), True on <image> tokens
-    """Where a prompt has its <image> tokens. In an embedded prompt they are recognized by their embedding.
-
-    Raises ValueError if there are not as many as image features (pictures * P, D).
-    """
-    image_token = model.config.image_token_index
-    if inputs_embeds is None:
-        is_image = input_ids == image_token
-    elif 0 <= image_token < model.config.vocab_size:
-        is_image = (inputs_embeds == model.language_model.embed_tokens.weight[image_token]).all(-1)
-    else:
-        raise ValueError(f"<image>, token {image_token}, has no embedding: with pixel_values pass input_ids")
+def check_image_tokens(is_image: Tensor, image_features: Tensor) -> None:  # (B, T), (pictures * P, D)
+    """Raise ValueError unless there is an <image> token for each patch."""
     if (tokens := int(is_image.sum())) != len(image_features):
         counts = f"tokens: {tokens}, features: {len(image_features)}"
         raise ValueError(f"Image features and image tokens do not match, {counts}")
-    return is_image
+
+
+def merge_embedded(model: nn.Module, inputs_embeds: Tensor, image_features: Tensor) -> Tensor:
+    """The model's merge for a prompt that is embedded already: <image> tokens are recognized by their embedding."""
+    image_token = model.config.image_token_index
+    if not 0 <= image_token < model.config.vocab_size:
+        raise ValueError(f"<image>, token {image_token}, has no embedding: with pixel_values pass input_ids")
+    is_image = (inputs_embeds == model.language_model.embed_tokens.weight[image_token]).all(-1)
+    check_image_tokens(is_image, image_features)
+    return inputs_embeds.masked_scatter(is_image[..., None], image_features.to(inputs_embeds.dtype))
 
 
 def as_lists(text: str | list[str] | None, images, return_tensors: str) -> tuple[list[str], list[Image.Image]]:
@@ -112,7 +112,7 @@ def check_layers(layers: list[int], n_layers: int, strategy: str) -> None:
         raise ValueError(f"vision_feature_layer must lie from {-n_layers - 1} to {n_layers}, not {layers}")
 
 
-def check_messages(messages: list[dict]) -> list[tuple[str, list[dict]]]:
+def parse_messages(messages: list[dict]) -> list[tuple[str, list[dict]]]:
     """The role and the parts of each message. Raises ValueError for what a prompt template cannot write."""
     if not messages or not all(isinstance(message, dict) for message in messages):
         raise ValueError('messages must be a list of at least one {"role": ..., "content": ...}')

@@ -29,7 +29,7 @@ DEFAULTS = {
 
 
 @contextmanager
-def sound_settings() -> Iterator[None]:
+def as_value_error() -> Iterator[None]:
     """Turns the various errors that odd settings cause while a model is built into one ValueError."""
     try:
         yield

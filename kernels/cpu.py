@@ -53,7 +53,8 @@ class FusedAttention(LlamaAttention):
         if formula_needed() or (qkv := self.fused_qkv.module()) is None:
             return super().qkv(x)
         heads = qkv(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, H + K + K, T, d)
-        return heads.split((self.n_heads, self.n_kv_heads, self.n_kv_heads), dim=1)
+        H, K = (projection.out_features // self.head_dim for projection in (self.q_proj, self.k_proj))
+        return heads.split((H, K, K), dim=1)
 
 
 class FusedMLP(LlamaMLP):

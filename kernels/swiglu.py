@@ -1,18 +1,19 @@
-"""SwiGLU without its matrices, silu(gate) * up, in one launch. The shortest kernel: begin here.
+"""The element-wise part of SwiGLU, silu(gate) * up, as one kernel. It is the shortest one: begin here.
 
     y = gate / (1 + exp(-gate)) * up                  Shazeer 2020, equation 6
 
-Plain PyTorch writes silu(gate) to memory and reads it back: 10 bytes per number in bfloat16. Here it stays in a
-register: 6 bytes, and one launch less per layer. `gate` and `up` may be slices of one product, whose rows are further
-apart than they are long; the kernel is passed the distance.
+Plain PyTorch writes silu(gate) to memory and reads it back: 10 bytes per element in bfloat16. Here it stays in a
+register: 6 bytes, and one launch less per layer. `gate` and `up` may be slices of one product. Their row stride is then
+larger than N, so the kernel takes the strides.
 
 The reference is the middle of llama.LlamaMLP.forward. Forward only.
 
 How to read a kernel: `kernel[grid](...)` starts one program for each index of the grid. All programs run the same
-lines; tl.program_id tells them apart. A program computes with blocks, whose shapes are the comments on its lines:
-powers of two, known at compile time (tl.constexpr), broadcast as in PyTorch. A tensor is passed as the address of its
-first number, so `x_ptr + i` with a block i is a block of addresses. tl.load and tl.store access all of them at once,
-except where `mask` is False. Between the two everything stays on the chip; only they move bytes.
+lines; tl.program_id tells them apart. A program computes with blocks: small tensors whose sides are powers of two that
+are known at compile time (tl.constexpr), and that broadcast as in PyTorch. The comment on a line gives its block's
+shape. A tensor is passed as the address of its first element, so `x_ptr + i` with a block i is a block of addresses.
+tl.load and tl.store access all of them at once, except where `mask` is False. Only these two access the GPU's memory;
+everything between them stays in registers.
 """
 
 import torch
@@ -28,10 +29,10 @@ def swiglu_kernel(
     gate_ptr,  # (rows, N)
     up_ptr,  # (rows, N)
     y_ptr,  # (rows, N), the result
-    gate_stride,  # distance from one row to the next, in numbers
+    gate_stride,  # distance from one row to the next, in elements
     up_stride,
-    N,  # numbers per row
-    BLOCK: tl.constexpr,  # numbers per program
+    N,  # elements per row
+    BLOCK: tl.constexpr,  # elements per program
 ):
     row = tl.program_id(0).to(tl.int64)  # one program for each BLOCK of each row; int64: row * stride can exceed int32
     i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)  # (BLOCK,)
@@ -50,8 +51,9 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:  # two (..., N) -> (..., N)
     y = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
     if not y.numel():  # an empty grid is an error
         return y
+    # reshape keeps the row stride of a slice; what is not contiguous along the rows is copied
     gate, up = (x.reshape(-1, N) if x.stride(-1) == 1 else x.contiguous().view(-1, N) for x in (gate, up))
-    BLOCK = 1024
+    BLOCK = 1024  # on 4 warps of 32 threads: 8 elements per thread
     grid = (gate.shape[0], triton.cdiv(N, BLOCK))
     swiglu_kernel[grid](gate, up, y, gate.stride(0), up.stride(0), N, BLOCK, num_warps=4)
     return y

@@ -62,7 +62,7 @@ class Recorder:
         self.features = self.timed(self.model.get_image_features, pixel_values)  # (1, P, D)
         projector = self.model.multi_modal_projector  # already run after the tower; run again alone, to time it
         self.timed(projector, self.features.new_zeros(*self.features.shape[:2], projector.linear_1.in_features))
-        x = self.model.merge(input_ids, None, self.features.flatten(0, 1))
+        x = self.model.merge(input_ids, self.features.flatten(0, 1))
         return self.timed(self.model, None, None, *rest, inputs_embeds=x, **options)
 
     def step(self, *inputs) -> Tensor:
@@ -89,7 +89,7 @@ class Study:
 def study(run: Recorder) -> Study:
     model, ids = run.model, run.ids
     prompt, answer = ids[:, : run.prompt_length], ids[:, run.prompt_length :]
-    x = [model.merge(prompt, None, run.features.flatten(0, 1)), model.embed(answer)]
+    x = [model.merge(prompt, run.features.flatten(0, 1)), model.embed(answer)]
     wanted = {"output_attentions": True, "output_hidden_states": True, "logits_to_keep": 1}
     out = model(inputs_embeds=torch.cat(x, 1), use_cache=False, **wanted)
     places = (prompt[0] == model.config.image_token_index).nonzero().flatten()

@@ -60,7 +60,7 @@ class SpeltOutLoss(NextTokenLoss):
     def forward(self, batch: dict[str, Tensor]) -> Tensor:
         words = self.model.language_model.embed_tokens(batch["spelt"]).mean(2)  # (B, P, D)
         places = (self.rows[:, None] + self.columns).flatten(0, 1)  # (P, D)
-        x = self.model.merge(batch["input_ids"], None, (words + places).flatten(0, 1))
+        x = self.model.merge(batch["input_ids"], (words + places).flatten(0, 1))
         return self.model(inputs_embeds=x, labels=batch["labels"]).loss * self.count(batch)
 
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from hub.interface import merge_embedded
 from llava import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, LlavaMultiModalProjector
 
 pytestmark = pytest.mark.quick
@@ -55,15 +56,15 @@ def test_several_layers_are_concatenated(model):
 def test_patches_replace_the_image_tokens_in_order(model):
     ids = torch.tensor([[1, IMAGE, IMAGE, 7], [1, 5, IMAGE, IMAGE]])
     patches = torch.randn(4, 24)
-    x, words = model.merge(ids, None, patches), model.language_model.embed_tokens.weight
+    x, words = model.merge(ids, patches), model.language_model.embed_tokens.weight
     expected = torch.stack([words[1], patches[0], patches[1], words[7], words[1], words[5], patches[2], patches[3]])
     assert torch.equal(x.flatten(0, 1), expected)
-    assert torch.equal(model.merge(None, words[ids], patches), x)
+    assert torch.equal(merge_embedded(model, words[ids], patches), x)
 
 
 def test_the_numbers_of_patches_and_tokens_must_agree(model):
     with pytest.raises(ValueError, match="tokens: 1, features: 4"):
-        model.merge(torch.tensor([[1, IMAGE]]), None, torch.randn(4, 24))
+        model.merge(torch.tensor([[1, IMAGE]]), torch.randn(4, 24))
 
 
 def test_each_position_is_scored_for_the_token_after_it(model):
