@@ -103,12 +103,12 @@ def generate(
     """
     config = GenerationConfig.merged(model.generation_config, options | {"seed": seed})  # warns if seed has no effect
     attention_mask = check_left_padding(input_ids, attention_mask)
-    if streamer and len(input_ids) > 1:
-        raise ValueError("a streamer follows one answer: generate a batch of prompts without it")
     (batch, T), device = input_ids.shape, input_ids.device
     n_new = config.new_tokens(T)
     watched = batch if streamer or stop_strings else 0
     watchers = [TextWatcher(tokenizer, streamer, stop_strings) for _ in range(watched)]
+    if streamer and batch > 1:
+        raise ValueError("a streamer follows one answer: generate a batch of prompts without it")
     generator = None if seed is None else torch.Generator(device).manual_seed(seed)
     cache = model.language_model.new_cache(batch, T + n_new)
     tokens = generate_tokens(model, input_ids, attention_mask, cache, pixel_values, config, generator)

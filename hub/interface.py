@@ -71,9 +71,9 @@ def check_ids(input_ids: Tensor, vocab_size: int) -> None:
 
 def check_image_tokens(is_image: Tensor, image_features: Tensor) -> None:  # (B, T), (pictures * P, D)
     """Raise ValueError unless there is an <image> token for each patch."""
-    if (tokens := int(is_image.sum())) != len(image_features):
-        counts = f"tokens: {tokens}, features: {len(image_features)}"
-        raise ValueError(f"Image features and image tokens do not match, {counts}")
+    tokens, n = int(is_image.sum()), len(image_features)
+    if tokens != n:
+        raise ValueError(f"Image features and image tokens do not match, tokens: {tokens}, features: {n}")
 
 
 def merge_embedded(model: nn.Module, inputs_embeds: Tensor, image_features: Tensor) -> Tensor:
@@ -90,9 +90,8 @@ def as_lists(text: str | list[str] | None, images, return_tensors: str) -> tuple
     """The processor's prompts and pictures as two lists. Raises ValueError unless there is an <image> per picture."""
     texts = [text] if isinstance(text, str) else list(text or [])
     pictures = [] if images is None else flatten(images)
-    n_tokens = sum(text.count("<image>") for text in texts)
-    if texts and n_tokens != len(pictures):
-        raise ValueError(f"The prompts hold {n_tokens} <image> tokens, but {len(pictures)} images were passed")
+    if texts and (tokens := "\n".join(texts).count("<image>")) != len(pictures):
+        raise ValueError(f"The prompts hold {tokens} <image> tokens, but {len(pictures)} images were passed")
     require("return_tensors", return_tensors, ("pt",))  # PyTorch tensors
     return texts, pictures
 

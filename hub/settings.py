@@ -20,12 +20,9 @@ VICUNA = "A chat between a curious user and an artificial intelligence assistant
 DEFAULTS = {
     "llama": {},
     "mistral": {
-        "intermediate_size": 14336,
-        "num_key_value_heads": 8,
-        "max_position_embeddings": 131072,
-        "sliding_window": 4096,
+        "intermediate_size": 14336, "num_key_value_heads": 8, "max_position_embeddings": 131072, "sliding_window": 4096,
     },
-}
+}  # fmt: skip
 
 
 @contextmanager
