@@ -4,9 +4,9 @@ LLaVA-1.5 uses the pretrained, frozen vision encoder of CLIP (Radford et al. 202
 Vision Transformer (Dosovitskiy et al. 2020, https://arxiv.org/abs/2010.11929) trained to match pictures with captions.
 The picture is cut into square patches, each patch becomes a vector, and transformer layers let the patches exchange
 information. One more vector, the class token, stands for the whole picture; CLIP's training compares it with the
-caption. LLaVA drops it and reads the patches before the last layer (layer -2). Its authors' hypothesis is that the last
-layer keeps more of a picture's global properties, and the one before it more local detail, which most questions
-need (Liu et al. 2023, https://arxiv.org/abs/2304.08485, section 5.2).
+caption. LLaVA drops it and takes the patches that enter the last layer (layer -2). Its authors' hypothesis is that the
+last layer keeps more of a picture's global properties, and the one before it more of the details that help to
+understand it (Liu et al. 2023, https://arxiv.org/abs/2304.08485, section 5.2).
 
 In the six core files "the reference" is Hugging Face transformers, "the hub" is huggingface.co, and shapes use these
 letters:
@@ -109,7 +109,7 @@ class ImageProcessor:
     def fit(self, image: Image.Image) -> Image.Image:
         """Pad, resize and crop an RGB picture to what the tower will see, still in 8 bits."""
         if self.do_pad:
-            side = max(image.size)
+            side = max(image.size)  # the padding has the mean colour, which is about 0 after normalisation
             square = Image.new("RGB", (side, side), tuple(int(mean * 255) for mean in self.image_mean))
             square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
             image = square

@@ -32,7 +32,7 @@ def sample(logits: Tensor, seen: Tensor, config: GenerationConfig, generator: to
     """
     logits, penalty = logits.float(), config.repetition_penalty
     if logits.amax().isnan():  # amax propagates NaN: one pass over the scores instead of two
-        raise ValueError("the scores of the next token are not numbers: try bfloat16, or a weight is broken")
+        raise ValueError("the next token's scores are NaN: float16 overflowed (try bfloat16), or a weight is NaN")
     if penalty != 1:  # negative scores are multiplied: dividing would raise them
         logits = torch.where(seen[:, :-1], torch.where(logits < 0, logits * penalty, logits / penalty), logits)
     if not config.do_sample:
@@ -43,7 +43,7 @@ def sample(logits: Tensor, seen: Tensor, config: GenerationConfig, generator: to
         logits = logits.masked_fill(logits < threshold, -torch.inf)
     if config.top_p < 1:
         ascending, order = logits.sort()
-        drop = ascending.softmax(-1).cumsum(-1) <= 1 - config.top_p  # the least likely, together 1 - top_p
+        drop = ascending.softmax(-1).cumsum(-1) <= 1 - config.top_p  # the least likely, together at most 1 - top_p
         drop[:, -1] = False  # always keep the most likely token
         logits = logits.masked_fill(drop.scatter(1, order, drop), -torch.inf)  # scatter undoes the sort
     return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]

@@ -34,7 +34,7 @@ class LlamaConfig:
     max_position_embeddings: int = 2048  # the longest context it was trained on, in tokens
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0  # base of RoPE's frequencies
-    rope_factor: float = 1.0  # linear RoPE scaling: positions are divided by it
+    rope_factor: float = 1.0  # linear RoPE scaling (rope_scaling in the file): positions are divided by it
     attention_bias: bool = False
     mlp_bias: bool = False
     sliding_window: int | None = None  # a token attends to this many tokens, itself included; None means all
@@ -86,8 +86,7 @@ def visible_keys(attention_mask: Tensor | None, past: int, T: int, window: int |
 
     `attention_mask` is (B, S), False at padding, or None. Without padding, and while S fits the window, it returns None
     in two cases that `attention` handles without a mask: all tokens are new (each attends to itself and those before
-    it), or one token is new (it attends to all). A padding token may have no key to attend to; its output is masked out
-    for all other tokens.
+    it), or one token is new (it attends to all). Padding may have no key to attend to; nothing reads its output.
     """
     S = past + T
     if attention_mask is None and (T == 1 or past == 0) and (window is None or S <= window):
@@ -103,7 +102,7 @@ def visible_keys(attention_mask: Tensor | None, past: int, T: int, window: int |
 
 
 def eager_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Causal attention of T queries (B, H, T, d) over S keys and values (B, K, S, d).
+    """Attention of T queries (B, H, T, d) over S keys and values (B, K, S, d), where `mask` is True; None means causal.
 
     Returns softmax(q k^T / sqrt(d)) v (B, H, T, d) and the softmax's weights (B, H, T, S). Vaswani et al. 2017, eq. 1.
     """
@@ -123,8 +122,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Te
 
     Without a mask T must be 1 or S, as visible_keys ensures: `is_causal` would align its triangle with the first key.
     """
-    causal, grouped = mask is None and q.shape[2] > 1, q.shape[1] != k.shape[1]
-    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=grouped)
+    causal = mask is None and q.shape[2] > 1
+    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1])
 
 
 class KVCache:

@@ -5,13 +5,13 @@
     prompt  -> tokenizer.py -> (T,) ids -> embedding -> (T, 4096) vectors      /
 
 LlavaProcessor repeats the prompt's <image> token once per patch, and the merge replaces the embeddings of these tokens
-by the projected patches. From there on the decoder treats patches and words alike. LLaVA: Liu et al. 2023, https://arxiv.org/abs/2304.08485;
-LLaVA-1.5: Liu et al. 2023, https://arxiv.org/abs/2310.03744.
+by the projected patches. From there on the decoder treats patches and words alike. LLaVA: Liu et al. 2023,
+https://arxiv.org/abs/2304.08485; LLaVA-1.5: Liu et al. 2023, https://arxiv.org/abs/2310.03744.
 
     B batch    T tokens    D width of the decoder    P patches of a picture    V vocabulary
 
-`python llava.py --image x.jpg` answers about a picture. Public classes and arguments have the names of Hugging
-Face transformers. Not implemented: gradient checkpointing, and other input sizes than the tower was trained on.
+`python llava.py --image x.jpg` answers about a picture. The names that transformers has too are those of its
+interface. Not implemented: gradient checkpointing, and other input sizes than the tower was trained on.
 """
 
 import signal
@@ -105,10 +105,7 @@ class LlavaForConditionalGeneration(nn.Module):
         self.tie_weights()
 
     def get_image_features(
-        self,
-        pixel_values: Tensor,
-        vision_feature_layer: int | list[int] | None = None,
-        vision_feature_select_strategy: str | None = None,
+        self, pixel_values: Tensor, vision_feature_layer=None, vision_feature_select_strategy: str | None = None
     ) -> Tensor:  # (pictures, 3, image_size, image_size) -> (pictures, P, D), or P + 1 if the strategy is "full"
         """Encode and project pictures. The tower runs only up to the deepest layer that is used."""
         layers = self.config.vision_feature_layer if vision_feature_layer is None else vision_feature_layer
@@ -164,7 +161,7 @@ class LlavaForConditionalGeneration(nn.Module):
         hidden_states = [] if output_hidden_states else None
         attentions = [] if output_attentions else None
         x = self.language_model(x, attention_mask, position_ids, cache, hidden_states, attentions)
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep  # -0 is 0: all
         logits = self.lm_head(x[:, kept])
         out = interface.LlavaCausalLMOutputWithPast(
             loss=None if labels is None else self.loss(logits, labels),
@@ -265,7 +262,8 @@ class LlavaProcessor:
         with as_value_error():
             config = LlavaConfig(**known_fields(LlavaConfig, read_config(folder)))
         tokenizer = Tokenizer.from_pretrained(folder)
-        if (ours := tokenizer.image_token_id) != (theirs := config.image_token_index):
+        ours, theirs = tokenizer.image_token_id, config.image_token_index
+        if ours != theirs:
             raise ValueError(f"{folder}: <image> is token {ours} for the tokenizer and token {theirs} in config.json")
         settings, template = read_processor_settings(folder)
         side = config.vision_config.image_size

@@ -34,7 +34,7 @@ RENAME = [
     ("vision_tower.vision_model.", "vision_tower."),  # in the files of the hub and of the authors
     ("vision_model.", "vision_tower."),  # a CLIP on its own
 ]
-IGNORE = (".position_ids", ".inv_freq")  # tables that are computed, not learned
+IGNORE = (".position_ids", ".inv_freq")  # skipped: tables that are computed, not learned
 
 
 def our_name(name: str) -> str:
@@ -54,7 +54,7 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
 
 def stored_tensors(folder: Path) -> Iterator[tuple[str, str, Tensor]]:
     """Each tensor of a checkpoint: our name for it, its name and file for error messages, and the tensor."""
-    for file, prefix in tensor_files(folder):  # of a whole CLIP, which has a text encoder too, only "vision_model."
+    for file, prefix in tensor_files(folder):  # a CLIP file has a text encoder too: its prefix is the vision tower's
         for name, tensor in read_tensors(file).items():
             if name.startswith(prefix) and not name.endswith(IGNORE):
                 yield our_name(name), f"tensor {name} in {file}", tensor
@@ -75,7 +75,7 @@ def match(model: nn.Module, folder: Path) -> tuple[dict[str, Tensor], list[str]]
     tied = dict(model.named_parameters(remove_duplicate=False)).keys() - wanted  # other names of the same parameter
     found, places, mismatches = {}, {}, []
     for name, where, tensor in stored_tensors(folder):
-        if name in tied:
+        if name in tied:  # tie_weights restores it
             continue
         if name not in wanted:
             mismatches.append(f"{where} is unknown")
@@ -84,12 +84,12 @@ def match(model: nn.Module, folder: Path) -> tuple[dict[str, Tensor], list[str]]
             mismatches.append(f"{where} is given twice: {places[name]} has the same place in the model")
         if why := mismatch(tensor, wanted[name]):
             mismatches.append(f"{where} {why}")
-        found[name], places[name] = tensor, where  # one that does not fit too: it is not missing
+        found[name], places[name] = tensor, where  # even if it does not fit: it is not missing
     return found, mismatches + [f"tensor {name} is missing in {folder}" for name in wanted if name not in found]
 
 
 def load(model: nn.Module, folder: Path) -> None:
-    """Give a model that was built on the meta device the tensors of a checkpoint, mapped, in the files' own dtypes.
+    """Replace the meta parameters of a model by a checkpoint's tensors, memory-mapped and in their stored dtypes.
 
     Tied parameters are no longer tied afterwards: call tie_weights. Raises ValueError, naming the tensor, if anything
     does not fit.
@@ -100,4 +100,4 @@ def load(model: nn.Module, folder: Path) -> None:
         raise ValueError(mismatches[0] + more)
     for name, tensor in found.items():
         parent, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, nn.Parameter(tensor.contiguous()))  # a pickle's may not be
+        setattr(model.get_submodule(parent), leaf, nn.Parameter(tensor.contiguous()))  # in a pickle they may not be

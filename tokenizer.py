@@ -1,4 +1,4 @@
-"""Text to token ids and back, and the prompt templates LLaVA was trained with.
+"""Text to token ids and back, and the prompt templates of LLaVA.
 
 A sentencepiece model (Kudo & Richardson 2018, https://arxiv.org/abs/1808.06226) splits text into pieces. A space is
 part of a piece and written "▁"; a character that is not in the vocabulary is spelled in bytes such as "<0xE7>". Special
@@ -27,18 +27,18 @@ from hub.settings import read_tokenizer_settings
 
 
 class Tokenizer:
-    """A sentencepiece model and special tokens. `special_tokens`: the ids of those that the files add to the model."""
+    """A sentencepiece model and special tokens. `special_tokens`: name -> id, from the checkpoint's JSON files."""
 
     def __init__(self, model: bytes, special_tokens: dict[str, int] | None = None, pad_token: str = "<pad>"):
-        self.sp, known = open_sentencepiece(model)
+        self.sp, control_tokens = open_sentencepiece(model)
         self.bos_token_id, self.eos_token_id = self.sp.bos_id(), self.sp.eos_id()
-        self.special_tokens = known | (special_tokens or {})
-        if "<image>" not in self.special_tokens:  # LLaVA's authors add it after the vocabulary, and in no file
+        self.special_tokens = control_tokens | (special_tokens or {})
+        if "<image>" not in self.special_tokens:  # nor in the files of LLaVA's authors: it gets the first free id
             size = self.sp.vocab_size()
             self.special_tokens = {"<image>": size, "<pad>": size + 1} | self.special_tokens
         self.special_names = {i: name for name, i in self.special_tokens.items()}
         names = sorted(self.special_tokens, key=len, reverse=True)  # a regex takes the first alternative that matches
-        self.special_pattern = re.compile("(" + "|".join(map(re.escape, names)) + ")")  # split keeps a group's matches
+        self.special_pattern = re.compile("(" + "|".join(map(re.escape, names)) + ")")  # with (), split keeps them
         self.pad_token_id = self.special_tokens.get(pad_token, self.sp.unk_id())
         self.image_token_id = self.special_tokens["<image>"]
         self.padding_side = "left"  # generation continues at the right end, so the right end must be text
@@ -72,14 +72,15 @@ class Tokenizer:
 
     def join(self, ids: list[int] | Tensor, skip_special_tokens: bool) -> str:
         """The text of ids, first space included. Consecutive byte tokens are decoded together."""
-        text, run = "", b""
+        text, pending_bytes = "", b""
         for i in map(int, ids):
             piece = self.piece(i, skip_special_tokens)
             if isinstance(piece, bytes):
-                run += piece
+                pending_bytes += piece
             elif piece:
-                text, run = text + decode_bytes(run) + piece, b""
-        return text + decode_bytes(run)
+                text += decode_bytes(pending_bytes) + piece
+                pending_bytes = b""
+        return text + decode_bytes(pending_bytes)
 
     def piece(self, i: int, skip_special_tokens: bool) -> str | bytes:
         """The text of one token, or the byte that it stands for; empty for an id beyond the vocabulary."""
@@ -92,7 +93,7 @@ class Tokenizer:
         return self.sp.id_to_piece(i).replace(SPACE, " ")
 
     def pad(self, batch: list[list[int]]) -> tuple[Tensor, Tensor]:  # -> two (B, T)
-        """Fill rows up to the longest with <pad>. Returns ids and the attention mask, 1 on tokens and 0 on padding."""
+        """Fill rows up to the longest with the pad token. Returns ids, and the attention mask: 0 on padding, else 1."""
         longest = max(map(len, batch))
         left = self.padding_side == "left"
         input_ids = torch.full((len(batch), longest), self.pad_token_id)
@@ -149,7 +150,7 @@ class Template:
 TEMPLATES = {
     # llava-hf's checkpoints on the hub. (Their own template omits the space after a message without text.)
     "hub": Template(user="USER: ", user_end=" ", assistant="ASSISTANT: ", assistant_end=" "),
-    # Vicuna's, with which LLaVA-1.5 was trained and evaluated (Liu et al. 2023, https://arxiv.org/abs/2310.03744)
+    # Vicuna's, the fine-tuned Llama in LLaVA-1.5, which is trained and evaluated with it (Liu et al. 2023, 2310.03744)
     "v1": Template(
         system="A chat between a curious user and an artificial intelligence assistant. "
         "The assistant gives helpful, detailed, and polite answers to the user's questions.",

@@ -6,7 +6,7 @@ Plain PyTorch writes silu(gate) to memory and reads it back: 10 bytes per elemen
 register: 6 bytes, and one launch less per layer. `gate` and `up` may be slices of one product. Their row stride is then
 larger than N, so the kernel takes the strides.
 
-The reference is the middle of llama.LlamaMLP.forward. Forward only.
+The plain version is the middle of llama.LlamaMLP.forward. Forward only.
 
 How to read a kernel: `kernel[grid](...)` starts one program for each index of the grid. All programs run the same
 lines; tl.program_id tells them apart. A program computes with blocks: small tensors whose sides are powers of two that
