@@ -146,7 +146,7 @@ def test_only_what_the_caller_gave_is_warned_about(pair, monkeypatch, recwarn):
         ({"stop_strings": "x"}, "tokenizer"),
         ({"streamer": print, "tokenizer": tokenizers("bundled")[0]}, "one answer"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else " ".join(value),
 )
 def test_options_out_of_range_are_plain_errors(pair, options, words):
     with pytest.raises(ValueError, match=words):
