@@ -50,7 +50,7 @@ def sample(logits: Tensor, seen: Tensor, config: GenerationConfig, generator: to
 
 
 def tokens_seen(input_ids: Tensor, attention_mask: Tensor, V: int) -> Tensor:  # two (B, T) -> (B, V + 1)
-    """Which tokens a text contains. Padding, and ids without a score, go into column V, which `sample` ignores."""
+    """Which tokens a text contains. Left padding, and ids without a score, go to column V, which `sample` ignores."""
     ids = input_ids.masked_fill(attention_mask.cumsum(-1) == 0, V).clamp(max=V)
     return torch.zeros(len(ids), V + 1, dtype=torch.bool, device=ids.device).scatter(1, ids, True)
 

@@ -10,8 +10,8 @@ https://arxiv.org/abs/2304.08485; LLaVA-1.5: Liu et al. 2023, https://arxiv.org/
 
     B batch    T tokens    D width of the decoder    P patches of a picture    V vocabulary
 
-`python llava.py --image x.jpg` answers about a picture. The names that transformers has too are those of its
-interface. Not implemented: gradient checkpointing, and other input sizes than the tower was trained on.
+`python llava.py --image x.jpg` answers about a picture. Classes and arguments that transformers has too have
+the same names. Not implemented: gradient checkpointing, and other input sizes than the tower was trained on.
 """
 
 import signal

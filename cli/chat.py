@@ -102,11 +102,10 @@ class Chat:
         watcher = TextWatcher(self.processor.tokenizer, streamer, self.stop_strings)
         try:
             for token in map(int, islice(tokens, limit)):
-                if token in self.ends:  # not part of the answer: the template writes the end, of one cut short too
-                    why = "stop"
-                    break
-                answer.append(token)
-                if watcher.put(token):
+                ended = token in self.ends
+                if not ended:  # the template writes the end of every answer, of one that was cut short too
+                    answer.append(token)
+                if watcher.put(token) or ended:
                     why = "stop"
                     break
             watcher.flush()
