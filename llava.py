@@ -208,19 +208,20 @@ class LlavaForConditionalGeneration(nn.Module):
         """Load a checkpoint from a folder or a hub id.
 
         `dtype` (old name: `torch_dtype`): None or "auto" for the one in config.json, or else that of the weights.
-        `quantize="int8"` stores the decoder's matrices in a byte per weight (quantize.py). `kernels="torch"` runs the
-        plain model of these files; "auto" swaps in faster modules with the same results up to rounding, and "triton"
-        insists on Triton's (kernels/__init__.py). Raises FileNotFoundError or ValueError for an incomplete checkpoint.
+        `quantize="int8"` or "int4" stores the decoder's matrices in 8 or 4 bits (quantize.py). `kernels="torch"` runs
+        the plain model of these files; "auto" swaps in faster modules with the same results up to rounding, "triton"
+        insists on Triton's (kernels/__init__.py). Raises FileNotFoundError or ValueError for incomplete checkpoints.
         """
         folder = find_checkpoint(path)
         settings = read_config(folder)
         model = cls.without_weights(settings)
-        load(model, folder)
+        if quantize or "quantization_config" in settings:
+            from quantize import load_quantized
+            load_quantized(model, folder, settings, quantize)
+        else:
+            load(model, folder)
         model.tie_weights()
         dtype = as_dtype(dtype or torch_dtype) or settings["dtype"] or model.dtype
-        if quantize:
-            from quantize import quantize_model
-            quantize_model(model, quantize, dtype)
         model.to(device=device, dtype=dtype).eval()
         model.generation_config = read_generation_settings(folder)
         if kernels != "torch":

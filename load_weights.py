@@ -34,7 +34,7 @@ RENAME = [
     ("vision_tower.vision_model.", "vision_tower."),  # in the files of the hub and of the authors
     ("vision_model.", "vision_tower."),  # a CLIP on its own
 ]
-IGNORE = (".position_ids", ".inv_freq")  # skipped: tables that are computed, not learned
+IGNORE = (".position_ids", ".inv_freq", ".weight_shape")  # skipped: config.json determines them
 
 
 def our_name(name: str) -> str:
@@ -62,8 +62,9 @@ def stored_tensors(folder: Path) -> Iterator[tuple[str, str, Tensor]]:
 
 def mismatch(tensor: Tensor, parameter: nn.Parameter) -> str | None:
     """What keeps a tensor from becoming this parameter, or None if it fits."""
-    if tensor.dtype not in DTYPES:
-        return f"is {tensor.dtype}, not floating-point numbers"
+    kind = "floating-point numbers" if parameter.is_floating_point() else parameter.dtype  # see quantize.py
+    if tensor.dtype not in (DTYPES if parameter.is_floating_point() else [parameter.dtype]):
+        return f"is {tensor.dtype}, not {kind}"
     if tensor.shape != parameter.shape:
         return f"is {list(tensor.shape)}, but config.json makes it {list(parameter.shape)}"
     return None
@@ -91,8 +92,8 @@ def match(model: nn.Module, folder: Path) -> tuple[dict[str, Tensor], list[str]]
 def load(model: nn.Module, folder: Path) -> None:
     """Replace the meta parameters of a model by a checkpoint's tensors, memory-mapped and in their stored dtypes.
 
-    Tied parameters are no longer tied afterwards: call tie_weights. Raises ValueError, naming the tensor, if anything
-    does not fit.
+    Tied parameters are no longer tied afterwards: call tie_weights. The numbers in a pickle may have to be copied, to
+    make them contiguous. Raises ValueError, naming the tensor, if anything does not fit.
     """
     found, mismatches = match(model, folder)
     if mismatches:
@@ -100,4 +101,4 @@ def load(model: nn.Module, folder: Path) -> None:
         raise ValueError(mismatches[0] + more)
     for name, tensor in found.items():
         parent, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, nn.Parameter(tensor.contiguous()))  # in a pickle they may not be
+        setattr(model.get_submodule(parent), leaf, nn.Parameter(tensor.contiguous(), tensor.is_floating_point()))

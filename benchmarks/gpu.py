@@ -148,7 +148,8 @@ def time_models(fast, plain, inputs: dict, this: dict, rounds: int) -> list[dict
     found["kernels"] = time_answer(fast, inputs, rounds, **ours)
     fast.step = graph_step
     found["kernels and graph"] = time_answer(fast, inputs, rounds, **ours)
-    quantize_model(plain, "int8", plain.dtype)
+    quantize_model(plain, "int8")
+    plain.to(dtype=plain.dtype)
     found["kernels and graph, int8"] = time_answer(accelerate(plain, "triton"), inputs, rounds, **ours)
     int8_floor = bytes_per_token(plain, context) / this["copy"]
     rows = []

@@ -55,7 +55,7 @@ def add_first_options(parser: argparse.ArgumentParser) -> None:
     how = "0 (default): always the likeliest token; 1: sample from the model's own distribution"
     add("--temperature", type=number(float, 1e-6, 1e4, or_zero=True), default=0.0, metavar="T", help=how)
     add("--dtype", choices=["auto", "float32", "float16", "bfloat16"], default="auto", help="default: the fastest here")
-    add("--quantize", choices=["int8"], help="the decoder's weights in one byte each: half the memory of bfloat16")
+    add("--quantize", choices=["int8", "int4"], help="the decoder's weights in 8 or 4 bits instead of 16 or 32")
 
 
 def add_other_options(parser: argparse.ArgumentParser) -> None:

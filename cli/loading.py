@@ -9,6 +9,7 @@ from cli.memory import check_memory
 from hub.device import check_device, fast_dtype
 from hub.files import BUNDLED, find_checkpoint, weight_files
 from hub.settings import read_config, read_processor_settings
+from quantize import expect_packed, unpack
 from tokenizer import TEMPLATES
 
 LARGE = 2e9  # bytes: loading a file of this size takes seconds or minutes
@@ -38,9 +39,12 @@ def load(Model: type, Processor: type, args: Namespace, rows: int, pictures: int
     processor.template = TEMPLATES[args.template]
     settings = read_config(folder)
     model = Model.without_weights(settings)
+    if "quantization_config" in settings:
+        unpack(model, expect_packed(model, folder, settings).bits)
     context = model.config.text_config.max_position_embeddings
     tokens = rows * min(pictures * processor.image_seq_length + args.max_new_tokens, context)
-    check_memory(model, dtype, args.device, args.quantize, tokens)
+    mapped = args.device == "cpu" and not args.quantize and settings["dtype"] == dtype
+    check_memory(model, dtype, args.device, args.quantize, tokens, mapped)
     size = sum(file.stat().st_size for file in weight_files(folder))
     if size > LARGE and sys.stderr.isatty():
         is_converted = args.quantize or settings["dtype"] != dtype

@@ -2,18 +2,20 @@
 
     needed = the weights in the dtype and form they will have + the KV cache + OVERHEAD
 
-Weights mapped from a file count too: the system can drop their pages, but every token reads all of them again.
+Weights mapped from a file count too: the system can drop their pages, but every token reads all of them again, which
+is slow. So a model that does not fit runs if it is mapped, with a warning.
 """
 
 import copy
 import os
+import sys
 from contextlib import suppress
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from quantize import Int8Linear, quantize_model
+from quantize import Int4Linear, quantize_model
 
 OVERHEAD = 300_000_000  # bytes: PyTorch, activations, and the words of the prompts
 
@@ -24,14 +26,20 @@ def cache_bytes(config, dtype: torch.dtype) -> int:
     return 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * dtype.itemsize
 
 
-def needed_bytes(model: nn.Module, dtype: torch.dtype, quantize: str | None, tokens: int) -> int:
+def needed_bytes(
+    model: nn.Module, dtype: torch.dtype, quantize: str | None, tokens: int, device: str = "cpu", weights: bool = True
+) -> int:
     """The memory that a model, here on the meta device, will need with `tokens` tokens in its cache."""
     if quantize:
         model = copy.deepcopy(model)
-        quantize_model(model, quantize, dtype)
-    weights = sum(p.numel() * (1 if p.dtype == torch.int8 else dtype.itemsize) for p in model.parameters())
-    largest = max((m.q.numel() for m in model.modules() if isinstance(m, Int8Linear)), default=0)  # is dequantized
-    return weights + largest * dtype.itemsize + tokens * cache_bytes(model.config, dtype) + OVERHEAD
+        quantize_model(model, quantize)
+    needed = tokens * cache_bytes(model.config, dtype) + OVERHEAD
+    for name, p in model.named_parameters():
+        if weights or name.endswith(".q"):  # int8 is never mapped: a file holds q + 128
+            needed += p.numel() * (dtype.itemsize if p.is_floating_point() else 1)
+    if device == "cpu":  # in the order that PyTorch's product wants (kernels/cpu.py)
+        needed += sum(m.packed.numel() for m in model.modules() if isinstance(m, Int4Linear))
+    return needed
 
 
 def free_bytes(device: str) -> int | None:
@@ -52,20 +60,30 @@ def kernel_counts(file: str) -> dict[str, int]:
     return {name: int(count) for name, count, *_ in lines}
 
 
-def check_memory(model: nn.Module, dtype: torch.dtype, device: str, quantize: str | None, tokens: int) -> None:
-    """Raise ValueError if the model cannot fit: what it needs, what is free, and which flags would make it fit."""
-    needed, free = needed_bytes(model, dtype, quantize, tokens), free_bytes(device)
+def check_memory(
+    model: nn.Module, dtype: torch.dtype, device: str, quantize: str | None, tokens: int, mapped: bool
+) -> None:
+    """Raise ValueError if the model cannot fit: what it needs, what is free, and which flags would make it fit.
+
+    With `mapped`, the weights stay in their file, and a computer with too little memory for all of them reads them from
+    the disk for every token: that is said on stderr.
+    """
+    needed, free = needed_bytes(model, dtype, quantize, tokens, device), free_bytes(device)
     if free is None or needed <= free:
         return
     half = dtype if dtype.itemsize == 2 else torch.bfloat16
     flags = "" if dtype == half else "--dtype bfloat16"
     remedy = "use a smaller model, --batch-size or --max-new-tokens, or a computer with more memory"
-    for how, flag in ((None, flags), ("int8", f"{flags} --quantize int8".strip())):
-        smaller = needed_bytes(model, half, how, tokens)
-        if smaller < needed and smaller <= free:
-            remedy = f"{flag} needs {smaller / 1e9:.3g} GB and fits"
-            break
+    for how in (None, "int8", "int4"):
+        with suppress(ValueError):  # a model whose matrices cannot be quantized so
+            smaller = needed_bytes(model, half, how, tokens, device)
+            if smaller < needed and smaller <= free:
+                remedy = f"{flags} --quantize {how}".strip() if how else flags
+                remedy += f" needs {smaller / 1e9:.3g} GB and fits"
+                break
     kind = str(dtype).removeprefix("torch.") + (f" with {quantize} weights" if quantize else "")
     where = "the GPU" if torch.device(device).type == "cuda" else "the computer"
-    needs = f"this model needs {needed / 1e9:.3g} GB of memory in {kind}"
-    raise ValueError(f"{needs}, and {where} has {free / 1e9:.3g} GB free: {remedy}")
+    needs = f"this model needs {needed / 1e9:.3g} GB of memory in {kind}, and {where} has {free / 1e9:.3g} GB free"
+    if not mapped or needed_bytes(model, dtype, quantize, tokens, device, weights=False) > free:
+        raise ValueError(f"{needs}: {remedy}")
+    print(f"{needs}: it will be slow, because each token reads weights from the disk; {remedy}.", file=sys.stderr)

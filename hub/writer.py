@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -32,14 +32,14 @@ def save(model: nn.Module, processor, folder: str | Path, shard_bytes: float = 5
     """Write a complete checkpoint of a LLaVA and its processor. Nothing in `folder` changes until all is written.
 
     transformers cannot open one that was loaded from LLaVA's authors' layout, because that has no embedding for
-    <image>. Raises ValueError for a model in int8, which has no form in a checkpoint, and for numbers that are not
-    finite.
+    <image>. Raises ValueError for a model in few bits, which quantize.py writes, and for numbers that are not finite.
     """
-    if any(name.endswith(".q") for name, _ in model.named_parameters()):
-        raise ValueError("a model in int8 cannot be saved: load it without quantize")
+    if not all(tensor.is_floating_point() for tensor in model.parameters()):
+        raise ValueError("a quantized model cannot be saved: quantize.py writes its checkpoint")
     check_finite(dict(model.named_parameters()))
     with replaced_files(Path(folder)) as scratch:
-        write_weights(model, scratch, shard_bytes)
+        weights = ((hub_name(name), tensor) for name, tensor in model.named_parameters())
+        write_shards([weights], scratch, shard_bytes)
         dtype = str(model.dtype).removeprefix("torch.")
         write_json(scratch / "config.json", config_json(model.config) | {"torch_dtype": dtype})
         ids = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -94,23 +94,36 @@ def hub_name(name: str) -> str:
     return hub + name.removeprefix(prefix)
 
 
-def write_weights(model: nn.Module, folder: Path, shard_bytes: float) -> None:
-    shards, size = [{}], 0
-    for name, tensor in model.named_parameters():
-        if shards[-1] and size + tensor.nbytes > shard_bytes:
-            shards.append({})
-            size = 0
-        shards[-1][hub_name(name)] = tensor.detach().contiguous()
-        size += tensor.nbytes
+def write_shards(groups: list[Iterable[tuple[str, Tensor]]], folder: Path, shard_bytes: float) -> int:
+    """Write named tensors to files of at most `shard_bytes` each, as they come. Returns the size of all in bytes.
+
+    Every group begins a file of its own: a mapped file stays in memory as long as one of its tensors is used.
+    """
+    names, total = [], 0  # the names in each file
+    for group in groups:
+        shard, size = {}, 0
+        for name, tensor in group:
+            if shard and size + tensor.nbytes > shard_bytes:
+                names.append(write_shard(shard, folder, len(names)))
+                shard, size = {}, 0
+            shard[name] = tensor.detach().contiguous()
+            size, total = size + tensor.nbytes, total + tensor.nbytes
+        if shard:
+            names.append(write_shard(shard, folder, len(names)))
     files = ["model.safetensors"]
-    if len(shards) > 1:
-        files = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
-        places = {name: file for file, shard in zip(files, shards, strict=True) for name in shard}
-        total = sum(tensor.nbytes for tensor in model.parameters())
+    if len(names) > 1:
+        files = [f"model-{i + 1:05}-of-{len(names):05}.safetensors" for i in range(len(names))]
+        places = {name: file for file, held in zip(files, names, strict=True) for name in held}
         index = {"metadata": {"total_size": total}, "weight_map": places}
         write_json(folder / "model.safetensors.index.json", index)
-    for file, shard in zip(files, shards, strict=True):
-        write_tensors(shard, folder / file)
+    for i, file in enumerate(files):
+        (folder / f"shard-{i}").rename(folder / file)
+    return total
+
+
+def write_shard(tensors: dict[str, Tensor], folder: Path, number: int) -> list[str]:
+    write_tensors(tensors, folder / f"shard-{number}")
+    return list(tensors)
 
 
 def write_tensors(tensors: dict[str, Tensor], file: Path) -> None:

@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import clip
@@ -77,12 +76,10 @@ class FastInt8Linear(Int8Linear):
         adopt(self, plain)
 
     def forward(self, x: Tensor) -> Tensor:  # (..., in) -> (..., out)
-        if x.dtype != self.scale.dtype or not can_run(x):
-            return super().forward(x)
-        if 0 < x.numel() <= MOST_ROWS * x.shape[-1]:
-            return int8_linear(x, self.q, self.scale)
-        # Without dequantize(), whose buffer is shared and may have moved when a CUDA graph is replayed.
-        return F.linear(x, self.q * self.scale[:, None])
+        if x.dtype == self.scale.dtype and can_run(x) and 0 < x.numel() <= MOST_ROWS * x.shape[-1]:
+            y = int8_linear(x, self.q, self.scale)
+            return y if self.bias is None else y + self.bias
+        return super().forward(x)
 
 
 class FastLlama(Llama):

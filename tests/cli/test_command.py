@@ -742,7 +742,7 @@ def test_a_model_that_cannot_fit_is_refused_before_loading(ask, small, monkeypat
     needs = {
         (dtype, how): memory.needed_bytes(skeleton, dtype, how, 200)  # shorter than --max-new-tokens
         for dtype in (torch.float32, torch.bfloat16)
-        for how in (None, "int8")
+        for how in (None, "int8", "int4")
     }
     sizes = {name: memory.needed_bytes(skeleton, *name, 0) - memory.OVERHEAD for name in needs}
     assert sizes[torch.float32, None] == 2 * sizes[torch.bfloat16, None] == 4 * sum(
@@ -750,12 +750,14 @@ def test_a_model_that_cannot_fit_is_refused_before_loading(ask, small, monkeypat
     )
     assert sizes[torch.bfloat16, "int8"] < sizes[torch.bfloat16, None]
     monkeypatch.setattr(LlavaForConditionalGeneration, "from_pretrained", lambda *_: pytest.fail("it was loaded"))
-    whole, half, eighth = needs[torch.float32, None], needs[torch.bfloat16, None], needs[torch.bfloat16, "int8"]
+    whole, half = needs[torch.float32, None], needs[torch.bfloat16, None]
+    eight, four = needs[torch.bfloat16, "int8"], needs[torch.bfloat16, "int4"]
     arguments = ["--model", deep, "--prompt", "x", "--device", "cpu", "--dtype", "float32"]
     for free, words in (
         (whole - 1, "--dtype bfloat16 needs"),
         (half - 1, "--dtype bfloat16 --quantize int8 needs"),
-        (eighth - 1, "use a smaller model"),
+        (eight - 1, "--dtype bfloat16 --quantize int4 needs"),
+        (four - 1, "use a smaller model"),
     ):
         monkeypatch.setattr(memory, "free_bytes", lambda device, free=free: free)
         refused(ask(*arguments), f"this model needs {whole / 1e9:.3g} GB of memory in float32", "GB free", words)

@@ -35,6 +35,8 @@ KINDS = {
     "tied head": ({"tie_word_embeddings": True}, None),
     "int8": ({"num_key_value_heads": 1}, "int8"),
     "int8 and biases": ({"attention_bias": True}, "int8"),
+    "int4": ({"num_key_value_heads": 1}, "int4"),
+    "int4 and biases": ({"attention_bias": True, "mlp_bias": True}, "int4"),
 }
 
 
@@ -58,9 +60,9 @@ def make(kind: str = "MHA", dtype: torch.dtype = FP32, layers: int = 2) -> Llava
     for i, (name, parameter) in enumerate(model.named_parameters()):
         mean = float("norm" in name and name.endswith("weight"))
         parameter.normal_(mean, 0.2, generator=torch.Generator().manual_seed(i))
-    model.to(dtype)
     if quantize:
-        quantize_model(model, quantize, dtype)
+        quantize_model(model, quantize)
+    model.to(dtype)
     model.generation_config = {"eos_token_id": []}
     return model
 

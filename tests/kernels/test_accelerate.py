@@ -14,7 +14,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.testing import assert_close
 
 from hub.files import BUNDLED
-from hub.writer import write_weights
+from hub.writer import write_shards
 from kernels import accelerate
 from llava import LlavaForConditionalGeneration
 from load_weights import read_tensors
@@ -43,11 +43,11 @@ def test_names_and_values_stay(kind, how, tmp_path):
     assert list(fast.state_dict()) == list(wanted)
     assert all(torch.equal(tensor, wanted[name]) for name, tensor in fast.state_dict().items())
     assert all(part.is_contiguous() for part in fast.parameters())
-    if "int8" not in kind:
-        write_weights(fast, tmp_path, 5e9)
+    if "int" not in kind:
+        write_shards([fast.named_parameters()], tmp_path, 5e9)
         stored = read_tensors(tmp_path / "model.safetensors")
         assert sum(tensor.nbytes for tensor in stored.values()) == sum(part.nbytes for part in fast.parameters())
-        write_weights(make(kind), tmp_path, 5e9)
+        write_shards([make(kind).named_parameters()], tmp_path, 5e9)
         for name, tensor in read_tensors(tmp_path / "model.safetensors").items():
             assert torch.equal(tensor, stored[name]), name
 

@@ -7,7 +7,7 @@ from kernel_helpers import FP32, both, close, random
 from torch.testing import assert_close
 
 import llama
-from quantize import Int8Linear
+from quantize import quantize_linear
 
 pytest.importorskip("triton")
 from kernels.attention import attention
@@ -73,7 +73,7 @@ def test_rope_writes_nothing_beyond_the_cache():
 @both
 @pytest.mark.parametrize(("rows", "out", "n"), [(1, 64, 512), (2, 37, 600), (3, 5, 7), (4, 1, 1100)])
 def test_int8_product(rows, out, n, dtype):
-    int8 = Int8Linear(random(out, n), dtype)
+    int8 = quantize_linear(random(out, n), None, 8, None).to(dtype)
     x = random(1, rows, n, dtype=dtype)
     close(int8_linear(x, int8.q, int8.scale), x.float() @ int8.dequantize(FP32).T)
 

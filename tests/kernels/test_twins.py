@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from kernels import accelerate
-from kernels.cpu import FewRowsLinear, FusedAttention, FusedMLP
+from kernels.cpu import FewRowsInt4, FewRowsInt8, FewRowsLinear, FusedAttention, FusedMLP
 from llama import KVCache, rope_angles, visible_keys
 
 pytest.importorskip("triton")
@@ -78,7 +78,8 @@ def test_every_twin_on_a_cpu(kind, dtype):
             ours, theirs = run(twin, twin, *where, dtype), run(module, twin, *where, dtype)
             for a, b, c in zip(ours, theirs, run(exact.get_submodule(name), twin, *where, FP32), strict=True):
                 no_worse(a, b, c)
-    assert found == {FewRowsLinear, FusedAttention, FusedMLP} - ({FewRowsLinear} if kind == "int8" else set())
+    linear = FewRowsInt8 if "int8" in kind else FewRowsInt4 if "int4" in kind else FewRowsLinear
+    assert found == {linear, FusedAttention, FusedMLP}
 
 
 @pytest.mark.quick
