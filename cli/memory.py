@@ -9,6 +9,7 @@ is slow. So a model that does not fit runs if it is mapped, with a warning.
 import copy
 import os
 import sys
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -27,19 +28,32 @@ def cache_bytes(config, dtype: torch.dtype) -> int:
 
 
 def needed_bytes(
-    model: nn.Module, dtype: torch.dtype, quantize: str | None, tokens: int, device: str = "cpu", weights: bool = True
+    model: nn.Module,
+    dtype: torch.dtype,
+    quantize: str | None,
+    tokens: int,
+    device: str = "cpu",
+    mapped: Callable[[str], bool] = lambda name: False,
 ) -> int:
-    """The memory that a model, here on the meta device, will need with `tokens` tokens in its cache."""
+    """The memory that a model, here on the meta device, will need with `tokens` tokens in its cache.
+
+    `mapped` says which parameters stay in their file and are not counted.
+    """
     if quantize:
         model = copy.deepcopy(model)
         quantize_model(model, quantize)
     needed = tokens * cache_bytes(model.config, dtype) + OVERHEAD
     for name, p in model.named_parameters():
-        if weights or name.endswith(".q"):  # int8 is never mapped: a file holds q + 128
+        if not mapped(name):
             needed += p.numel() * (dtype.itemsize if p.is_floating_point() else 1)
     if device == "cpu":  # in the order that PyTorch's product wants (kernels/cpu.py)
         needed += sum(m.packed.numel() for m in model.modules() if isinstance(m, Int4Linear))
     return needed
+
+
+def is_in_file(name: str) -> bool:
+    """Whether a parameter can be a view of a file: int8 cannot, because files hold q + 128."""
+    return not name.endswith(".q")
 
 
 def free_bytes(device: str) -> int | None:
@@ -74,16 +88,19 @@ def check_memory(
     half = dtype if dtype.itemsize == 2 else torch.bfloat16
     flags = "" if dtype == half else "--dtype bfloat16"
     remedy = "use a smaller model, --batch-size or --max-new-tokens, or a computer with more memory"
-    for how in (None, "int8", "int4"):
-        with suppress(ValueError):  # a model whose matrices cannot be quantized so
-            smaller = needed_bytes(model, half, how, tokens, device)
+    for how, what, stays in (
+        (None, flags, lambda name: False),
+        ("int8", f"{flags} --quantize int8".strip(), lambda name: False),
+        ("int4", "what `python quantize.py MODEL --to int4 --out DIR` writes", lambda name: name.endswith(".packed")),
+    ):
+        with suppress(ValueError):  # matrices that int4 is not for
+            smaller = needed_bytes(model, half, how, tokens, device, stays)
             if smaller < needed and smaller <= free:
-                remedy = f"{flags} --quantize {how}".strip() if how else flags
-                remedy += f" needs {smaller / 1e9:.3g} GB and fits"
+                remedy = f"{what} needs {smaller / 1e9:.3g} GB and fits"
                 break
     kind = str(dtype).removeprefix("torch.") + (f" with {quantize} weights" if quantize else "")
     where = "the GPU" if torch.device(device).type == "cuda" else "the computer"
     needs = f"this model needs {needed / 1e9:.3g} GB of memory in {kind}, and {where} has {free / 1e9:.3g} GB free"
-    if not mapped or needed_bytes(model, dtype, quantize, tokens, device, weights=False) > free:
+    if not mapped or needed_bytes(model, dtype, quantize, tokens, device, is_in_file) > free:
         raise ValueError(f"{needs}: {remedy}")
     print(f"{needs}: it will be slow, because each token reads weights from the disk; {remedy}.", file=sys.stderr)

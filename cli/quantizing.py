@@ -42,12 +42,12 @@ def quantize_checkpoint(Model: type, argv: list[str] | None = None) -> None:
     folder = find_checkpoint(args.model)
     if args.out.exists():
         raise ValueError(f"{args.out} exists already: choose another --out")
-    settings, config = read_config(folder), read_json(folder / "config.json")
-    if "quantization_config" in settings:
+    config = read_json(folder / "config.json")
+    if "quantization_config" in config:
         raise ValueError(f"{folder} is quantized already")
     if "mm_vision_tower" in config:
         raise ValueError(f"{folder} is in the layout of LLaVA's authors: quantize the same model from llava-hf")
-    model = Model.without_weights(settings)
+    model = Model.without_weights(read_config(folder))
     scheme = choose_scheme(model, args.to, args.group)
     load(model, folder)  # maps the files, which takes no memory
     model.tie_weights()

@@ -9,9 +9,9 @@ from reference import TEXT, VISION
 from tokenizer import SPACE, Tokenizer
 
 
-def small(context: int = 200, template: str = "hub") -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
+def small(context: int = 200, template: str = "hub", **text) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
     tokenizer = Tokenizer.from_pretrained(BUNDLED)
-    text = TEXT | {"vocab_size": max(tokenizer.special_names) + 1, "max_position_embeddings": context}
+    text = TEXT | {"vocab_size": max(tokenizer.special_names) + 1, "max_position_embeddings": context} | text
     torch.manual_seed(0)
     model = LlavaForConditionalGeneration(LlavaConfig(VISION, text, image_token_index=tokenizer.image_token_id)).eval()
     model.generation_config = {"eos_token_id": []}

@@ -736,13 +736,14 @@ def test_ctrl_c_while_pytorch_is_imported_is_silent(tmp_path):
 def test_a_model_that_cannot_fit_is_refused_before_loading(ask, small, monkeypatch, tmp_path):
     deep = shutil.copytree(small, tmp_path / "deep")  # so that most weights are in the layers, as in a real model
     config = json.loads((deep / "config.json").read_text())
-    config["text_config"]["num_hidden_layers"] = 40
+    config["text_config"] |= {"num_hidden_layers": 40, "hidden_size": 96, "head_dim": 16}
+    config["torch_dtype"] = "float16"  # so that the weights must be converted, and cannot stay in their file
     (deep / "config.json").write_text(json.dumps(config))
     skeleton = LlavaForConditionalGeneration.without_weights(read_config(deep))
     needs = {
         (dtype, how): memory.needed_bytes(skeleton, dtype, how, 200)  # shorter than --max-new-tokens
         for dtype in (torch.float32, torch.bfloat16)
-        for how in (None, "int8", "int4")
+        for how in (None, "int8")
     }
     sizes = {name: memory.needed_bytes(skeleton, *name, 0) - memory.OVERHEAD for name in needs}
     assert sizes[torch.float32, None] == 2 * sizes[torch.bfloat16, None] == 4 * sum(
@@ -751,25 +752,45 @@ def test_a_model_that_cannot_fit_is_refused_before_loading(ask, small, monkeypat
     assert sizes[torch.bfloat16, "int8"] < sizes[torch.bfloat16, None]
     monkeypatch.setattr(LlavaForConditionalGeneration, "from_pretrained", lambda *_: pytest.fail("it was loaded"))
     whole, half = needs[torch.float32, None], needs[torch.bfloat16, None]
-    eight, four = needs[torch.bfloat16, "int8"], needs[torch.bfloat16, "int4"]
+    eight = needs[torch.bfloat16, "int8"]
+    four = memory.needed_bytes(skeleton, torch.bfloat16, "int4", 200, mapped=lambda name: name.endswith(".packed"))
+    assert four < eight
     arguments = ["--model", deep, "--prompt", "x", "--device", "cpu", "--dtype", "float32"]
     for free, words in (
         (whole - 1, "--dtype bfloat16 needs"),
         (half - 1, "--dtype bfloat16 --quantize int8 needs"),
-        (eight - 1, "--dtype bfloat16 --quantize int4 needs"),
+        (eight - 1, "what `python quantize.py MODEL --to int4 --out DIR` writes needs"),
         (four - 1, "use a smaller model"),
     ):
         monkeypatch.setattr(memory, "free_bytes", lambda device, free=free: free)
         refused(ask(*arguments), f"this model needs {whole / 1e9:.3g} GB of memory in float32", "GB free", words)
     monkeypatch.setattr(memory, "free_bytes", lambda device: half - 1)
     refused(ask(*arguments, "--dtype", "bfloat16"), ": --quantize int8 needs")
+    config["torch_dtype"] = "bfloat16"
+    (deep / "config.json").write_text(json.dumps(config))
     refused(ask(*arguments, "--dtype", "float16"), ": --quantize int8 needs")
+
+
+def test_a_model_that_stays_in_its_file_runs_with_a_warning(ask, small, monkeypatch):
+    dtype = read_config(small)["dtype"]
+    skeleton = LlavaForConditionalGeneration.without_weights(read_config(small))
+    needed, least = (memory.needed_bytes(skeleton, dtype, None, 30, mapped=in_file)
+                     for in_file in (lambda name: False, memory.is_in_file))
+    arguments = ["--model", small, "--prompt", "x", "--device", "cpu", "--dtype", str(dtype).removeprefix("torch.")]
+    arguments += ["--max-new-tokens", "30"]
+    for free, warned in ((needed, False), (needed - 1, True), (least, True)):
+        monkeypatch.setattr(memory, "free_bytes", lambda device, free=free: free)
+        code, out, err = ask(*arguments)
+        assert code == 0 and out and ("it will be slow, because each token reads weights" in err) == warned
+        assert err.count("\n") == 1 + warned  # it also says that no picture is given
+    monkeypatch.setattr(memory, "free_bytes", lambda device: least - 1)
+    refused(ask(*arguments), "this model needs")
 
 
 def test_the_cache_of_every_row_is_counted(ask, small, folder, monkeypatch):
     """For each row its pictures and its answer, up to the context."""
     counted, picture = [], LlavaProcessor.from_pretrained(small).image_seq_length
-    monkeypatch.setattr(loading, "check_memory", lambda *given: counted.append(given[-1]))
+    monkeypatch.setattr(loading, "check_memory", lambda *given: counted.append(given[-2]))
     for arguments in (["--images", folder, "--batch-size", 3], ["--images", folder], ["--image", ROCKET, ROCKET]):
         ask("--model", small, "--max-new-tokens", 2, *arguments)
     ask("--model", small, "--max-new-tokens", 1000, "--prompt", "x")
