@@ -1,19 +1,30 @@
-"""Weights in few bits: a decoded token reads a half (int8) or a quarter (int4) of the bytes of bfloat16.
+"""Quantized weights: each matrix of the decoder as small whole numbers q and a few scales.
 
     w[o, i] is about q[o, i] * scale[o, i // group]
 
-q is a small whole number, and a group of numbers side by side in a row shares a scale. int8 has one group per row, and
-the scale is the row's largest magnitude over 127. int4 has groups of 32 to 128, and of a few scales takes the one with
-the smallest squared error. Only weights are rounded, activations keep their dtype; and only the decoder's matrices,
-which are nine tenths of the bytes and are all read for every token. A prompt multiplies hundreds of rows at once: then
-arithmetic is the limit, and few bits save no time.
+The weights 0.50, -0.21, 0.03, 0.36 with the scale -0.0625, for example, become q = -8, 3, 0, -6, which stand for 0.50,
+-0.1875, 0, 0.375: rounding is the loss. A group of weights side by side in a row shares a scale.
+
+    int8    q from -127 to 127 in a byte, one group per row. Answers hardly change.
+    int4    q from -8 to 7 in half a byte, groups of 32 to 128. notebooks/11_few_bits.ipynb measures the loss.
+
+Decoding a token reads all of the decoder's weights once, which is what takes the time, so fewer bits make it faster:
+on a CPU (kernels/cpu.py), and in int8 on a GPU. Elsewhere, and for prompts, where arithmetic takes the time, a matrix
+is first written out in x's dtype. Embedding, tower, projector and all activations stay as they are: the decoder's
+matrices are nine tenths of the 7B. On a CPU, int4 needs about as much memory as int8 if the model is quantized while
+it is loaded, because PyTorch's product wants a copy of the numbers in another order; from a quantized checkpoint it
+needs half of that.
 
     python quantize.py MODEL --to int4 --out DIR      writes a checkpoint (hub/packed.py has the format)
 
-Not implemented: activations in few bits, 2 or 3 bits, scales that are chosen by how a model's answers change.
+Not implemented: quantized activations, 2 or 3 bits, calibration on data (GPTQ, AWQ), a GPU kernel for int4.
 """
 
-import math
+import signal
+
+if __name__ == "__main__":  # Ctrl-C ends the imports at once; cli.quantizing switches KeyboardInterrupt on again
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 from pathlib import Path
 
 import torch
@@ -23,78 +34,68 @@ from torch import Tensor, nn
 from hub.packed import Scheme, packed_names, read_scheme
 from load_weights import load, our_name
 
-# A scale is tried for each: the group's number of largest magnitude over it. -8 is the only q of magnitude 8, so the
-# scale may be negative, to let the largest number be -8 times it. Beyond -8 the largest number is cut off.
-TRIED = (-7.5, -8, -8.5, -9, -9.5, -10, -10.5, -11)
+# int4 tries the scale m / d for each of these d, where m is the group's number of largest magnitude. At -8 it becomes
+# q = -8 exactly; a d beyond -8 cuts it off, and rounds all others more finely. There is no q = 8, so d is negative.
+DIVISORS = (-7.5, -8, -8.5, -9, -9.5, -10, -10.5, -11)
 GROUPS = (32, 64, 128)
-WIDE = 2048  # from this width on, groups of 128 are small beside a row
 
 
 # --- Rounding --------------------------------------------------------------------------------------------------------
 
 
 def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:  # (out, in) -> int8 (out, in), bfloat16 (out,)
-    """int8: q from -127 to 127, and scales such that q * scale, row by row, is as near as possible to `weight`."""
+    """int8: the scale of a row is its largest magnitude over 127. A search as for int4 would gain next to nothing."""
     scale = (weight.float().abs().amax(-1).clamp(min=1e-12) / 127).bfloat16()
-    return (weight / scale.float()[:, None]).round_().clamp_(-127, 127).to(torch.int8), scale
+    return (weight.float() / scale.float()[:, None]).round_().clamp_(-127, 127).to(torch.int8), scale
 
 
-def quantize_groups(weight: Tensor, group: int) -> tuple[Tensor, Tensor]:
-    """int4: (out, in) -> q from -8 to 7 in int8 (out, in), and scales in bfloat16 (out, in / group)."""
+def quantize_groups(weight: Tensor, group: int) -> tuple[Tensor, Tensor]:  # (out, in) -> (out, in), (out, in / group)
+    """int4: q in int8 and scales in bfloat16, for each group the scale with the smallest squared error."""
     w = weight.float().unflatten(-1, (-1, group))  # (out, in / group, group)
     largest = w.gather(-1, w.abs().argmax(-1, keepdim=True))
     best_q, best_scale, least = torch.zeros_like(w), torch.ones_like(largest), w.square().sum(-1, keepdim=True)
-    for steps in TRIED:
-        scale = (largest / steps).bfloat16().float()  # q is for the scale as it is stored
+    for divisor in DIVISORS:
+        scale = (largest / divisor).bfloat16().float()  # q is for the scale as it is stored
         q = (w / scale).round_().clamp_(-8, 7)
         error = (q * scale - w).square_().sum(-1, keepdim=True)
-        better = error < least  # not in a group of zeros, where q is not a number
+        better = error < least  # false in a group of zeros, whose q is 0 / 0
         best_q, best_scale = torch.where(better, q, best_q), torch.where(better, scale, best_scale)
         least = torch.where(better, error, least)
     return best_q.flatten(-2).to(torch.int8), best_scale.squeeze(-1).bfloat16()
 
 
-def choose_group(widths: set[int]) -> int:
-    """The default size of a group for matrices of these widths. Raises ValueError if no size divides all of them."""
-    fitting = [group for group in GROUPS if all(width % group == 0 for width in widths)]
-    if not fitting:
-        raise ValueError(f"int4 needs matrices whose widths are multiples of {GROUPS[0]}, not {sorted(widths)}")
-    return 128 if 128 in fitting and min(widths, default=WIDE) >= WIDE else fitting[-1]
+def pack_int4(q: Tensor) -> Tensor:  # int8 (out, in) from -8 to 7 -> uint8 (out, in / 2)
+    """Two numbers in a byte, each plus 8: the first in the lower four bits, the second in the upper four."""
+    q = (q + 8).to(torch.uint8)
+    return q[:, ::2] | (q[:, 1::2] << 4)
+
+
+def unpack_int4(packed: Tensor) -> Tensor:  # uint8 (out, in / 2) -> int8 (out, in)
+    return torch.stack([packed & 15, packed >> 4], -1).flatten(-2).to(torch.int8) - 8
 
 
 # --- Matrices --------------------------------------------------------------------------------------------------------
 
 
 class QuantizedLinear(nn.Module):
-    """A matrix in few bits, by the formula: written out in x's dtype, some rows at a time, and multiplied.
-
-    Its parameters hold a row for each output, as those of nn.Linear do.
-    """
+    """A quantized nn.Linear. Its parameters hold a row for each output, as those of nn.Linear do, and do not learn."""
 
     scale: Tensor
     bias: Tensor | None
+
+    def forward(self, x: Tensor) -> Tensor:  # (..., in) -> (..., out)
+        return F.linear(x, self.dequantize(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+
+    def dequantize(self, dtype: torch.dtype, start: int = 0, stop: int | None = None) -> Tensor:  # -> (rows, in)
+        """The rows `start` to `stop` of the matrix, as numbers of `dtype`."""
+        raise NotImplementedError
 
     @property
     def out_features(self) -> int:
         return len(self.scale)
 
-    @property
-    def in_features(self) -> int:
-        raise NotImplementedError
-
-    def forward(self, x: Tensor) -> Tensor:  # (..., in) -> (..., out)
-        rows = self.rows_at_once()
-        biases = [None] * math.ceil(self.out_features / rows) if self.bias is None else self.bias.split(rows)
-        starts = range(0, self.out_features, rows)
-        parts = [F.linear(x, self.dequantize(x.dtype, i, i + rows), b) for i, b in zip(starts, biases, strict=True)]
-        return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
-
-    def rows_at_once(self) -> int:
-        """Rows that stay in a CPU's cache between being written out and being multiplied."""
-        return 512 if self.scale.is_cpu else self.out_features
-
-    def dequantize(self, dtype: torch.dtype, start: int = 0, stop: int | None = None) -> Tensor:  # (rows, in)
-        raise NotImplementedError
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
 
 
 class Int8Linear(QuantizedLinear):
@@ -102,22 +103,22 @@ class Int8Linear(QuantizedLinear):
 
     def __init__(self, q: Tensor, scale: Tensor, bias: Tensor | None = None):
         super().__init__()
-        self.q, self.scale, self.bias = fixed(q), fixed(scale), fixed(bias)
+        self.q, self.scale, self.bias = frozen(q), frozen(scale), frozen(bias)
 
     @property
     def in_features(self) -> int:
         return self.q.shape[1]
 
-    def dequantize(self, dtype: torch.dtype, start: int = 0, stop: int | None = None) -> Tensor:  # (rows, in)
+    def dequantize(self, dtype: torch.dtype, start: int = 0, stop: int | None = None) -> Tensor:
         return self.q[start:stop].to(dtype) * self.scale[start:stop, None].to(dtype)
 
 
 class Int4Linear(QuantizedLinear):
-    """packed (out, in / 2) in uint8: two q + 8 in a byte, the first in the low bits; scale (out, in / group)."""
+    """packed (out, in / 2) as in pack_int4, scale (out, in / group)."""
 
     def __init__(self, packed: Tensor, scale: Tensor, bias: Tensor | None = None):
         super().__init__()
-        self.packed, self.scale, self.bias = fixed(packed), fixed(scale), fixed(bias)
+        self.packed, self.scale, self.bias = frozen(packed), frozen(scale), frozen(bias)
 
     @property
     def in_features(self) -> int:
@@ -127,56 +128,70 @@ class Int4Linear(QuantizedLinear):
     def group(self) -> int:
         return self.in_features // self.scale.shape[1]
 
-    def dequantize(self, dtype: torch.dtype, start: int = 0, stop: int | None = None) -> Tensor:  # (rows, in)
-        packed, scale = self.packed[start:stop], self.scale[start:stop].to(dtype)
-        q = torch.stack([packed & 15, packed >> 4], -1).flatten(-2).to(dtype) - 8  # (rows, in)
-        return (q.unflatten(-1, (-1, self.group)) * scale[..., None]).flatten(-2)
+    def dequantize(self, dtype: torch.dtype, start: int = 0, stop: int | None = None) -> Tensor:
+        q = unpack_int4(self.packed[start:stop]).to(dtype).unflatten(-1, (-1, self.group))  # (rows, in / group, group)
+        return (q * self.scale[start:stop, :, None].to(dtype)).flatten(-2)
 
 
-def fixed(tensor: Tensor | None) -> nn.Parameter | None:
+def frozen(tensor: Tensor | None) -> nn.Parameter | None:
     return None if tensor is None else nn.Parameter(tensor.detach(), requires_grad=False)
 
 
 def quantize_linear(weight: Tensor, bias: Tensor | None, bits: int, group: int | None) -> QuantizedLinear:
-    """An nn.Linear's weight (out, in) in few bits: some rows at a time, so that little memory is needed."""
-    if weight.is_meta:  # shapes only: the memory of a quantized model is known before it is loaded
-        q, scale = weight.to(torch.int8), weight[:, ::group].bfloat16() if bits == 4 else weight[:, 0].bfloat16()
+    """An nn.Linear's weight (out, in) in 8 bits, or in 4 with groups, 256 rows at a time to save memory.
+
+    On the meta device the result has shapes only. Raises ValueError for numbers that are not finite.
+    """
+    if weight.is_meta:
+        q = weight.to(torch.int8)
+        scale = weight[:, 0].bfloat16() if bits == 8 else weight[:, ::group].bfloat16()
     else:
-        parts = [quantize_groups(w, group) if bits == 4 else quantize_rows(w) for w in weight.detach().split(256)]
+        parts = []
+        for rows in weight.detach().split(256):
+            if not rows.isfinite().all():
+                raise ValueError("numbers that are not finite cannot be quantized")
+            parts.append(quantize_rows(rows) if bits == 8 else quantize_groups(rows, group))
         q, scale = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
-    if bits == 8:
-        return Int8Linear(q, scale, bias)
-    q = (q + 8).to(torch.uint8)
-    return Int4Linear(q[:, ::2] | q[:, 1::2] << 4, scale, bias)
+    return Int8Linear(q, scale, bias) if bits == 8 else Int4Linear(pack_int4(q), scale, bias)
 
 
 # --- Models ----------------------------------------------------------------------------------------------------------
 
 
-def matrices(model: nn.Module) -> dict[str, nn.Linear]:
-    """What is quantized: the decoder's matrices by their names, and the head's if it is not the embedding too."""
+def matrices_to_quantize(model: nn.Module) -> dict[str, nn.Linear]:
+    """The decoder's matrices by their names, and the head if it is not the embedding too."""
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     head = () if model.config.tie_word_embeddings else ("lm_head",)
     return {name: linear for name, linear in linears.items() if name.startswith(("language_model.", *head))}
 
 
 def choose_scheme(model: nn.Module, how: str, group: int | None = None) -> Scheme:
-    """Bits, and the size of a group or None. Raises ValueError unless `how` is "int8" or "int4"."""
+    """Bits, and the size of a group or None, for `how`: "int8" or "int4".
+
+    The default is the largest of GROUPS that divides all widths. Raises ValueError for what cannot be quantized so.
+    """
     if how not in ("int8", "int4"):
         raise ValueError(f"weights can be quantized to int8 or int4, not to {how!r}")
     if how == "int8":
+        if group:
+            raise ValueError("in int8 the weights of a row share a scale: there are no groups")
         return Scheme(8, None)
-    widths = {linear.in_features for linear in matrices(model).values()}
-    if group and any(width % group for width in widths):
-        raise ValueError(f"groups of {group} do not divide matrices of the widths {sorted(widths)}")
-    return Scheme(4, group or choose_group(widths))
+    widths = {linear.in_features for linear in matrices_to_quantize(model).values()}
+    fitting = [size for size in GROUPS if all(width % size == 0 for width in widths)]
+    if group and group not in fitting:
+        raise ValueError(f"groups of {group} do not fit matrices of the widths {sorted(widths)}")
+    if not fitting:
+        raise ValueError(f"int4 needs matrices whose widths are multiples of {GROUPS[0]}, not {sorted(widths)}")
+    return Scheme(4, group or fitting[-1])
 
 
 @torch.no_grad()
 def quantize_model(model: nn.Module, how: str, group: int | None = None) -> None:
     """Replace the decoder's matrices and an untied head by an Int8Linear or Int4Linear each."""
     scheme = choose_scheme(model, how, group)
-    for name, linear in matrices(model).items():
+    if not matrices_to_quantize(model):
+        raise ValueError("the model's matrices are quantized already")
+    for name, linear in matrices_to_quantize(model).items():
         parent, _, leaf = name.rpartition(".")
         quantized = quantize_linear(linear.weight, linear.bias, scheme.bits, scheme.group)
         setattr(model.get_submodule(parent), leaf, quantized)
@@ -185,31 +200,38 @@ def quantize_model(model: nn.Module, how: str, group: int | None = None) -> None
 # --- Checkpoints -----------------------------------------------------------------------------------------------------
 
 
-class PackedLinear(nn.Module):
-    """A matrix as it is stored (hub/packed.py), until `unpack`: parameters for `load` to fill."""
+class StoredLinear(nn.Module):
+    """A quantized matrix as a file holds it (hub/packed.py): parameters for `load` to fill, until `unpack`."""
 
     def __init__(self, linear: nn.Linear, scheme: Scheme):
         super().__init__()
         out, width = linear.weight.shape
-        self.weight_packed = fixed(torch.empty(out, width * scheme.bits // 32, dtype=torch.int32, device="meta"))
-        self.weight_scale = fixed(torch.empty(out, width // (scheme.group or width), device="meta"))
+        self.weight_packed = frozen(torch.empty(out, width * scheme.bits // 32, dtype=torch.int32, device="meta"))
+        self.weight_scale = frozen(torch.empty(out, width // (scheme.group or width), device="meta"))
         self.bias = linear.bias
 
     def unpack(self, bits: int) -> QuantizedLinear:
-        data = self.weight_packed.view(torch.uint8)  # of a mapped file: int4 stays there
+        """In 4 bits a view of the mapped file. In 8 bits a copy, because a file holds q + 128."""
+        numbers = self.weight_packed.view(torch.uint8)
         if bits == 4:
-            return Int4Linear(data, self.weight_scale, self.bias)
-        q = data if data.is_meta else data ^ 128
-        return Int8Linear(q.view(torch.int8), self.weight_scale[:, 0], self.bias)
+            return Int4Linear(numbers, self.weight_scale, self.bias)
+        return Int8Linear(signed(numbers), self.weight_scale[:, 0], self.bias)
+
+
+def signed(numbers: Tensor) -> Tensor:
+    """q + 128 in uint8 -> q in int8, and q.view(torch.uint8) -> the bytes of q + 128: both flip the highest bit."""
+    return (numbers if numbers.is_meta else numbers ^ 128).view(torch.int8)
 
 
 def expect_packed(model: nn.Module, folder: Path, settings: dict) -> Scheme:
-    """Replace each nn.Linear that a quantized checkpoint has packed by a PackedLinear, on the meta device.
+    """Replace each nn.Linear that a quantized checkpoint has packed by a StoredLinear, on the meta device.
 
     Raises ValueError for a form of quantization that is not implemented, and for matrices that it does not fit.
     """
-    scheme = read_scheme(settings["quantization_config"], folder / "config.json")
-    for stored in packed_names(folder):
+    scheme, names = read_scheme(settings["quantization_config"], folder / "config.json"), packed_names(folder)
+    if not names:
+        raise ValueError(f"{folder}: config.json has a quantization_config, but no matrix is quantized")
+    for stored in names:
         name = our_name(f"{stored}.weight").removesuffix(".weight")
         parent, _, leaf = name.rpartition(".")
         linear = dict(model.named_modules()).get(name)
@@ -218,19 +240,19 @@ def expect_packed(model: nn.Module, folder: Path, settings: dict) -> Scheme:
         width = linear.in_features
         if width % (scheme.group or 1) or width * scheme.bits % 32:
             raise ValueError(f"{folder}: {stored} is {width} wide, which groups of {scheme.group} do not divide")
-        setattr(model.get_submodule(parent), leaf, PackedLinear(linear, scheme))
+        setattr(model.get_submodule(parent), leaf, StoredLinear(linear, scheme))
     return scheme
 
 
 def unpack(model: nn.Module, bits: int) -> None:
     for name, module in list(model.named_modules()):
-        if isinstance(module, PackedLinear):
+        if isinstance(module, StoredLinear):
             parent, _, leaf = name.rpartition(".")
             setattr(model.get_submodule(parent), leaf, module.unpack(bits))
 
 
 def load_quantized(model: nn.Module, folder: Path, settings: dict, how: str | None) -> None:
-    """load_weights.load for a checkpoint that is quantized, or for one that is to be quantized ("int8" or "int4")."""
+    """`load` for a quantized checkpoint, or for one that is then quantized in memory: `how`, "int8" or "int4"."""
     if "quantization_config" not in settings:
         load(model, folder)
         return quantize_model(model, how)

@@ -4,19 +4,28 @@ from pathlib import Path
 
 import torch
 
-from cli.memory import cache_bytes
+from cli.memory import cache_bytes, needed_bytes
 from hub.settings import read_config
 from load_weights import match
+from quantize import expect_packed, unpack
 
 
 def describe(Model: type, folder: Path) -> str:
     """Family, sizes, dtypes, memory, and a sentence for each tensor that does not fit config.json."""
-    model = Model.without_weights(read_config(folder))
+    settings = read_config(folder)
+    model, bits = Model.without_weights(settings), None
     config, vision, text = model.config, model.config.vision_config, model.config.text_config
-    found, mismatches = match(model, folder)
     n = sum(parameter.numel() for parameter in model.parameters())
+    if "quantization_config" in settings:
+        bits = expect_packed(model, folder, settings).bits
+    found, mismatches = match(model, folder)
     fp32, half = f"{4 * n / 1e9:.3g} GB in fp32", f"{2 * n / 1e9:.3g} GB in bf16 or fp16"
     dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in found.values()})
+    if bits:
+        unpack(model, bits)
+        dtypes.append(f"(of int32 those that hold weights in {bits} bits)")
+        half = f"{needed_bytes(model, torch.bfloat16, None, 0) / 1e9:.3g} GB in bf16 or fp16"
+        fp32 = f"{needed_bytes(model, torch.float32, None, 0) / 1e9:.3g} GB in fp32"
     cache = cache_bytes(config, torch.bfloat16)
     return f"""\
 family      LLaVA: {vision.model_type} and {text.model_type}

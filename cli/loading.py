@@ -22,7 +22,10 @@ def settle(args: Namespace) -> None:
         args.device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
     check_device(args.device)
     if args.dtype == "auto":
-        args.dtype = str(fast_dtype(args.device)).removeprefix("torch.")
+        is_quantized = args.quantize or "quantization_config" in read_config(find_checkpoint(args.model))
+        # PyTorch's products for quantized weights are fast in bfloat16 on every CPU.
+        dtype = torch.bfloat16 if is_quantized and args.device == "cpu" else fast_dtype(args.device)
+        args.dtype = str(dtype).removeprefix("torch.")
     args.template = args.template or read_processor_settings(find_checkpoint(args.model))[1]
 
 

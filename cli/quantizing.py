@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 from hub.files import find_checkpoint, read_json
 from hub.packed import Scheme, packed_tensors, scheme_json
-from hub.settings import read_config
+from hub.settings import read_config, read_processor_settings
 from hub.writer import check_finite, hub_name, write_json, write_shards
 from load_weights import load
-from quantize import GROUPS, Int4Linear, choose_scheme, matrices, quantize_linear
+from quantize import GROUPS, Int4Linear, choose_scheme, matrices_to_quantize, quantize_linear, signed
+from tokenizer import Tokenizer
 
 SHARD_BYTES = 5e8  # of which two copies are in memory while a file is written
 COPIED = {".json", ".model", ".jinja", ".txt", ".md"}  # endings of the files that come along
@@ -28,7 +29,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("model", metavar="MODEL", help="a checkpoint: a folder or a hub id")
     parser.add_argument("--to", choices=["int4", "int8"], default="int4", help="bits of a weight (default: int4)")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="a new folder")
-    help = "with int4: weights that share a scale (default: 128 for large models, else the most that fit)"
+    help = "with int4: weights that share a scale (default: the largest that divides the widths of all matrices)"
     parser.add_argument("--group", type=int, choices=GROUPS, help=help)
     args = parser.parse_args(argv)
     if args.group and args.to == "int8":
@@ -37,26 +38,29 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def quantize_checkpoint(Model: type, argv: list[str] | None = None) -> None:
-    """Raises ValueError if there is nothing to quantize or DIR exists, and then writes nothing."""
+    """Raises ValueError if MODEL cannot be quantized or DIR exists. DIR appears when all of it is written."""
     args = parse_arguments(argv)
-    folder = find_checkpoint(args.model)
-    if args.out.exists():
-        raise ValueError(f"{args.out} exists already: choose another --out")
+    folder, out = find_checkpoint(args.model), Path(os.path.abspath(args.out))
+    if os.path.lexists(out):
+        raise ValueError(f"{out} exists already: choose another --out")
     config = read_json(folder / "config.json")
-    if "quantization_config" in config:
-        raise ValueError(f"{folder} is quantized already")
     if "mm_vision_tower" in config:
         raise ValueError(f"{folder} is in the layout of LLaVA's authors: quantize the same model from llava-hf")
-    model = Model.without_weights(read_config(folder))
+    settings = read_config(folder)
+    if "quantization_config" in settings:
+        raise ValueError(f"{folder} is quantized already")
+    read_processor_settings(folder)
+    Tokenizer.from_pretrained(folder)  # fails here, and not after minutes, if it is missing
+    model = Model.without_weights(settings)
     scheme = choose_scheme(model, args.to, args.group)
     load(model, folder)  # maps the files, which takes no memory
     model.tie_weights()
-    with new_folder(args.out) as scratch:
+    with new_folder(out) as scratch:
         for file in sorted(folder.iterdir()):
             if file.suffix in COPIED and file.name != "config.json" and not file.name.endswith(".index.json"):
                 shutil.copyfile(file, scratch / file.name)
         ignore = ["re:.*vision_tower.*", "re:.*multi_modal_projector.*"]
-        if "lm_head" not in matrices(model):
+        if "lm_head" not in matrices_to_quantize(model):
             ignore.append("lm_head")
         write_json(scratch / "config.json", config | {"quantization_config": scheme_json(scheme, ignore)})
         size = write_shards([whole_tensors(model), quantized_tensors(model, scheme)], scratch, SHARD_BYTES)
@@ -66,8 +70,11 @@ def quantize_checkpoint(Model: type, argv: list[str] | None = None) -> None:
 @contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
     """A scratch folder that becomes `folder` when the block ends, or is deleted if it fails."""
-    scratch = folder.with_name(f".unfinished-{os.getpid()}-{folder.name}")
-    scratch.mkdir(parents=True)
+    scratch = folder.with_name(f".unfinished-{os.getpid()}")
+    try:
+        scratch.mkdir(parents=True)
+    except OSError as error:
+        raise ValueError(f"{folder} cannot be written ({error.strerror}): choose another --out") from error
     try:
         yield scratch
         scratch.rename(folder)
@@ -78,18 +85,22 @@ def new_folder(folder: Path) -> Iterator[Path]:
 
 def whole_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """The parameters that stay as they are, by their names in the hub's files."""
-    packed = {f"{name}.weight" for name in matrices(model)}
-    return ((hub_name(name), tensor) for name, tensor in model.named_parameters() if name not in packed)
+    packed = {f"{name}.weight" for name in matrices_to_quantize(model)}
+    for name, tensor in model.named_parameters():
+        if name not in packed:
+            check_finite({name: tensor})
+            yield hub_name(name), tensor
 
 
 @torch.no_grad()
 def quantized_tensors(model: nn.Module, scheme: Scheme) -> Iterator[tuple[str, Tensor]]:
     """The tensors of the decoder's matrices, each quantized when its turn comes."""
-    todo = matrices(model)
+    todo = matrices_to_quantize(model)
     for i, (name, linear) in enumerate(todo.items(), 1):
         check_finite({name: linear.weight})
         quantized = quantize_linear(linear.weight, None, *scheme)
-        data = quantized.packed if isinstance(quantized, Int4Linear) else quantized.q.view(torch.uint8) ^ 128
+        data = quantized.packed if isinstance(quantized, Int4Linear) else signed(quantized.q.view(torch.uint8))
+        data = data.view(torch.uint8)
         scale = quantized.scale.view(len(data), -1)
         stored = hub_name(f"{name}.weight").removesuffix(".weight")
         yield from packed_tensors(stored, data, scale, tuple(linear.weight.shape)).items()

@@ -1,12 +1,13 @@
 """Twins for a CPU: the decoder's modules with the same weights and results, and faster products.
 
-    nn.Linear -> FewRowsLinear                 llama.LlamaAttention -> FusedAttention
-    quantize.Int8Linear -> FewRowsInt8         llama.LlamaMLP -> FusedMLP
-    quantize.Int4Linear -> FewRowsInt4
+    nn.Linear -> CpuLinear                 llama.LlamaAttention -> FusedAttention
+    quantize.Int8Linear -> CpuInt8         llama.LlamaMLP -> FusedMLP
+    quantize.Int4Linear -> CpuInt4
 
 While decoding, each matrix multiplies one row or a few, which takes the time to read the weights. Which of PyTorch's
-products reads fastest depends on the number of rows and the dtype. Small matrices with the same input are fused into
-one; large ones stay views of the mapped file, because fusing copies them.
+products reads fastest depends on the processor, the dtype and the number of rows: `linear` has the rules, and
+benchmarks/products.py prints the table behind them. Small matrices with the same input are fused into one; large ones
+stay views of the mapped file, because fusing copies them.
 
 A twin runs the plain formula while gradients are recorded and under autocast. benchmarks/README.md has the gains.
 """
@@ -17,89 +18,125 @@ from torch import Tensor, nn
 
 from kernels.twins import FusedLinears, adopt, formula_needed, swap
 from llama import LlamaAttention, LlamaMLP
-from quantize import Int4Linear, Int8Linear
+from quantize import Int4Linear, Int8Linear, QuantizedLinear, unpack_int4
 
 LARGEST_FUSED = 64_000_000  # bytes of the matrices that are fused
-FEW_ROWS = 64
-PRODUCT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+AMX = torch.cpu._is_amx_tile_supported()
+AVX2 = torch.backends.cpu.get_cpu_capability() == "AVX2"  # no AVX-512: no fast products in bfloat16 and float16
+HALF = (torch.bfloat16, torch.float16)
+BLOCK = 512  # rows of a matrix that stay in the cache between being converted and being multiplied
 
 
-class FewRowsLinear(nn.Linear):
-    """nn.Linear with another of PyTorch's products for one row, and in bfloat16 for up to FEW_ROWS."""
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """F.linear by the fastest product for this processor, dtype and number of rows of x."""
+    rows = x.numel() // weight.shape[1]
+    if AMX and x.dtype == torch.bfloat16 and rows == 1 and bias is None:
+        return torch.mv(weight, x.flatten()).view(*x.shape[:-1], -1)
+    reads_faster = (AMX and x.dtype == torch.bfloat16) or (AVX2 and x.dtype == torch.float32)
+    if reads_faster and 1 < rows <= 64 and bias is None:
+        return (weight @ x.flatten(0, -2).T).T.unflatten(0, x.shape[:-1])
+    if AVX2 and x.dtype in HALF and rows > 8:
+        y = torch.cat([F.linear(x.float(), block.float()) for block in weight.split(BLOCK)], -1)
+        return (y if bias is None else y + bias).to(x.dtype)
+    return F.linear(x, weight, bias)
+
+
+class CpuLinear(nn.Linear):
+    """nn.Linear with the fastest of PyTorch's products."""
 
     def __init__(self, plain: nn.Linear):
         adopt(self, plain)
 
     def forward(self, x: Tensor) -> Tensor:  # (..., in) -> (..., out)
-        weight = self.weight
-        if self.bias is None and x.is_cpu and x.dtype == weight.dtype and not formula_needed():
-            rows = x.numel() // self.in_features
-            if rows == 1:
-                return torch.mv(weight, x.flatten()).view(*x.shape[:-1], -1)
-            if 1 < rows <= FEW_ROWS and x.dtype == torch.bfloat16:
-                return (weight @ x.flatten(0, -2).T).T.unflatten(0, x.shape[:-1])
-        return super().forward(x)
+        usable = x.is_cpu and x.numel() > 0 and x.ndim > 1 and x.dtype == self.weight.dtype
+        return linear(x, self.weight, self.bias) if usable and not formula_needed() else super().forward(x)
 
 
-QUANTIZED_ROWS = 4  # up to here PyTorch's products for few bits are faster than writing the matrix out
+class CpuQuantized(QuantizedLinear):
+    """For a few rows PyTorch's product for quantized weights; for more, the matrix is written out a block at a time."""
 
-
-class FewRowsInt8(Int8Linear):
-    """Int8Linear with PyTorch's int8 product for a few rows."""
-
-    def __init__(self, plain: Int8Linear):
+    def __init__(self, plain: QuantizedLinear):
         adopt(self, plain)
 
     def forward(self, x: Tensor) -> Tensor:  # (..., in) -> (..., out)
-        # The product crashes on some lengths of rows (20 and 100 were seen).
-        if not is_for_few_rows(x) or self.q.shape[1] % 32:
+        if not x.is_cpu or x.numel() == 0 or x.dtype != self.scale.dtype or formula_needed():
             return super().forward(x)
-        y = torch._weight_int8pack_mm(x.flatten(0, -2), self.q, self.scale).unflatten(0, x.shape[:-1])
-        return y if self.bias is None else y + self.bias
+        rows = x.reshape(-1, x.shape[-1]).contiguous()
+        # Without AVX-512 the products are fast in bfloat16 only. They are faster for up to 4 rows.
+        few = len(rows) <= 4 and (x.dtype == torch.bfloat16 or not AVX2) and self.has_product()
+        y = self.product(rows) if few else self.in_blocks(rows)
+        if self.bias is not None:
+            y = y + self.bias
+        return y.to(x.dtype).view(*x.shape[:-1], -1)
+
+    def in_blocks(self, x: Tensor) -> Tensor:  # (rows, in) -> (rows, out)
+        if AVX2 and x.dtype in HALF:
+            x = x.float()
+        starts = range(0, self.out_features, BLOCK)
+        return torch.cat([F.linear(x, self.dequantize(x.dtype, i, i + BLOCK)) for i in starts], -1)
+
+    def has_product(self) -> bool:
+        raise NotImplementedError
+
+    def product(self, x: Tensor) -> Tensor:  # (rows, in) -> (rows, out)
+        raise NotImplementedError
 
 
-class FewRowsInt4(Int4Linear):
-    """Int4Linear with PyTorch's int4 product for a few rows.
+class CpuInt8(CpuQuantized, Int8Linear):
+    def has_product(self) -> bool:
+        return self.in_features % 32 == 0  # it crashes on some other widths (20 and 100 were seen)
 
-    The product wants the numbers in an order that depends on the processor. They are put into it when the first token
-    is decoded, so that the prompt does not wait; for later prompts the matrix is kept in its own order too.
+    def product(self, x: Tensor) -> Tensor:  # (rows, in) -> (rows, out)
+        return torch._weight_int8pack_mm(x, self.q, self.scale)
+
+
+class CpuInt4(CpuQuantized, Int4Linear):
+    """The int4 product wants the numbers in an order that depends on the processor.
+
+    They are put into it when the first token is decoded, so that the prompt does not wait. For later prompts the matrix
+    is kept in its own order too, which is no second copy in memory if it is mapped from a file.
     """
 
     def __init__(self, plain: Int4Linear):
         adopt(self, plain)
-        self.ordered = (None, None, None)  # whose numbers; the numbers, and scales, as the product wants them
+        self.ordered = None
 
-    def forward(self, x: Tensor) -> Tensor:  # (..., in) -> (..., out)
-        if not is_for_few_rows(x) or len(self.packed) % 16 or self.group not in (32, 64, 128, 256):
-            return super().forward(x)
-        y = self.product(x.flatten(0, -2) if self.bias is None else x.flatten(0, -2).float())
-        if self.bias is not None:  # added before the sum is rounded
-            y = (y + self.bias).to(x.dtype)
-        return y.unflatten(0, x.shape[:-1])
+    def __getstate__(self) -> dict:  # a copy or a pickle makes its own: another processor has another order
+        return vars(self) | {"ordered": None}
+
+    def has_product(self) -> bool:
+        return self.out_features % 16 == 0 and self.group in (32, 64, 128, 256)
 
     def product(self, x: Tensor) -> Tensor:  # (rows, in) -> (rows, out)
-        whose, numbers, scales = self.ordered
-        if whose != (self.packed.data_ptr(), self.packed._version, x.dtype):  # loaded, moved or fused since then
-            _, numbers, scales = self.ordered = self.put_in_order(x.dtype)
+        if self.bias is not None:  # is added before the sum is rounded
+            x = x.float()
+        made_from = [(part, part.data_ptr(), version(part)) for part in (self.packed, self.scale)]
+        if self.ordered is None or self.ordered[0] != x.dtype or not same(self.ordered[1], made_from):
+            self.ordered = x.dtype, made_from, *self.put_in_order(x.dtype)
+        _, _, numbers, scales = self.ordered
         return torch.ops.aten._weight_int4pack_mm_for_cpu(x, numbers, self.group, scales)
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def put_in_order(self, dtype: torch.dtype) -> tuple[tuple, Tensor, Tensor]:
-        q = torch.stack([self.packed & 15, self.packed >> 4], -1).flatten(-2).int()  # q + 8, from 0 to 15
-        scale = self.scale.to(dtype).T  # (in / group, out)
+    def put_in_order(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """The numbers in the product's order, and the scales (in / group, out, 2), each with a zero point of 0."""
+        q = unpack_int4(self.packed.clone()).int() + 8
+        scale = self.scale.clone().to(dtype).T
         scales = torch.stack([scale, torch.zeros_like(scale)], -1).contiguous()
-        whose = (self.packed.data_ptr(), self.packed._version, dtype)
-        return whose, torch.ops.aten._convert_weight_to_int4pack_for_cpu(q, 1), scales
+        return torch.ops.aten._convert_weight_to_int4pack_for_cpu(q, 1), scales
 
 
-def is_for_few_rows(x: Tensor) -> bool:
-    """Whether PyTorch's products for few bits are for this x. They have no derivative."""
-    few = 0 < x.numel() <= QUANTIZED_ROWS * x.shape[-1]
-    return few and x.is_cpu and x.dtype in PRODUCT_DTYPES and not formula_needed()
+def version(part: Tensor) -> int:
+    """How often a tensor was written to."""
+    return 0 if part.is_inference() else part._version
 
 
-TWINS = {nn.Linear: FewRowsLinear, Int8Linear: FewRowsInt8, Int4Linear: FewRowsInt4}
+def same(old: list[tuple], new: list[tuple]) -> bool:
+    """Whether these are the same parameters, at the same place and unchanged."""
+    return all(a[0] is b[0] and a[1:] == b[1:] for a, b in zip(old, new, strict=True))
+
+
+TWINS = {nn.Linear: CpuLinear, Int8Linear: CpuInt8, Int4Linear: CpuInt4}
 
 
 class FusedAttention(LlamaAttention):
@@ -142,9 +179,12 @@ class FusedMLP(LlamaMLP):
 
 
 def accelerate_on_cpu(model: nn.Module) -> None:
-    """Swap the modules of the decoder, and the head, for their twins."""
+    """Swap the modules of the decoder and the head for their twins; without AVX-512 those of a tower in 16 bits too."""
+    parts = ("language_model.", "lm_head")
+    if AVX2 and model.dtype in HALF:
+        parts += ("vision_tower.", "multi_modal_projector.")
     for name, module in list(model.named_modules()):
-        if type(module) in TWINS and name.startswith(("language_model.", "lm_head")):
+        if type(module) in TWINS and name.startswith(parts):
             swap(model, name, TWINS[type(module)](module))
     for layer in model.language_model.layers:
         layer.self_attn, layer.mlp = FusedAttention(layer.self_attn), FusedMLP(layer.mlp)

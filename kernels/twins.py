@@ -90,8 +90,8 @@ def address(parameter: nn.Parameter | None) -> int:
 
 
 def alike(linears: list[nn.Module]) -> bool:
-    """Whether all have one class and the parameters of an nn.Linear or of a matrix in few bits, and nothing else."""
+    """Whether all have one class and the parameters of an nn.Linear or of an Int8Linear, and nothing else."""
     stored = [dict(linear.named_parameters()) for linear in linears]
     kinds = {tuple((name, p.dtype, p.device) for name, p in parameters.items()) for parameters in stored}
-    known = [name for name in stored[0] if name != "bias"] in (["weight"], ["q", "scale"], ["packed", "scale"])
+    known = [name for name in stored[0] if name != "bias"] in (["weight"], ["q", "scale"])
     return known and len(kinds) == 1 and len({type(linear) for linear in linears}) == 1

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
 from cli import run
+from cli.describe import describe
 from cli.quantizing import quantize_checkpoint
 from hub.files import BUNDLED, read_json
 from hub.writer import save
@@ -77,6 +78,24 @@ def test_transformers_computes_the_same(packed, dtype):
             assert (logits - wanted).abs().max() <= (1e-4 if dtype == torch.float32 else 1e-2) * wanted.abs().max()
 
 
+@pytest.mark.parametrize("value", [None, [], "gptq", 5])
+def test_a_quantization_config_that_is_no_object(whole, tmp_path, value):
+    """null is as good as none."""
+    copy = shutil.copytree(whole, tmp_path / "copy")
+    config = read_json(copy / "config.json") | {"quantization_config": value}
+    (copy / "config.json").write_text(json.dumps(config))
+    if value is None:
+        assert load(copy).dtype == torch.float32
+    else:
+        with pytest.raises(ValueError, match="quantization_config is not a JSON object"):
+            load(copy)
+
+
+def test_a_folder_is_described(packed):
+    said = describe(LlavaForConditionalGeneration, packed[0])
+    assert "mismatches  none" in said and f"weights in {packed[1][-1]} bits" in said
+
+
 @pytest.mark.parametrize("how", ["int8", "int4"])
 def test_the_bundled_model_answers_from_its_folder(tmp_path, how):
     assert write(BUNDLED, tmp_path / "new" / "tiny", "--to", how) == 0
@@ -131,6 +150,7 @@ def test_a_deleted_folder_keeps_working(packed, tmp_path):
 MEASURE = """
 import resource, sys, threading
 sys.path.insert(0, sys.argv[1])
+from cli.describe import describe
 from cli.quantizing import quantize_checkpoint
 from llava import LlavaForConditionalGeneration
 def anonymous():  # memory that is not a file's pages
@@ -243,6 +263,7 @@ REFUSED = {
     "nothing": ({}, {"config_groups": {}}, "has no config_groups"),
     "no weights": ({}, {"config_groups": {"g": {"targets": ["Linear"], "weights": None}}}, "how weights are quantized"),
     "sparse": ({}, {"sparsity_config": {"format": "dense"}}, "sparsity_config"),
+    "null": ({}, {"config_groups": {"g": {"weights": {"num_bits": 4.5}}}}, "num_bits 4.5"),
     "cache": ({}, {"kv_cache_scheme": {"num_bits": 8}}, "kv_cache_scheme"),
 }
 
@@ -284,9 +305,13 @@ def test_the_command_refuses_in_one_line_and_writes_nothing(packed, whole, tmp_p
         assert err.startswith("error: ") and words in err and err.count("\n") == 1
 
     (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "file").touch()
     refused(whole, tmp_path / "old", "exists already")
     refused(packed[0], tmp_path / "new", "is quantized already")
     refused("absent", tmp_path / "new", "neither a folder nor a hub id")
+    refused(whole, tmp_path / "old" / "file" / "new", "cannot be written (Not a directory)")
+    (tmp_path / "link").symlink_to(tmp_path / "nothing")
+    refused(whole, tmp_path / "link", "exists already")
     broken = shutil.copytree(whole, tmp_path / "broken")
     tensors = load_file(broken / "model.safetensors")
     tensors[f"{MATRIX}.weight"][0, 0] = float("nan")
@@ -296,8 +321,11 @@ def test_the_command_refuses_in_one_line_and_writes_nothing(packed, whole, tmp_p
     (broken / "config.json").write_text(json.dumps(config | {"mm_vision_tower": "clip", "model_type": "llava_llama"}))
     refused(broken, tmp_path / "new", "layout of LLaVA's authors")
     if how == "int4":
-        refused(whole, tmp_path / "new", "groups of 128 do not divide", "--group", "128")
-    assert sorted(os.listdir(tmp_path)) == ["broken", "old"]
+        refused(whole, tmp_path / "new", "groups of 128 do not fit", "--group", "128")
+    (broken / "tokenizer.model").unlink()
+    (broken / "config.json").write_text(json.dumps(config))
+    refused(broken, tmp_path / "new", "tokenizer.model")
+    assert sorted(os.listdir(tmp_path)) == ["broken", "link", "old"]
 
 
 def test_a_quantized_model_is_quantized_once(packed):
