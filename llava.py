@@ -215,7 +215,7 @@ class LlavaForConditionalGeneration(nn.Module):
         folder = find_checkpoint(path)
         settings = read_config(folder)
         model = cls.without_weights(settings)
-        if quantize or "quantization_config" in settings:
+        if quantize or settings.get("quantization_config"):
             from quantize import load_quantized
             load_quantized(model, folder, settings, quantize)
         else:

@@ -253,7 +253,7 @@ def unpack(model: nn.Module, bits: int) -> None:
 
 def load_quantized(model: nn.Module, folder: Path, settings: dict, how: str | None) -> None:
     """`load` for a quantized checkpoint, or for one that is then quantized in memory: `how`, "int8" or "int4"."""
-    if "quantization_config" not in settings:
+    if not settings.get("quantization_config"):
         load(model, folder)
         return quantize_model(model, how)
     if how:

@@ -16,7 +16,7 @@ def describe(Model: type, folder: Path) -> str:
     model, bits = Model.without_weights(settings), None
     config, vision, text = model.config, model.config.vision_config, model.config.text_config
     n = sum(parameter.numel() for parameter in model.parameters())
-    if "quantization_config" in settings:
+    if settings.get("quantization_config"):
         bits = expect_packed(model, folder, settings).bits
     found, mismatches = match(model, folder)
     fp32, half = f"{4 * n / 1e9:.3g} GB in fp32", f"{2 * n / 1e9:.3g} GB in bf16 or fp16"

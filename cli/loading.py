@@ -22,7 +22,7 @@ def settle(args: Namespace) -> None:
         args.device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
     check_device(args.device)
     if args.dtype == "auto":
-        is_quantized = args.quantize or "quantization_config" in read_config(find_checkpoint(args.model))
+        is_quantized = args.quantize or read_config(find_checkpoint(args.model)).get("quantization_config")
         # PyTorch's products for quantized weights are fast in bfloat16 on every CPU.
         dtype = torch.bfloat16 if is_quantized and args.device == "cpu" else fast_dtype(args.device)
         args.dtype = str(dtype).removeprefix("torch.")
@@ -42,7 +42,7 @@ def load(Model: type, Processor: type, args: Namespace, rows: int, pictures: int
     processor.template = TEMPLATES[args.template]
     settings = read_config(folder)
     model = Model.without_weights(settings)
-    if "quantization_config" in settings:
+    if settings.get("quantization_config"):
         unpack(model, expect_packed(model, folder, settings).bits)
     context = model.config.text_config.max_position_embeddings
     tokens = rows * min(pictures * processor.image_seq_length + args.max_new_tokens, context)

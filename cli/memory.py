@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from quantize import Int4Linear, quantize_model
+from quantize import Int4Linear, QuantizedLinear, quantize_model
 
 OVERHEAD = 300_000_000  # bytes: PyTorch, activations, and the words of the prompts
 
@@ -46,7 +46,10 @@ def needed_bytes(
     for name, p in model.named_parameters():
         if not mapped(name):
             needed += p.numel() * (dtype.itemsize if p.is_floating_point() else 1)
-    if device == "cpu":  # in the order that PyTorch's product wants (kernels/cpu.py)
+    if device != "cpu":  # one matrix at a time is written out
+        sizes = [m.in_features * m.out_features for m in model.modules() if isinstance(m, QuantizedLinear)]
+        needed += max(sizes, default=0) * dtype.itemsize
+    else:  # in the order that PyTorch's product wants (kernels/cpu.py)
         needed += sum(m.packed.numel() for m in model.modules() if isinstance(m, Int4Linear))
     return needed
 

@@ -47,7 +47,7 @@ def quantize_checkpoint(Model: type, argv: list[str] | None = None) -> None:
     if "mm_vision_tower" in config:
         raise ValueError(f"{folder} is in the layout of LLaVA's authors: quantize the same model from llava-hf")
     settings = read_config(folder)
-    if "quantization_config" in settings:
+    if settings.get("quantization_config"):
         raise ValueError(f"{folder} is quantized already")
     read_processor_settings(folder)
     Tokenizer.from_pretrained(folder)  # fails here, and not after minutes, if it is missing

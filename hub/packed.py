@@ -39,6 +39,8 @@ def scheme_json(scheme: Scheme, ignore: list[str]) -> dict:
 
 def read_scheme(settings: dict, file: Path) -> Scheme:
     """The one scheme of a quantization_config. Raises ValueError, naming the setting, for what is not implemented."""
+    if not isinstance(settings, dict):
+        raise ValueError(f"{file}: quantization_config is not a JSON object")
     wanted = {"quant_method": (METHOD,), "format": (FORMAT, None), "quantization_status": ("compressed", None),
               "kv_cache_scheme": (None,), "sparsity_config": (None, {})}  # fmt: skip
     require_all(settings, wanted, file)

@@ -80,10 +80,6 @@ def read_config(folder: Path) -> dict:
         raise ValueError(f"{folder / 'config.json'} describes a model of type {config['model_type']!r}, not a LLaVA")
     if "text_config" not in config:
         raise ValueError(f"{folder / 'config.json'} has no text_config")
-    if config.get("quantization_config") is None:
-        config.pop("quantization_config", None)
-    elif not isinstance(config["quantization_config"], dict):
-        raise ValueError(f"{folder / 'config.json'}: quantization_config is not a JSON object")
     from hub.ranges import check_ranges
 
     check_ranges(config, folder / "config.json")

@@ -1,4 +1,4 @@
-"""Fixtures for several folders; and the switch of Triton's interpreter.
+"""Fixtures for several folders; the switch of Triton's interpreter; the threads of tests that run side by side.
 
 Triton decides when a kernel is defined whether it will be interpreted. In these tests all are, on the CPU. Nothing else
 changes: only models accelerated with "triton" run kernels on a CPU, and subprocesses do not inherit the variable.
@@ -8,6 +8,9 @@ import importlib.util
 import os
 
 import pytest
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # one of several processes: PyTorch's threads would wait for each other
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 if importlib.util.find_spec("triton"):
     os.environ["TRITON_INTERPRET"] = "1"
