@@ -22,7 +22,7 @@ Not implemented: quantized activations, 2 or 3 bits, calibration on data (GPTQ, 
 
 import signal
 
-if __name__ == "__main__":  # Ctrl-C ends the imports at once; cli.quantizing switches KeyboardInterrupt on again
+if __name__ == "__main__":  # Ctrl-C ends the imports at once; the last lines switch KeyboardInterrupt on again
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 from pathlib import Path
@@ -268,4 +268,7 @@ if __name__ == "__main__":
     from cli.quantizing import quantize_checkpoint
     from llava import LlavaForConditionalGeneration
 
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):  # each ends the command like Ctrl-C: nothing half-written is left
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.default_int_handler)
     raise SystemExit(cli.run(lambda: quantize_checkpoint(LlavaForConditionalGeneration)))

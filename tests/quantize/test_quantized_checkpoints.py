@@ -4,8 +4,10 @@ import json
 import multiprocessing
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -119,6 +121,20 @@ def test_the_command_in_a_process_of_its_own(whole, tmp_path):
     assert (done.returncode, done.stderr) == (0, "") and done.stdout.startswith("wrote ")
     again = subprocess.run(command, capture_output=True, text=True)
     assert again.returncode == 2 and again.stderr.endswith("four exists already: choose another --out\n")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_command_that_is_stopped_leaves_nothing(tmp_path, number):
+    """Stopped when the scratch folder appears, and before anything is written: without a traceback either way."""
+    command = [sys.executable, ROOT / "quantize.py", BUNDLED, "--out", tmp_path / "four"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    while process.poll() is None and not list(tmp_path.glob(".unfinished*")):
+        time.sleep(0.001)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    assert "Traceback" not in err
+    assert (process.returncode, os.listdir(tmp_path)) in ((130, []), (0, ["four"]))  # 0: it was ready before
 
 
 def answer_in_a_process(folder: str, queue) -> None:
