@@ -188,13 +188,11 @@ def choose_scheme(model: nn.Module, how: str, group: int | None = None) -> Schem
 @torch.no_grad()
 def quantize_model(model: nn.Module, how: str, group: int | None = None) -> None:
     """Replace the decoder's matrices and an untied head by an Int8Linear or Int4Linear each."""
-    scheme = choose_scheme(model, how, group)
-    if not matrices_to_quantize(model):
+    scheme, todo = choose_scheme(model, how, group), matrices_to_quantize(model)
+    if not todo:
         raise ValueError("the model's matrices are quantized already")
-    for name, linear in matrices_to_quantize(model).items():
-        parent, _, leaf = name.rpartition(".")
-        quantized = quantize_linear(linear.weight, linear.bias, scheme.bits, scheme.group)
-        setattr(model.get_submodule(parent), leaf, quantized)
+    for name, linear in todo.items():
+        model.set_submodule(name, quantize_linear(linear.weight, linear.bias, *scheme))
 
 
 # --- Checkpoints -----------------------------------------------------------------------------------------------------
@@ -231,24 +229,23 @@ def expect_packed(model: nn.Module, folder: Path, settings: dict) -> Scheme:
     scheme, names = read_scheme(settings["quantization_config"], folder / "config.json"), packed_names(folder)
     if not names:
         raise ValueError(f"{folder}: config.json has a quantization_config, but no matrix is quantized")
+    modules = dict(model.named_modules())
     for stored in names:
         name = our_name(f"{stored}.weight").removesuffix(".weight")
-        parent, _, leaf = name.rpartition(".")
-        linear = dict(model.named_modules()).get(name)
+        linear = modules.get(name)
         if not isinstance(linear, nn.Linear):
             raise ValueError(f"{folder} has a packed matrix {stored}, but the model has no such matrix")
         width = linear.in_features
         if width % (scheme.group or 1) or width * scheme.bits % 32:
             raise ValueError(f"{folder}: {stored} is {width} wide, which groups of {scheme.group} do not divide")
-        setattr(model.get_submodule(parent), leaf, StoredLinear(linear, scheme))
+        model.set_submodule(name, StoredLinear(linear, scheme))
     return scheme
 
 
 def unpack(model: nn.Module, bits: int) -> None:
     for name, module in list(model.named_modules()):
         if isinstance(module, StoredLinear):
-            parent, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(parent), leaf, module.unpack(bits))
+            model.set_submodule(name, module.unpack(bits))
 
 
 def load_quantized(model: nn.Module, folder: Path, settings: dict, how: str | None) -> None:

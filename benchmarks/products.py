@@ -1,6 +1,6 @@
 """Which of PyTorch's products of a matrix with a few or many rows is fastest on this processor.
 
-    python benchmarks/products.py            prints the table behind the rules in kernels/cpu.py, in about two minutes
+    python benchmarks/products.py            prints the tables behind the rules in kernels/cpu.py, in some minutes
 
 Milliseconds, medians. Matrices are rotated so that none is still in the cache when it is used again, as while decoding.
 """
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from kernels.cpu import BLOCK, TWINS
+from kernels.cpu import TWINS, float32_linear
 from quantize import quantize_linear
 
 SHAPES = [(768, 768), (2048, 768), (4096, 4096), (11008, 4096), (4096, 11008)]
@@ -46,7 +46,7 @@ def milliseconds(product: Callable[[object, Tensor], Tensor], matrices: list, x:
     return statistics.median(times[len(matrices) :])  # without the first round
 
 
-def ways(shape: tuple[int, int], dtype: torch.dtype) -> dict[str, tuple[Callable, Callable[[Tensor], object]]]:
+def ways(dtype: torch.dtype) -> dict[str, tuple[Callable, Callable[[Tensor], object]]]:
     """Name -> the product, and what it needs of a matrix."""
     def quantized(bits: int) -> Callable:
         def make(weight: Tensor) -> nn.Module:
@@ -54,9 +54,6 @@ def ways(shape: tuple[int, int], dtype: torch.dtype) -> dict[str, tuple[Callable
             return TWINS[type(linear)](linear)
 
         return make
-
-    def in_float32(weight: Tensor, x: Tensor) -> Tensor:
-        return torch.cat([F.linear(x.float(), block.float()) for block in weight.split(BLOCK)], -1).to(x.dtype)
 
     def as_it_is(weight: Tensor) -> Tensor:
         return weight.to(dtype)
@@ -68,7 +65,7 @@ def ways(shape: tuple[int, int], dtype: torch.dtype) -> dict[str, tuple[Callable
         "F.linear": (lambda w, x: F.linear(x, w), as_it_is),
         "torch.mv": (lambda w, x: torch.mv(w, x[0]), as_it_is),
         "(W @ x.T).T": (lambda w, x: (w @ x.T).T, as_it_is),
-        "in float32": (in_float32, as_it_is),
+        "in float32": (lambda w, x: float32_linear(x, w), as_it_is),
         "int8": (call, quantized(8)),
         "int4": (call, quantized(4)),
     }
@@ -83,15 +80,14 @@ def main() -> None:
     print(processor())
     for dtype in (getattr(torch, name) for name in args.dtypes):
         print(f"\n{dtype}".replace("torch.", ""))
-        table = ways(SHAPES[0], dtype)
+        table = ways(dtype)
         print(f"| out x in | rows | {' | '.join(table)} |\n|---|---|{'---|' * len(table)}")
         for out, width in SHAPES:
             whole = torch.randn(out, width) / width**0.5
             found = {rows: {} for rows in ROWS}
-            for name, (product, make) in ways((out, width), dtype).items():
-                count = max(2, int(CACHE / (whole.numel() * dtype.itemsize)))
-                first = make(whole)
-                matrices = [first] + [make(whole) for _ in range(min(count, 24) - 1)]
+            for name, (product, make) in table.items():
+                count = int(CACHE / (whole.numel() * dtype.itemsize))
+                matrices = [make(whole) for _ in range(min(max(2, count), 24))]
                 for rows in ROWS:
                     if (name == "torch.mv" and rows > 1) or (name == "in float32" and dtype == torch.float32):
                         continue

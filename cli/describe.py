@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from cli.memory import cache_bytes, needed_bytes
+from cli.memory import cache_bytes, weight_bytes
 from hub.settings import read_config
 from load_weights import match
 from quantize import expect_packed, unpack
@@ -13,19 +13,17 @@ from quantize import expect_packed, unpack
 def describe(Model: type, folder: Path) -> str:
     """Family, sizes, dtypes, memory, and a sentence for each tensor that does not fit config.json."""
     settings = read_config(folder)
-    model, bits = Model.without_weights(settings), None
+    model, kinds = Model.without_weights(settings), {}
     config, vision, text = model.config, model.config.vision_config, model.config.text_config
     n = sum(parameter.numel() for parameter in model.parameters())
     if settings.get("quantization_config"):
         bits = expect_packed(model, folder, settings).bits
+        kinds = {torch.int32: f"int32 (holds weights of {bits} bits)"}
     found, mismatches = match(model, folder)
-    fp32, half = f"{4 * n / 1e9:.3g} GB in fp32", f"{2 * n / 1e9:.3g} GB in bf16 or fp16"
-    dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in found.values()})
-    if bits:
+    dtypes = sorted(kinds.get(dtype, str(dtype).removeprefix("torch.")) for dtype in {t.dtype for t in found.values()})
+    if kinds:
         unpack(model, bits)
-        dtypes.append(f"(of int32 those that hold weights in {bits} bits)")
-        half = f"{needed_bytes(model, torch.bfloat16, None, 0) / 1e9:.3g} GB in bf16 or fp16"
-        fp32 = f"{needed_bytes(model, torch.float32, None, 0) / 1e9:.3g} GB in fp32"
+    fp32, half = (f"{weight_bytes(model, dtype) / 1e9:.3g} GB" for dtype in (torch.float32, torch.bfloat16))
     cache = cache_bytes(config, torch.bfloat16)
     return f"""\
 family      LLaVA: {vision.model_type} and {text.model_type}
@@ -34,5 +32,5 @@ tower       {vision.num_hidden_layers} layers of width {vision.hidden_size}, {vi
 decoder     {text.num_hidden_layers} layers of width {text.hidden_size}, {text.num_attention_heads} heads \
 on {text.num_key_value_heads} key/value heads, a vocabulary of {text.vocab_size}
 weights     {len(found)} tensors, {n:,} numbers, {" ".join(dtypes)}
-memory      {fp32}, {half}, {cache / 1e3:.3g} kB per token of context
+memory      {fp32} in fp32, {half} in bf16 or fp16, {cache / 1e3:.3g} kB per token of context
 mismatches  {", ".join(mismatches) or "none"}"""

@@ -27,6 +27,12 @@ def cache_bytes(config, dtype: torch.dtype) -> int:
     return 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * dtype.itemsize
 
 
+def weight_bytes(model: nn.Module, dtype: torch.dtype, mapped: Callable[[str], bool] = lambda name: False) -> int:
+    """The parameters of a model that will run in `dtype`, without those that are mapped from a file."""
+    kept = [parameter for name, parameter in model.named_parameters() if not mapped(name)]
+    return sum(p.numel() * (dtype.itemsize if p.is_floating_point() else 1) for p in kept)
+
+
 def needed_bytes(
     model: nn.Module,
     dtype: torch.dtype,
@@ -42,10 +48,7 @@ def needed_bytes(
     if quantize:
         model = copy.deepcopy(model)
         quantize_model(model, quantize)
-    needed = tokens * cache_bytes(model.config, dtype) + OVERHEAD
-    for name, p in model.named_parameters():
-        if not mapped(name):
-            needed += p.numel() * (dtype.itemsize if p.is_floating_point() else 1)
+    needed = weight_bytes(model, dtype, mapped) + tokens * cache_bytes(model.config, dtype) + OVERHEAD
     if device != "cpu":  # one matrix at a time is written out
         sizes = [m.in_features * m.out_features for m in model.modules() if isinstance(m, QuantizedLinear)]
         needed += max(sizes, default=0) * dtype.itemsize

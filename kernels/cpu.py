@@ -1,4 +1,4 @@
-"""Twins for a CPU: the decoder's modules with the same weights and results, and faster products.
+"""Twins for a CPU: modules with the same weights and results, and faster products.
 
     nn.Linear -> CpuLinear                 llama.LlamaAttention -> FusedAttention
     quantize.Int8Linear -> CpuInt8         llama.LlamaMLP -> FusedMLP
@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels.twins import FusedLinears, adopt, formula_needed, swap
+from kernels.twins import FusedLinears, adopt, formula_needed
 from llama import LlamaAttention, LlamaMLP
 from quantize import Int4Linear, Int8Linear, QuantizedLinear, unpack_int4
 
@@ -36,9 +36,14 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if reads_faster and 1 < rows <= 64 and bias is None:
         return (weight @ x.flatten(0, -2).T).T.unflatten(0, x.shape[:-1])
     if AVX2 and x.dtype in HALF and rows > 8:
-        y = torch.cat([F.linear(x.float(), block.float()) for block in weight.split(BLOCK)], -1)
-        return (y if bias is None else y + bias).to(x.dtype)
+        return float32_linear(x, weight, bias)
     return F.linear(x, weight, bias)
+
+
+def float32_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """F.linear in float32, for which the matrix is converted a block at a time."""
+    y = torch.cat([F.linear(x.float(), block.float()) for block in weight.split(BLOCK)], -1)
+    return (y if bias is None else y + bias).to(x.dtype)
 
 
 class CpuLinear(nn.Linear):
@@ -185,6 +190,6 @@ def accelerate_on_cpu(model: nn.Module) -> None:
         parts += ("vision_tower.", "multi_modal_projector.")
     for name, module in list(model.named_modules()):
         if type(module) in TWINS and name.startswith(parts):
-            swap(model, name, TWINS[type(module)](module))
+            model.set_submodule(name, TWINS[type(module)](module))
     for layer in model.language_model.layers:
         layer.self_attn, layer.mlp = FusedAttention(layer.self_attn), FusedMLP(layer.mlp)

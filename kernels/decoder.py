@@ -23,7 +23,7 @@ from kernels.int8 import MOST_ROWS, int8_linear
 from kernels.rms_norm import add_rms_norm, rms_norm
 from kernels.rope import rope_into_cache
 from kernels.swiglu import swiglu
-from kernels.twins import FusedLinears, adopt, swap
+from kernels.twins import FusedLinears, adopt
 from llama import KVCache, Llama, LlamaConfig, rope_angles
 from quantize import Int8Linear
 
@@ -157,7 +157,7 @@ def accelerate_on_gpu(model: nn.Module) -> None:
     """Swap int8 matrices, the tower's attention and the decoder for their twins."""
     for name, module in list(model.named_modules()):
         if type(module) is Int8Linear:
-            swap(model, name, FastInt8Linear(module))
+            model.set_submodule(name, FastInt8Linear(module))
     for layer in model.vision_tower.encoder.layers:
         layer.self_attn.attention = tower_attention
     model.language_model = FastLlama(model.language_model)

@@ -10,12 +10,6 @@ import torch
 from torch import Tensor, nn
 
 
-def swap(model: nn.Module, name: str, twin: nn.Module) -> None:
-    """Replace the module called `name` by `twin`."""
-    parent, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(parent), leaf, twin)
-
-
 def adopt(twin: nn.Module, plain: nn.Module) -> None:
     """Give `twin` the parameters, children and settings of `plain`, under the same names."""
     nn.Module.__init__(twin)
