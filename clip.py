@@ -4,9 +4,9 @@ LLaVA-1.5 uses the pretrained, frozen vision encoder of CLIP (Radford et al. 202
 Vision Transformer (Dosovitskiy et al. 2020, https://arxiv.org/abs/2010.11929) trained to match pictures with captions.
 The picture is cut into square patches, each patch becomes a vector, and transformer layers let the patches exchange
 information. One more vector, the class token, stands for the whole picture; CLIP's training compares it with the
-caption. LLaVA drops it and takes the patches that enter the last layer (layer -2). Its authors' hypothesis is that the
-last layer keeps more of a picture's global properties, and the one before it more of the details that help to
-understand it (Liu et al. 2023, https://arxiv.org/abs/2304.08485, section 5.2).
+caption. LLaVA drops it and uses the output of the second-to-last layer, hidden state -2. Its authors suggest that the
+last layer represents more global and abstract properties of a picture, and the layer before it more local ones, which
+help with details (Liu et al. 2023, https://arxiv.org/abs/2304.08485, section 5.2).
 
 In the six core files "the reference" is Hugging Face transformers, "the hub" is huggingface.co, and shapes use these
 letters:
@@ -26,8 +26,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
+from hub.interface import check_pixels
 from hub.settings import require
-from hub.strips import resize
 
 
 def quick_gelu(x: Tensor) -> Tensor:
@@ -67,6 +67,10 @@ class CLIPVisionConfig:
     def num_patches(self) -> int:  # P
         return (self.image_size // self.patch_size) ** 2
 
+    @property
+    def num_positions(self) -> int:  # T: the patches and the class token
+        return self.num_patches + 1
+
 
 # --- Pictures to pixels ----------------------------------------------------------------------------------------------
 
@@ -97,7 +101,7 @@ class ImageProcessor:
         """Normalised pixels in float32, bit-equal to the reference's Pillow path."""
         return torch.stack([torch.from_numpy(self.pixels(image)) for image in images])
 
-    def pixels(self, image: Image.Image) -> np.ndarray:  # -> (3, height, width)
+    def pixels(self, image: Image.Image) -> np.ndarray:  # -> (3, height, width) in float32
         x = np.asarray(self.fit(image.convert("RGB")))
         if self.do_rescale:  # computed in float64 and rounded once, as the reference does
             x = x.astype(np.float64) * self.rescale_factor
@@ -115,12 +119,12 @@ class ImageProcessor:
             image = square
         width, height = self.crop_size["width"], self.crop_size["height"]
         if self.do_resize:
-            if "shortest_edge" in self.size:
+            if "shortest_edge" in self.size:  # the shorter side gets this length, and the longer one keeps the ratio
                 short, edge = min(image.size), self.size["shortest_edge"]
                 new_size = tuple(edge if side == short else int(edge * side / short) for side in image.size)
             else:
                 new_size = self.size["width"], self.size["height"]
-            # Image.resize, except that a huge result is cropped early (hub/strips.py)
+            from hub.strips import resize  # Image.resize, except that a huge result is cropped early
             image = resize(image, new_size, self.resample, (width, height) if self.do_center_crop else None)
         if self.do_center_crop:
             left, top = (image.width - width) // 2, (image.height - height) // 2
@@ -137,13 +141,13 @@ def eager_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # three (B, H, 
     return weights @ v
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """The same, computed by PyTorch's function, which does not store the T x T weights."""
+def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # three (B, H, T, d) -> (B, H, T, d)
+    """The same from PyTorch's function, which does not store the weights. The model uses this one."""
     return F.scaled_dot_product_attention(q, k, v)
 
 
 class CLIPAttention(nn.Module):
-    attention = staticmethod(attention)  # training/ replaces it by eager_attention where that is faster
+    attention = staticmethod(attention)  # an attribute, so that training/ can replace it
 
     def __init__(self, config: CLIPVisionConfig):
         super().__init__()
@@ -184,7 +188,7 @@ class CLIPLayer(nn.Module):
 
 
 class CLIPEmbeddings(nn.Module):
-    """Patches through one linear map, a class token in front, position vectors added (Dosovitskiy 2020, equation 1)."""
+    """One matrix maps each patch to a vector; class token in front; plus position vectors (Dosovitskiy 2020, eq. 1)."""
 
     def __init__(self, config: CLIPVisionConfig):
         super().__init__()
@@ -192,10 +196,11 @@ class CLIPEmbeddings(nn.Module):
         # A convolution whose stride equals its kernel size applies one matrix to each patch separately.
         self.patch_embedding = nn.Conv2d(config.num_channels, D, kernel_size=patch, stride=patch, bias=False)
         self.class_embedding = nn.Parameter(torch.zeros(D))
-        self.position_embedding = nn.Embedding(1 + config.num_patches, D)
+        self.position_embedding = nn.Embedding(config.num_positions, D)
 
     def forward(self, pixel_values: Tensor) -> Tensor:  # (B, 3, height, width) -> (B, 1 + P, D)
-        patches = self.patch_embedding(pixel_values).flatten(2).transpose(1, 2)  # (B, D, rows, columns) -> (B, P, D)
+        patches = self.patch_embedding(pixel_values)  # (B, D, rows, columns)
+        patches = patches.flatten(2).transpose(1, 2)  # (B, P, D), row by row
         class_token = self.class_embedding.expand(len(patches), 1, -1)
         return torch.cat([class_token, patches], dim=1) + self.position_embedding.weight
 
@@ -218,9 +223,7 @@ class CLIPVisionModel(nn.Module):
 
         Returns hidden states, (B, 1 + P, D) each: the input of the first layer and the output of each layer that ran.
         """
-        channels, side = self.config.num_channels, self.config.image_size
-        if pixel_values.shape[1:] != (channels, side, side):
-            raise ValueError(f"pixel_values are {list(pixel_values.shape)}, not [pictures, {channels}, {side}, {side}]")
+        check_pixels(pixel_values, self.config)
         x = self.pre_layrnorm(self.embeddings(pixel_values.to(self.pre_layrnorm.weight.dtype)))
         hidden_states = [x]
         for layer in self.encoder.layers[:depth]:

@@ -4,8 +4,8 @@
     model.step       one new token per row goes through the model; the cache has the keys and values of all others
     sample           choose the next token from the scores over the vocabulary
 
-`generate_tokens` is the loop around the three; `generate` decides when it ends and returns prompt and answer, as the
-reference does. Chat, which keeps a cache from one answer to the next, uses `generate_tokens` directly.
+`generate_tokens` is the loop around the three; `generate` decides when the loop ends, and returns prompt and answer, as
+the reference does. Chat, which keeps a cache from one answer to the next, uses `generate_tokens` directly.
 
     B batch    T tokens of the prompt    V vocabulary
 
@@ -31,7 +31,7 @@ def sample(logits: Tensor, seen: Tensor, config: GenerationConfig, generator: to
     greedy, temperature, top-k and top-p (Holtzman et al. 2019, section 3.1). hub/generation.py explains each option.
     """
     logits, penalty = logits.float(), config.repetition_penalty
-    if logits.amax().isnan():  # amax propagates NaN: one pass over the scores instead of two
+    if logits.amax().isnan():  # NaN if any score is
         raise ValueError("the next token's scores are NaN: float16 overflowed (try bfloat16), or a weight is NaN")
     if penalty != 1:  # negative scores are multiplied: dividing would raise them
         logits = torch.where(seen[:, :-1], torch.where(logits < 0, logits * penalty, logits / penalty), logits)
@@ -50,7 +50,7 @@ def sample(logits: Tensor, seen: Tensor, config: GenerationConfig, generator: to
 
 
 def tokens_seen(input_ids: Tensor, attention_mask: Tensor, V: int) -> Tensor:  # two (B, T) -> (B, V + 1)
-    """Which tokens a text contains. Left padding, and ids without a score, go to column V, which `sample` ignores."""
+    """Which of the V tokens each row contains. Column V, which `sample` ignores, is for padding and ids >= V."""
     ids = input_ids.masked_fill(attention_mask.cumsum(-1) == 0, V).clamp(max=V)
     return torch.zeros(len(ids), V + 1, dtype=torch.bool, device=ids.device).scatter(1, ids, True)
 
@@ -67,13 +67,13 @@ def prefill(model, input_ids: Tensor, attention_mask: Tensor, cache: KVCache, pi
 
 @torch.inference_mode()
 def generate_tokens(model, input_ids, attention_mask, cache, pixel_values, config, generator) -> Iterator[Tensor]:
-    """Yields the next token of every row (B,) indefinitely.
+    """Yields the next token of every row, (B,), without end. The arguments are those of `prefill` and `sample`.
 
-    A token's keys and values enter the cache when the token after it is requested.
+    A token's keys and values enter the cache, which has kept the prompt's mask, when the token after it is requested.
     """
     logits = prefill(model, input_ids, attention_mask, cache, pixel_values)
     seen = tokens_seen(input_ids, attention_mask, logits.shape[1])
-    position_ids = attention_mask.sum(-1, keepdim=True)
+    position_ids = attention_mask.sum(-1, keepdim=True)  # (B, 1): padding is not counted
     while True:
         next_ids = sample(logits, seen, config, generator)
         yield next_ids
@@ -98,17 +98,17 @@ def generate(
 
     `options` are the fields of GenerationConfig; the checkpoint's generation_config.json supplies the others. Each new
     piece of text goes to `streamer`. A row ends with an eos token or a stop string, which stay in the result, and is
-    then filled with padding. The same `seed` gives the same samples. Raises ValueError for options out of range, warns
-    about those without effect.
+    then filled with padding. The same `seed` gives the same samples. Options and their defaults (greedy, 20 new tokens)
+    are in hub/generation.py. Raises ValueError if one is unknown or out of range, and warns if one has no effect.
     """
     config = GenerationConfig.merged(model.generation_config, options | {"seed": seed})  # warns if seed has no effect
     attention_mask = check_left_padding(input_ids, attention_mask)
     (batch, T), device = input_ids.shape, input_ids.device
     n_new = config.new_tokens(T)
-    watched = batch if streamer or stop_strings else 0
-    watchers = [TextWatcher(tokenizer, streamer, stop_strings) for _ in range(watched)]
-    if streamer and batch > 1:
-        raise ValueError("a streamer follows one answer: generate a batch of prompts without it")
+    watchers = []
+    if streamer or stop_strings:
+        from hub.text_watcher import text_watchers
+        watchers = text_watchers(batch, tokenizer, streamer, stop_strings)
     generator = None if seed is None else torch.Generator(device).manual_seed(seed)
     cache = model.language_model.new_cache(batch, T + n_new)
     tokens = generate_tokens(model, input_ids, attention_mask, cache, pixel_values, config, generator)
@@ -127,35 +127,3 @@ def generate(
     for watcher in watchers:
         watcher.flush()
     return input_ids
-
-
-class TextWatcher:
-    """Decodes an answer as it is generated: passes new text to a streamer and looks for stop strings.
-
-    A character that takes several tokens is held back until it is complete. At the end, flush passes on what is left.
-    """
-
-    def __init__(self, tokenizer: Tokenizer, streamer: Callable | None, stop_strings: str | list[str] | None = None):
-        if tokenizer is None:
-            raise ValueError("streamer and stop_strings need the text: pass tokenizer=processor.tokenizer too")
-        self.tokenizer, self.streamer = tokenizer, streamer
-        self.stop_strings = [stop_strings] if isinstance(stop_strings, str) else list(stop_strings or [])
-        self.pending: list[int] = []  # tokens that are not in the text yet
-        self.text: str | None = None  # None until a token has text
-
-    def put(self, token_id: int) -> bool:
-        """Add the next token; True if the text now contains a stop string."""
-        self.pending.append(token_id)
-        if not self.tokenizer.join(self.pending, skip_special_tokens=True).endswith("\ufffd"):
-            self.flush()
-        return any(stop in (self.text or "") for stop in self.stop_strings)
-
-    def flush(self) -> None:
-        new = self.tokenizer.join(self.pending, skip_special_tokens=True)
-        self.pending.clear()
-        if new and self.text is None:  # encoding put a space in front of the text
-            self.text, new = "", new.removeprefix(" ")
-        if new:
-            self.text += new
-            if self.streamer:
-                self.streamer(new)

@@ -1,17 +1,19 @@
-"""The decoder of Llama and Mistral: a sequence of vectors in, a sequence of vectors out.
+"""The decoder of Llama, Mistral and Qwen2: a sequence of vectors in, a sequence of vectors out.
 
     N blocks of  x = x + attention(RMSNorm(x)),  x = x + SwiGLU(RMSNorm(x)),  and a last RMSNorm;  x is (B, T, D)
 
 The decoder does not know where its input vectors come from: word embeddings and projected image patches are treated
 alike, which is what lets LLaVA insert pictures. Llama: Touvron et al. 2023, https://arxiv.org/abs/2302.13971. Mistral
-adds grouped-query attention and a sliding window: Jiang et al. 2023, https://arxiv.org/abs/2310.06825.
+adds grouped-query attention and a sliding window: Jiang et al. 2023, https://arxiv.org/abs/2310.06825. Qwen2 adds
+biases to q, k and v: Yang et al. 2024, https://arxiv.org/abs/2407.10671.
 
     B batch    T new tokens    S all tokens so far, new ones included    D width    H heads    K key/value heads
     d head width
 
-Not implemented: dropout (neither model uses it), RoPE scaling other than linear, shrinking the cache to the window.
+Not implemented: dropout, RoPE scaling other than linear and Llama 3.1's, shrinking the cache to the window.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -34,10 +36,16 @@ class LlamaConfig:
     max_position_embeddings: int = 2048  # the longest context it was trained on, in tokens
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0  # base of RoPE's frequencies
-    rope_factor: float = 1.0  # linear RoPE scaling (rope_scaling in the file): positions are divided by it
+    rope_type: str = "default"  # "linear" and "llama3" reach positions beyond the context of the first training
+    rope_factor: float = 1.0  # frequencies are divided by it, in "llama3" only the low ones
+    low_freq_factor: float = 1.0  # "llama3": up to this many turns in the old context, a frequency is divided in full,
+    high_freq_factor: float = 4.0  # and from this many on not at all
+    original_max_position_embeddings: int = 8192  # "llama3": the old context, in tokens
     attention_bias: bool = False
+    qkv_bias: bool = False  # Qwen2: q, k and v have a bias, o has none
     mlp_bias: bool = False
     sliding_window: int | None = None  # a token attends to this many tokens, itself included; None means all
+    layer_types: list[str] | None = None  # "sliding_attention" or "full_attention" for each layer; None: all the former
     tie_word_embeddings: bool = False
     model_type: str = "llama"  # or "mistral": the same decoder with other defaults (hub/settings.py)
 
@@ -66,14 +74,24 @@ class RMSNorm(nn.Module):
 
 
 def rope_angles(config: LlamaConfig, position_ids: Tensor) -> Tensor:  # (B, T) -> (B, T, d / 2), float32
-    """position / (rope_theta^(2i / d) * rope_factor) for pair i = 0 ... d / 2 - 1 (Su et al. 2021, section 3.2.2)."""
+    """The angles of rotary position embedding: position / rope_theta^(2i / d) for pair i = 0 ... d / 2 - 1.
+
+    RoPE takes the place of position vectors. In each layer, pair i of the numbers in each query and key is rotated by
+    this angle, which grows more slowly for larger i. The product q . k then depends on the distance between the two
+    tokens, not on their positions (Su et al. 2021, section 3.2.2).
+    """
     exponents = torch.arange(0, config.head_dim, 2, device=position_ids.device).float() / config.head_dim
-    frequencies = 1.0 / (config.rope_theta**exponents * config.rope_factor)
-    return position_ids[..., None].float() * frequencies
+    frequencies = 1.0 / config.rope_theta**exponents  # radians per token
+    scaled = frequencies / config.rope_factor
+    if config.rope_type == "llama3":  # pairs that turn often tell near tokens apart, and keep their frequency
+        turns = frequencies * config.original_max_position_embeddings / (2 * math.pi)
+        kept = (turns - config.low_freq_factor) / (config.high_freq_factor - config.low_freq_factor)
+        scaled = torch.lerp(scaled, frequencies, kept.clamp(0, 1))
+    return position_ids[..., None].float() * scaled
 
 
-def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:  # (B, H, T, d), two (B, 1, T, d / 2) -> (B, H, T, d)
-    """Rotate each pair of numbers by its angle, so that q . k depends on positions only through their difference.
+def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the pairs of queries (B, H, T, d) or keys (B, K, T, d). cos and sin are (B or 1, 1, T, d / 2).
 
     The paper pairs neighbours (0, 1), (2, 3), ...; these checkpoints pair number i with number i + d / 2.
     """
@@ -84,9 +102,9 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:  # (B, H, T, d), 
 def visible_keys(attention_mask: Tensor | None, past: int, T: int, window: int | None, device) -> Tensor | None:
     """Which of the S = past + T keys each of the T new queries attends to: (B or 1, 1, T, S), True where it does.
 
-    `attention_mask` is (B, S), False at padding, or None. Without padding, and while S fits the window, it returns None
-    in two cases that `attention` handles without a mask: all tokens are new (each attends to itself and those before
-    it), or one token is new (it attends to all). Padding may have no key to attend to; nothing reads its output.
+    `attention_mask` is (B, S), False at padding, or None. Returns None where `attention` needs no mask: there is no
+    padding, S fits the window, and either all tokens are new (each attends to itself and those before it) or only one
+    is (it attends to all). A query at padding may have no visible key; its output is never used.
     """
     S = past + T
     if attention_mask is None and (T == 1 or past == 0) and (window is None or S <= window):
@@ -118,9 +136,9 @@ def eager_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """The same, computed by PyTorch's function, which does not store the weights. The output at padding may differ.
+    """The same from PyTorch's function, which does not store the weights. The output at padding may differ.
 
-    Without a mask T must be 1 or S, as visible_keys ensures: `is_causal` would align its triangle with the first key.
+    Without a mask T must be 1 or S, as visible_keys ensures: is_causal lets query t see keys 0 to t, whatever S is.
     """
     causal = mask is None and q.shape[2] > 1
     return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1])
@@ -160,15 +178,16 @@ class KVCache:
 
 
 class LlamaAttention(nn.Module):
-    attention = staticmethod(attention)  # a faster function with the same result may replace it
+    attention = staticmethod(attention)  # an attribute, so that training/ can replace it
 
     def __init__(self, config: LlamaConfig, layer: int):
         super().__init__()
         D, H, K, d = config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.head_dim
         self.layer, self.head_dim = layer, d
-        self.q_proj = nn.Linear(D, H * d, bias=config.attention_bias)
-        self.k_proj = nn.Linear(D, K * d, bias=config.attention_bias)
-        self.v_proj = nn.Linear(D, K * d, bias=config.attention_bias)
+        bias = config.attention_bias or config.qkv_bias
+        self.q_proj = nn.Linear(D, H * d, bias=bias)
+        self.k_proj = nn.Linear(D, K * d, bias=bias)
+        self.v_proj = nn.Linear(D, K * d, bias=bias)
         self.o_proj = nn.Linear(H * d, D, bias=config.attention_bias)
 
     def qkv(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # (B, T, D) -> (B, H, T, d) and two (B, K, T, d)
@@ -176,11 +195,11 @@ class LlamaAttention(nn.Module):
         return tuple(y.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for y in projections)
 
     def forward(self, x, rope, mask=None, cache=None, attentions=None) -> Tensor:  # (B, T, D) -> (B, T, D)
-        """`rope`: cos and sin for apply_rope; `mask`: from visible_keys; `attentions`: a list to append to, or None."""
+        """`rope`: cos and sin for apply_rope. `mask`: (B or 1, 1, T, S) or None. `attentions` collects the weights."""
         q, k, v = self.qkv(x)
         q, k = apply_rope(q, *rope), apply_rope(k, *rope)
         if cache is not None:
-            k, v = cache.update(self.layer, k, v)  # (B, K, S, d)
+            k, v = cache.update(self.layer, k, v)  # (B, K, S, d); keys are stored after their rotation
         if attentions is None:
             out = self.attention(q, k, v, mask)
         else:
@@ -226,6 +245,8 @@ class Llama(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(LlamaLayer(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        kinds = config.layer_types or ["sliding_attention"] * config.num_hidden_layers  # of the layers
+        self.windows = [config.sliding_window if kind == "sliding_attention" else None for kind in kinds]
 
     def new_cache(self, batch: int, capacity: int) -> KVCache:
         """An empty cache for `batch` sequences of up to `capacity` tokens each."""
@@ -251,16 +272,16 @@ class Llama(nn.Module):
         if cache is not None:
             cache.check(B, past + T)
         attention_mask = self.padding_mask(attention_mask, B, past + T, cache)
-        mask = visible_keys(attention_mask, past, T, self.config.sliding_window, x.device)
+        masks = {window: visible_keys(attention_mask, past, T, window, x.device) for window in set(self.windows)}
         if position_ids is None:
             position_ids = torch.arange(past, past + T, device=x.device)[None]
         angles = rope_angles(self.config, position_ids)[:, None]  # (B, 1, T, d / 2): the same for all heads
         rope = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
 
-        for layer in self.layers:
+        for layer, window in zip(self.layers, self.windows, strict=True):
             if hidden_states is not None:
                 hidden_states.append(x)
-            x = layer(x, rope, mask, cache, attentions)
+            x = layer(x, rope, masks[window], cache, attentions)
         x = self.norm(x)
         if hidden_states is not None:
             hidden_states.append(x)

@@ -10,8 +10,9 @@ https://arxiv.org/abs/2304.08485; LLaVA-1.5: Liu et al. 2023, https://arxiv.org/
 
     B batch    T tokens    D width of the decoder    P patches of a picture    V vocabulary
 
-`python llava.py --image x.jpg` answers about a picture. Classes and arguments that transformers has too have
-the same names. Not implemented: gradient checkpointing, and other input sizes than the tower was trained on.
+`python llava.py --image x.jpg` describes a picture. Classes and arguments have the names of the reference's.
+hub/ holds what is not the model: reading settings, checking arguments, error messages. It can be skipped. Not
+implemented: gradient checkpointing, and input sizes other than the tower's own.
 """
 
 import signal
@@ -28,11 +29,12 @@ from PIL import Image
 from torch import Tensor, nn
 
 import generate
-from clip import ACTIVATIONS, CLIPVisionConfig, CLIPVisionModel, ImageProcessor
+from clip import ACTIVATIONS, CLIPVisionConfig, ImageProcessor
+from family import AutoTokenizer, find_template, vision_classes
 from hub import interface
 from hub.files import find_checkpoint
 from hub.generation import read_generation_settings
-from hub.settings import as_value_error, decoder_settings, known_fields, read_config, read_processor_settings, require
+from hub.settings import as_value_error, decoder_settings, known_fields, read_config, require
 from hub.tensors import as_dtype, no_weights
 from llama import KVCache, Llama, LlamaConfig
 from load_weights import load
@@ -50,9 +52,9 @@ class LlavaConfig:
     ignore_index: int = -100  # labels with this value do not count in the loss
     image_token_index: int = 32000  # the id of <image>
     projector_hidden_act: str = "gelu"
-    vision_feature_select_strategy: str = "default"  # "default" drops the tower's class token, "full" keeps it
+    vision_feature_select_strategy: str = "default"  # "default" drops the first token, which is CLIP's class token
     vision_feature_layer: int | list[int] = -2  # the tower's hidden state that is used; several are concatenated
-    vocab_size: int = 32000  # in older files; text_config's replaces it
+    vocab_size: int = 32000  # always text_config's; files that transformers wrote have it here too
     multimodal_projector_bias: bool = True
     tie_word_embeddings: bool = False  # the head shares the embedding's matrix
 
@@ -63,7 +65,8 @@ class LlavaConfig:
                 num_attention_heads=16, image_size=336, patch_size=14,
             )  # fmt: skip
         elif isinstance(self.vision_config, dict):
-            self.vision_config = CLIPVisionConfig(**known_fields(CLIPVisionConfig, self.vision_config))
+            Config, _ = vision_classes(self.vision_config.get("model_type"))
+            self.vision_config = Config(**known_fields(Config, self.vision_config))
         if not isinstance(self.text_config, LlamaConfig):
             self.text_config = LlamaConfig(**known_fields(LlamaConfig, decoder_settings(self.text_config or {})))
         self.tie_word_embeddings = self.tie_word_embeddings or self.text_config.tie_word_embeddings
@@ -72,7 +75,7 @@ class LlavaConfig:
 
     @property
     def image_seq_length(self) -> int:  # tokens a picture takes in the prompt
-        return self.vision_config.num_patches + (self.vision_feature_select_strategy == "full")
+        return self.vision_config.num_positions - (self.vision_feature_select_strategy == "default")
 
 
 class LlavaMultiModalProjector(nn.Module):
@@ -98,7 +101,8 @@ class LlavaForConditionalGeneration(nn.Module):
         super().__init__()
         self.config = config
         self.generation_config: dict = {}  # the checkpoint's generation_config.json
-        self.vision_tower = CLIPVisionModel(config.vision_config)
+        _, Tower = vision_classes(config.vision_config.model_type)
+        self.vision_tower = Tower(config.vision_config)
         self.multi_modal_projector = LlavaMultiModalProjector(config)
         self.language_model = Llama(config.text_config)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
@@ -113,7 +117,7 @@ class LlavaForConditionalGeneration(nn.Module):
         strategy = vision_feature_select_strategy or self.config.vision_feature_select_strategy
         n = self.config.vision_config.num_hidden_layers
         interface.check_layers(layers, n, strategy)
-        layers = [layer % (n + 1) for layer in layers]  # there are n + 1 states: the input, and n layers' outputs
+        layers = [layer % (n + 1) for layer in layers]  # -2 -> n - 1; state 0 is the input, state i layer i's output
         hidden_states = self.vision_tower(pixel_values, depth=max(layers))
         first = 1 if strategy == "default" else 0  # 1 drops the class token
         return self.multi_modal_projector(torch.cat([hidden_states[layer][:, first:] for layer in layers], dim=-1))
@@ -123,7 +127,7 @@ class LlavaForConditionalGeneration(nn.Module):
         return self.language_model.embed_tokens(input_ids)
 
     def merge(self, input_ids: Tensor, image_features: Tensor) -> Tensor:  # (B, T), (pictures * P, D) -> (B, T, D)
-        """Embed a prompt and replace the embeddings of its <image> tokens by the projected patches, in order."""
+        """Embed a prompt and replace the embeddings of its <image> tokens by the projected patches, row by row."""
         is_image = input_ids == self.config.image_token_index  # (B, T)
         interface.check_image_tokens(is_image, image_features)
         x = self.embed(input_ids.masked_fill(is_image, 0))  # the table may have no row for <image>
@@ -132,7 +136,7 @@ class LlavaForConditionalGeneration(nn.Module):
     def forward(
         self,
         input_ids: Tensor | None = None,  # (B, T), one <image> token for every patch
-        pixel_values: Tensor | None = None,  # (pictures, 3, image_size, image_size), in the order of the <image> tokens
+        pixel_values: Tensor | None = None,  # (pictures, 3, image_size, image_size), of all prompts in reading order
         attention_mask: Tensor | None = None,  # (B, S), 0 on padding; S = tokens in the cache + T
         position_ids: Tensor | None = None,  # (B or 1, T)
         past_key_values: KVCache | None = None,
@@ -146,6 +150,7 @@ class LlavaForConditionalGeneration(nn.Module):
         return_dict: bool = True,
         logits_to_keep: int | Tensor = 0,  # positions that get logits: the last n (0: all), or a tensor (n,)
     ) -> interface.LlavaCausalLMOutputWithPast | tuple:
+        """Scores for the next token at each position. With a cache, only the new tokens are passed."""
         interface.check_one_prompt(input_ids, inputs_embeds)
         features = None
         if pixel_values is not None:
@@ -197,20 +202,14 @@ class LlavaForConditionalGeneration(nn.Module):
 
     @classmethod
     def from_pretrained(
-        cls,
-        path: str | Path,
-        dtype: torch.dtype | str | None = None,
-        device: str = "cpu",
-        quantize: str | None = None,
-        kernels: str = "auto",
-        torch_dtype: torch.dtype | str | None = None,
+        cls, path: str | Path, dtype=None, device="cpu", quantize=None, kernels="auto", torch_dtype=None
     ) -> "LlavaForConditionalGeneration":
         """Load a checkpoint from a folder or a hub id.
 
-        `dtype` (old name: `torch_dtype`): None or "auto" for the one in config.json, or else that of the weights.
-        `quantize="int8"` or "int4" stores the decoder's matrices in 8 or 4 bits (quantize.py). `kernels="torch"` runs
-        the plain model of these files; "auto" swaps in faster modules with the same results up to rounding, "triton"
-        insists on Triton's (kernels/__init__.py). Raises FileNotFoundError or ValueError for incomplete checkpoints.
+        `dtype` (old name `torch_dtype`) is a torch.dtype or its name; None or "auto" means config.json's, or else that
+        of the weights. `quantize="int8"` or "int4" stores the decoder's matrices in 8 or 4 bits (quantize.py).
+        `kernels="torch"` runs the plain model, "auto" swaps in faster modules with the same results up to rounding, and
+        "triton" insists on Triton's (kernels/__init__.py). Raises FileNotFoundError or ValueError for bad checkpoints.
         """
         folder = find_checkpoint(path)
         settings = read_config(folder)
@@ -253,16 +252,17 @@ class LlavaProcessor:
     def __init__(self, image_processor: ImageProcessor, tokenizer: Tokenizer, image_seq_length=576, template="hub"):
         self.image_processor, self.tokenizer = image_processor, tokenizer
         self.image_seq_length = image_seq_length  # <image> tokens per picture
-        self.template = TEMPLATES[template]
+        self.template = TEMPLATES[template] if isinstance(template, str) else template
         self.batch_decode, self.decode = tokenizer.batch_decode, tokenizer.decode
 
     @classmethod
     def from_pretrained(cls, path: str | Path) -> "LlavaProcessor":
         """Read the settings of a checkpoint: a folder or a hub id. Errors as for the model."""
+        from hub.processor_settings import read_processor_settings
         folder = find_checkpoint(path)
         with as_value_error():
             config = LlavaConfig(**known_fields(LlavaConfig, read_config(folder)))
-        tokenizer = Tokenizer.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
         ours, theirs = tokenizer.image_token_id, config.image_token_index
         if ours != theirs:
             raise ValueError(f"{folder}: <image> is token {ours} for the tokenizer and token {theirs} in config.json")
@@ -270,7 +270,7 @@ class LlavaProcessor:
         side = config.vision_config.image_size
         settings = {"size": {"shortest_edge": side}, "crop_size": side} | settings
         image_processor = ImageProcessor(**known_fields(ImageProcessor, settings))
-        return cls(image_processor, tokenizer, config.image_seq_length, template)
+        return cls(image_processor, tokenizer, config.image_seq_length, find_template(folder, template))
 
     def __call__(
         self,

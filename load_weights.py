@@ -25,16 +25,16 @@ RENAME = [
     ("model.vision_tower.vision_tower.", "vision_tower."),  # LLaVA's authors
     ("model.mm_projector.0.", "multi_modal_projector.linear_1."),
     ("model.mm_projector.2.", "multi_modal_projector.linear_2."),
-    ("model.language_model.", "language_model."),  # transformers' state_dict
+    ("model.language_model.", "language_model."),  # newer releases of transformers
     ("model.vision_tower.", "vision_tower."),
     ("model.multi_modal_projector.", "multi_modal_projector."),
     ("language_model.lm_head.", "lm_head."),  # the hub's files
     ("language_model.model.", "language_model."),
-    ("model.", "language_model."),  # a decoder on its own
+    ("model.", "language_model."),  # the decoder in LLaVA's authors' files, or on its own
     ("vision_tower.vision_model.", "vision_tower."),  # in the files of the hub and of the authors
     ("vision_model.", "vision_tower."),  # a CLIP on its own
 ]
-IGNORE = (".position_ids", ".inv_freq", ".weight_shape")  # skipped: config.json determines them
+IGNORE = (".position_ids", ".inv_freq", ".weight_shape")  # not parameters of the model: computed from config.json
 
 
 def our_name(name: str) -> str:
@@ -62,9 +62,9 @@ def stored_tensors(folder: Path) -> Iterator[tuple[str, str, Tensor]]:
 
 def mismatch(tensor: Tensor, parameter: nn.Parameter) -> str | None:
     """What keeps a tensor from becoming this parameter, or None if it fits."""
-    kind = "floating-point numbers" if parameter.is_floating_point() else parameter.dtype  # see quantize.py
-    if tensor.dtype not in (DTYPES if parameter.is_floating_point() else [parameter.dtype]):
-        return f"is {tensor.dtype}, not {kind}"
+    real = parameter.is_floating_point()  # other parameters hold numbers packed by quantize.py
+    if tensor.dtype not in (DTYPES if real else [parameter.dtype]):
+        return f"is {tensor.dtype}, not {'floating-point numbers' if real else parameter.dtype}"
     if tensor.shape != parameter.shape:
         return f"is {list(tensor.shape)}, but config.json makes it {list(parameter.shape)}"
     return None
@@ -73,10 +73,10 @@ def mismatch(tensor: Tensor, parameter: nn.Parameter) -> str | None:
 def match(model: nn.Module, folder: Path) -> tuple[dict[str, Tensor], list[str]]:
     """A checkpoint's tensors by the model's names, and a sentence for each one that does not fit the model."""
     wanted = dict(model.named_parameters())
-    tied = dict(model.named_parameters(remove_duplicate=False)).keys() - wanted  # other names of the same parameter
+    tied = dict(model.named_parameters(remove_duplicate=False)).keys() - wanted  # second names of shared parameters
     found, places, mismatches = {}, {}, []
     for name, where, tensor in stored_tensors(folder):
-        if name in tied:  # tie_weights restores it
+        if name in tied:  # it is loaded under its first name, and tie_weights shares it again
             continue
         if name not in wanted:
             mismatches.append(f"{where} is unknown")
@@ -92,8 +92,8 @@ def match(model: nn.Module, folder: Path) -> tuple[dict[str, Tensor], list[str]]
 def load(model: nn.Module, folder: Path) -> None:
     """Replace the meta parameters of a model by a checkpoint's tensors, memory-mapped and in their stored dtypes.
 
-    Tied parameters are no longer tied afterwards: call tie_weights. The numbers in a pickle may have to be copied, to
-    make them contiguous. Raises ValueError, naming the tensor, if anything does not fit.
+    A shared parameter is no longer shared afterwards: call tie_weights. Tensors of a pickle are copied if they are not
+    contiguous. Raises ValueError, naming the tensor, if anything does not fit.
     """
     found, mismatches = match(model, folder)
     if mismatches:
@@ -101,4 +101,5 @@ def load(model: nn.Module, folder: Path) -> None:
         raise ValueError(mismatches[0] + more)
     for name, tensor in found.items():
         parent, _, leaf = name.rpartition(".")
+        # A meta parameter has no memory to copy into, so it is replaced.
         setattr(model.get_submodule(parent), leaf, nn.Parameter(tensor.contiguous(), tensor.is_floating_point()))

@@ -1,19 +1,20 @@
-"""Quantized weights: each matrix of the decoder as small whole numbers q and a few scales.
+"""Quantized weights: each matrix of the decoder and the head as small whole numbers q and a few scales.
 
     w[o, i] is about q[o, i] * scale[o, i // group]
 
 The weights 0.50, -0.21, 0.03, 0.36 with the scale -0.0625, for example, become q = -8, 3, 0, -6, which stand for 0.50,
--0.1875, 0, 0.375: rounding is the loss. A group of weights side by side in a row shares a scale.
+-0.1875, 0, 0.375: rounding is the loss. The weights of a group, side by side in a row, share a scale. In int4 it takes
+the sign that makes the largest of them -8.
 
     int8    q from -127 to 127 in a byte, one group per row. Answers hardly change.
     int4    q from -8 to 7 in half a byte, groups of 32 to 128. notebooks/11_few_bits.ipynb measures the loss.
 
-Decoding a token reads all of the decoder's weights once, which is what takes the time, so fewer bits make it faster:
-on a CPU (kernels/cpu.py), and in int8 on a GPU. Elsewhere, and for prompts, where arithmetic takes the time, a matrix
-is first written out in x's dtype. Embedding, tower, projector and all activations stay as they are: the decoder's
-matrices are nine tenths of the 7B. On a CPU, int4 needs about as much memory as int8 if the model is quantized while
-it is loaded, because PyTorch's product wants a copy of the numbers in another order; from a quantized checkpoint it
-needs half of that.
+Decoding a token reads all of these weights once, which takes most of the time, so fewer bits make it faster: on a CPU
+(kernels/cpu.py), and in int8 on a GPU. In the other cases (int4 on a GPU, and prompts) a matrix is first expanded to
+the dtype of the activations, which saves memory but no time. Embedding, tower, projector and activations do not change:
+the matrices that do are nine tenths of the 7B. On a CPU, a model quantized to int4 while loading needs as much memory
+as int8, because it keeps a second copy in the order that PyTorch's product needs. A checkpoint that is quantized
+already stays in its file, and needs half of that.
 
     python quantize.py MODEL --to int4 --out DIR      writes a checkpoint (hub/packed.py has the format)
 
@@ -34,8 +35,9 @@ from torch import Tensor, nn
 from hub.packed import Scheme, packed_names, read_scheme
 from load_weights import load, our_name
 
-# int4 tries the scale m / d for each of these d, where m is the group's number of largest magnitude. At -8 it becomes
-# q = -8 exactly; a d beyond -8 cuts it off, and rounds all others more finely. There is no q = 8, so d is negative.
+# For each group, int4 tries the scales m / d for these d and keeps the best; m is the weight of largest magnitude. With
+# d = -8, m becomes q = -8 exactly. Below -8 the scale is smaller: m is clamped to q = -8, but all other weights are
+# rounded more finely. d is negative because q reaches -8 but not +8.
 DIVISORS = (-7.5, -8, -8.5, -9, -9.5, -10, -10.5, -11)
 GROUPS = (32, 64, 128)
 
@@ -58,7 +60,7 @@ def quantize_groups(weight: Tensor, group: int) -> tuple[Tensor, Tensor]:  # (ou
         scale = (largest / divisor).bfloat16().float()  # q is for the scale as it is stored
         q = (w / scale).round_().clamp_(-8, 7)
         error = (q * scale - w).square_().sum(-1, keepdim=True)
-        better = error < least  # false in a group of zeros, whose q is 0 / 0
+        better = error < least  # false for NaN: a group of zeros, where q is 0 / 0, keeps q = 0 and scale = 1
         best_q, best_scale = torch.where(better, q, best_q), torch.where(better, scale, best_scale)
         least = torch.where(better, error, least)
     return best_q.flatten(-2).to(torch.int8), best_scale.squeeze(-1).bfloat16()
@@ -80,7 +82,7 @@ def unpack_int4(packed: Tensor) -> Tensor:  # uint8 (out, in / 2) -> int8 (out, 
 class QuantizedLinear(nn.Module):
     """A quantized nn.Linear. Its parameters hold a row for each output, as those of nn.Linear do, and do not learn."""
 
-    scale: Tensor
+    scale: Tensor  # set by the subclasses
     bias: Tensor | None
 
     def forward(self, x: Tensor) -> Tensor:  # (..., in) -> (..., out)
@@ -142,7 +144,7 @@ def quantize_linear(weight: Tensor, bias: Tensor | None, bits: int, group: int |
 
     On the meta device the result has shapes only. Raises ValueError for numbers that are not finite.
     """
-    if weight.is_meta:
+    if weight.is_meta:  # for estimates of memory (cli/memory.py)
         q = weight.to(torch.int8)
         scale = weight[:, 0].bfloat16() if bits == 8 else weight[:, ::group].bfloat16()
     else:
@@ -199,7 +201,7 @@ def quantize_model(model: nn.Module, how: str, group: int | None = None) -> None
 
 
 class StoredLinear(nn.Module):
-    """A quantized matrix as a file holds it (hub/packed.py): parameters for `load` to fill, until `unpack`."""
+    """A placeholder with a file's names and shapes (hub/packed.py). `load` fills it, and `unpack` then replaces it."""
 
     def __init__(self, linear: nn.Linear, scheme: Scheme):
         super().__init__()
@@ -217,7 +219,7 @@ class StoredLinear(nn.Module):
 
 
 def signed(numbers: Tensor) -> Tensor:
-    """q + 128 in uint8 -> q in int8, and q.view(torch.uint8) -> the bytes of q + 128: both flip the highest bit."""
+    """q + 128 in uint8 -> q in int8. Adding 128 modulo 256 flips the highest bit, so this undoes itself."""
     return (numbers if numbers.is_meta else numbers ^ 128).view(torch.int8)
 
 

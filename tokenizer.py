@@ -2,14 +2,14 @@
 
 A sentencepiece model (Kudo & Richardson 2018, https://arxiv.org/abs/1808.06226) splits text into pieces. A space is
 part of a piece and written "▁"; a character that is not in the vocabulary is spelled in bytes such as "<0xE7>". Special
-tokens have ids of their own and are never split:
+tokens have ids of their own and are never split. In the 7B:
 
-    <unk> 0    <s> 1, starts every prompt    </s> 2, ends an answer    <image>, a picture    <pad>, pads shorter rows
+    <unk> 0    <s> 1 starts a prompt    </s> 2 ends an answer    <image> 32000, one per patch    <pad> 32001 fills rows
 
     "USER: <image>\\nWhat is it? ASSISTANT:"  ->  1 3148 1001 29901 29871 32000 29871 13 5618 ...
 
 29871 is a lone "▁". The first one is the space typed before <image>. The second one was added: sentencepiece puts a
-space in front of every text it encodes, here in front of "\\nWhat is it?".
+space in front of every text it encodes, here in front of "\\nWhat is it?". 13 is "<0x0A>", a newline.
 
 Not implemented: splitting into pieces and training a vocabulary, which the sentencepiece library does, and truncation.
 """
@@ -23,32 +23,35 @@ from torch import Tensor
 
 from hub.files import SPACE, open_sentencepiece
 from hub.interface import parse_messages
-from hub.settings import read_tokenizer_settings
 
 
 class Tokenizer:
     """A sentencepiece model and special tokens. `special_tokens`: name -> id, from the checkpoint's JSON files."""
 
+    first_space = " "  # what encoding puts in front of a text, and decoding removes
+
     def __init__(self, model: bytes, special_tokens: dict[str, int] | None = None, pad_token: str = "<pad>"):
         self.sp, control_tokens = open_sentencepiece(model)
+        self.vocab_size = self.sp.vocab_size()
         self.bos_token_id, self.eos_token_id = self.sp.bos_id(), self.sp.eos_id()
-        self.special_tokens = control_tokens | (special_tokens or {})
-        if "<image>" not in self.special_tokens:  # nor in the files of LLaVA's authors: it gets the first free id
-            size = self.sp.vocab_size()
-            self.special_tokens = {"<image>": size, "<pad>": size + 1} | self.special_tokens
-        self.special_names = {i: name for name, i in self.special_tokens.items()}
-        names = sorted(self.special_tokens, key=len, reverse=True)  # a regex takes the first alternative that matches
+        special_tokens = control_tokens | (special_tokens or {})
+        if "<image>" not in special_tokens:  # as in the files of LLaVA's authors: it gets the first free id
+            special_tokens = {"<image>": self.vocab_size, "<pad>": self.vocab_size + 1} | special_tokens
+        self.set_special_tokens(special_tokens)
+        self.pad_token_id = special_tokens.get(pad_token, self.sp.unk_id())
+
+    def set_special_tokens(self, special_tokens: dict[str, int]) -> None:
+        self.special_tokens = special_tokens
+        self.special_names = {i: name for name, i in special_tokens.items()}
+        names = sorted(special_tokens, key=len, reverse=True)  # a regex takes the first alternative that matches
         self.special_pattern = re.compile("(" + "|".join(map(re.escape, names)) + ")")  # with (), split keeps them
-        self.pad_token_id = self.special_tokens.get(pad_token, self.sp.unk_id())
-        self.image_token_id = self.special_tokens["<image>"]
+        self.image_token_id = special_tokens["<image>"]
         self.padding_side = "left"  # generation continues at the right end, so the right end must be text
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> "Tokenizer":
-        folder = Path(folder)
-        if not (folder / "tokenizer.model").is_file():
-            raise FileNotFoundError(f"{folder} has no tokenizer.model: copy it there from the original checkpoint")
-        return cls((folder / "tokenizer.model").read_bytes(), *read_tokenizer_settings(folder))
+        from hub.processor_settings import read_tokenizer_settings, read_vocabulary
+        return cls(read_vocabulary(Path(folder)), *read_tokenizer_settings(Path(folder)))
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Split at special tokens, including any that the user typed, and encode each part between them separately."""
@@ -57,15 +60,17 @@ class Tokenizer:
             if part in self.special_tokens:
                 ids.append(self.special_tokens[part])
             elif part:
-                ids += self.sp.encode(part)
+                ids += self.encode_text(part)
         return ids
 
-    def decode(self, ids: list[int] | Tensor, skip_special_tokens=False, clean_up_tokenization_spaces=None) -> str:
-        """Ids to text, without the space that encoding puts in front. Ids beyond the vocabulary are skipped.
+    def encode_text(self, text: str) -> list[int]:
+        """The ids of a text without special tokens."""
+        return self.sp.encode(text)
 
-        `clean_up_tokenization_spaces` changes nothing with this vocabulary, in the reference too.
-        """
-        return self.join(ids, skip_special_tokens).removeprefix(" ")
+    def decode(self, ids: list[int] | Tensor, skip_special_tokens=False, clean_up_tokenization_spaces=None) -> str:
+        """Ids to text, without the space that encoding puts in front. Ids beyond the vocabulary are skipped."""
+        # clean_up_tokenization_spaces has no effect with this vocabulary, in the reference too
+        return self.join(ids, skip_special_tokens).removeprefix(self.first_space)
 
     def batch_decode(self, batch, skip_special_tokens=False, clean_up_tokenization_spaces=None) -> list[str]:
         return [self.decode(ids, skip_special_tokens) for ids in batch]
@@ -86,7 +91,7 @@ class Tokenizer:
         """The text of one token, or the byte that it stands for; empty for an id beyond the vocabulary."""
         if i in self.special_names:
             return "" if skip_special_tokens else self.special_names[i]
-        if not 0 <= i < self.sp.vocab_size():
+        if not 0 <= i < self.vocab_size:
             return ""
         if self.sp.is_byte(i):
             return bytes([int(self.sp.id_to_piece(i)[3:5], 16)])  # "<0xE7>"
@@ -144,18 +149,20 @@ class Template:
             text += " ".join(part["text"] for part in parts if part["type"] == "text")
             before, after = before_and_after[role]
             prompt += before + text + after
-        return prompt + self.assistant.rstrip() if add_generation_prompt else prompt
+        if add_generation_prompt:
+            prompt += self.assistant.rstrip()  # the model generates the space
+        return prompt
 
 
 TEMPLATES = {
     # llava-hf's checkpoints on the hub. (Their own template omits the space after a message without text.)
     "hub": Template(user="USER: ", user_end=" ", assistant="ASSISTANT: ", assistant_end=" "),
-    # Vicuna's, the fine-tuned Llama in LLaVA-1.5, which is trained and evaluated with it (Liu et al. 2023, 2310.03744)
+    # Vicuna is the fine-tuned Llama inside LLaVA-1.5, which was trained with Vicuna's template (Liu et al. 2023)
     "v1": Template(
         system="A chat between a curious user and an artificial intelligence assistant. "
         "The assistant gives helpful, detailed, and polite answers to the user's questions.",
         user="USER: ", user_end=" ", assistant="ASSISTANT: ", assistant_end="</s>",
     ),
-    # The first stage of training, which aligns pictures with captions: only <image> and the caption, no roles
+    # The first stage of LLaVA's training, which aligns pictures with captions: <image>, a newline and the caption
     "plain": Template(),
 }  # fmt: skip

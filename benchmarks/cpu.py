@@ -61,7 +61,7 @@ inputs = processor(images=Image.open({image!r}), text={prompt!r}, return_tensors
 inputs["pixel_values"] = inputs["pixel_values"].to(torch.{dtype})
 model.generate(**inputs, max_new_tokens=1, do_sample=False)
 end = time.time()
-peak = pathlib.Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]  # in kB; Linux knows it
+peak = pathlib.Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]  # in kB; Linux only
 print(json.dumps({{"start": start, "end": end, "peak": int(peak) * 1024}}))
 """
 
@@ -90,7 +90,7 @@ def rival(ours: LlavaForConditionalGeneration, folder: Path) -> torch.nn.Module:
 
 
 def time_answer(model: torch.nn.Module, inputs: dict, **stop) -> tuple[float, float, list]:
-    """Seconds to the first token and, as a median, for each further one; and the ids."""
+    """Seconds to the first token, median seconds for each further one, and the ids."""
     clock = []
     hook = model.lm_head.register_forward_hook(lambda *_: clock.append(time.perf_counter()))
     start = time.perf_counter()
@@ -98,12 +98,12 @@ def time_answer(model: torch.nn.Module, inputs: dict, **stop) -> tuple[float, fl
         ids = model.generate(**inputs, max_new_tokens=NEW, do_sample=False, **stop).tolist()
     hook.remove()
     if len(clock) != NEW:
-        raise SystemExit(f"an answer took {len(clock)} runs of the head, not {NEW}: the times mean nothing")
+        raise SystemExit(f"an answer took {len(clock)} runs of the head, not {NEW}: the times are not valid")
     return clock[0] - start, statistics.median(b - a for a, b in itertools.pairwise(clock)), ids
 
 
 def bytes_per_token(model: LlavaForConditionalGeneration, context: int) -> int:
-    """What must be read to decode a token: the decoder, the head, and the keys and values of the context."""
+    """The bytes read to decode a token: the decoder, the head, and the keys and values of the context."""
     parts = {id(p): p.nbytes for part in (model.language_model, model.lm_head) for p in part.parameters()}
     if not model.config.tie_word_embeddings:  # only one row of the table is read
         del parts[id(model.language_model.embed_tokens.weight)]
@@ -221,7 +221,7 @@ def alone(folder: Path, dtype: torch.dtype, rounds: int) -> list[dict]:
 
 
 def machine() -> str:
-    """The processor and the versions that a table is for."""
+    """The processor and the versions for the heading of a table."""
     found = Path("/proc/cpuinfo")  # on Linux
     lines = found.read_text().splitlines() if found.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
@@ -253,7 +253,7 @@ def line(row: dict, columns: list[str]) -> str:
 
 
 def bandwidth(row: dict) -> list[str]:
-    """How near decoding comes to the speed of memory, for models larger than the CPU's caches."""
+    """How close decoding comes to the memory bandwidth, for models larger than the CPU's caches."""
     sentences, plain = [], statistics.median(row["read speed"])
     for name, n in row["bytes"].items():
         if n > 1e8:

@@ -4,8 +4,8 @@
     python benchmarks/gpu.py --size 161M        the same with a small model
     python benchmarks/gpu.py --compile-only     needs no GPU: registers and shared memory of each kernel
 
-Weights are random and made on the device: the text is meaningless, the times are real. Times are medians. Shares are of
-what the same card reached in the same run: the bandwidth of a large copy and the rate of a large matrix product.
+Weights are random and made on the device: the text is meaningless, the times are real. Times are medians. Shares are
+relative to the same card in the same run: the bandwidth of a large copy and the rate of a large matrix product.
 """
 
 import argparse
@@ -93,7 +93,7 @@ def prompt(model: LlavaForConditionalGeneration) -> dict:
 
 @torch.no_grad()
 def check_answer(fast: LlavaForConditionalGeneration, plain: LlavaForConditionalGeneration, inputs: dict) -> str:
-    """Score the accelerated model's greedy answer with the plain model: each token must have about the best score."""
+    """Score the accelerated model's greedy answer with the plain model: each token's score must be near the best."""
     answers = [model.generate(**inputs, max_new_tokens=NEW, eos_token_id=-1) for model in (fast, plain)]
     scores = plain(answers[0], inputs["pixel_values"]).logits[0, PROMPT - 1 : -1].float()
     chosen = scores.gather(1, answers[0][0, PROMPT:, None])[:, 0]
@@ -101,7 +101,7 @@ def check_answer(fast: LlavaForConditionalGeneration, plain: LlavaForConditional
     if behind > 0.1:
         raise SystemExit(f"the accelerated model chose a token whose score is {behind:.2f} deviations below the best")
     same = int((answers[0] == answers[1])[0, PROMPT:].cumprod(0).sum())
-    return f"The first {same} of {NEW} greedy tokens are the same; none is more than {behind:.3f} deviations below."
+    return f"The first {same} of {NEW} greedy tokens are the same; no score is more than {behind:.3f} deviations lower."
 
 
 def time_answer(model: torch.nn.Module, inputs: dict, rounds: int, **options) -> tuple[float, float]:

@@ -92,7 +92,7 @@ def main() -> None:
         parser.error(str(error))
     hits, areas = measure(model, processor, args.scenes)
     if not hits:
-        sys.exit(f"in {args.scenes} scenes the model named nothing correctly: there is no heat to measure")
+        sys.exit(f"the model named nothing correctly in {args.scenes} scenes, so there is no heat to measure")
     print(f"{args.scenes} scenes with two things, {len(hits)} correct names\n")
     print("| heat | more on the named thing than on the other | hottest patch on the named thing |\n|---|---|---|")
     more, hottest = torch.stack(hits).float().mean(0)

@@ -38,7 +38,7 @@ POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp
 
 class Case(NamedTuple):
     kernel: Callable
-    plain: Callable  # the plain model's way to the same result
+    plain: Callable  # computes the same result in the plain model's way
     bytes: int  # that must be read and written
     flops: int = 0  # on tensor cores
 

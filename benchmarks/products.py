@@ -1,8 +1,8 @@
 """Which of PyTorch's products of a matrix with a few or many rows is fastest on this processor.
 
-    python benchmarks/products.py            prints the tables behind the rules in kernels/cpu.py, in some minutes
+    python benchmarks/products.py            prints the measurements for the rules in kernels/cpu.py; takes minutes
 
-Milliseconds, medians. Matrices are rotated so that none is still in the cache when it is used again, as while decoding.
+Milliseconds, medians. Matrices are used in turn, so that none is still in the cache when used again, as in decoding.
 """
 
 import argparse
@@ -27,7 +27,7 @@ CACHE = 150e6  # bytes of matrices that are used in turn
 
 
 def processor() -> str:
-    """What the table depends on, in words."""
+    """The processor, its features, the threads and the version of PyTorch, in one line."""
     lines = Path("/proc/cpuinfo").read_text().splitlines() if sys.platform == "linux" else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     features = {"amx": torch.cpu._is_amx_tile_supported(), "avx512_bf16": torch.cpu._is_avx512_bf16_supported()}
@@ -47,7 +47,7 @@ def milliseconds(product: Callable[[object, Tensor], Tensor], matrices: list, x:
 
 
 def ways(dtype: torch.dtype) -> dict[str, tuple[Callable, Callable[[Tensor], object]]]:
-    """Name -> the product, and what it needs of a matrix."""
+    """Name -> the product, and the function that prepares a matrix for it."""
     def quantized(bits: int) -> Callable:
         def make(weight: Tensor) -> nn.Module:
             linear = quantize_linear(weight, None, bits, 128).to(dtype)

@@ -1,4 +1,4 @@
-"""Make a checkpoint of a real size with random weights, and with the tiny model's tokenizer.
+"""Make a checkpoint of a real size with random weights and the tiny model's tokenizer.
 
     python benchmarks/random_weights.py 161M OUT
     python benchmarks/random_weights.py 7B OUT

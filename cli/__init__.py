@@ -1,4 +1,4 @@
-"""The command `python llava.py ...`. See README.md. The classes of llava.py are handed in: nothing here imports it."""
+"""The command `python llava.py ...`. See README.md. The classes of llava.py are passed in: nothing here imports it."""
 
 import signal
 import sys
@@ -7,6 +7,7 @@ from argparse import Namespace
 from contextlib import suppress
 from pathlib import Path
 
+from cli import models
 from cli.answer import answer_one, check_places, sampling
 from cli.arguments import parse_arguments
 from cli.batch import answer_many, read_questions
@@ -24,10 +25,10 @@ __all__ = ["main", "run"]
 
 def main(Model: type, Processor: type, argv: list[str] | None = None) -> int:
     """`python llava.py ...`; returns the exit code."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # llava.py switched it off; chat needs it
-    warnings.simplefilter("ignore")  # those of Pillow and PyTorch about odd files are for programmers
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # llava.py set SIG_DFL; chat needs KeyboardInterrupt
+    warnings.simplefilter("ignore")  # Pillow's and PyTorch's warnings about files are for programmers
     for stream in (sys.stdin, sys.stdout):
-        with suppress(AttributeError):  # bytes that are not text become a mark, not an error
+        with suppress(AttributeError):  # invalid bytes become a replacement character, not an error
             stream.reconfigure(errors="replace")
     return run(lambda: dispatch(Model, Processor, parse_arguments(argv)))
 
@@ -35,6 +36,8 @@ def main(Model: type, Processor: type, argv: list[str] | None = None) -> int:
 def dispatch(Model: type, Processor: type, args: Namespace) -> None:
     if args.describe is not None:
         print(describe(Model, find_checkpoint(args.describe)))
+    elif args.models:
+        print(models.table(Model))
     elif args.images:
         questions = read_questions(args.images, args.prompt)
         settle(args)

@@ -4,8 +4,8 @@
      "completion_tokens": 4, "finish_reason": "stop", "seconds": 0.61, "settings": {"temperature": 0.0, ...}}
 
 `finish_reason` is "length" if --max-new-tokens ended the answer, and "context" if the model's context was full.
-`seconds` is the time of the batch divided by its size. `settings` are the flags that determine the answer. If there is
-none, "error" says why, in place of "text" and the numbers.
+`seconds` is the time of the batch divided by its size. `settings` are the flags that determine the answer. A
+question without an answer has "error", the reason, in place of "text" and the numbers.
 """
 
 import json
@@ -17,7 +17,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from generate import GenerationConfig, TextWatcher
+from generate import GenerationConfig
+from hub.text_watcher import TextWatcher
 
 
 def sampling(args: Namespace) -> dict:
@@ -34,14 +35,16 @@ def check_places(prompt: str, pictures: int) -> None:
 def render(processor, prompt: str, pictures: int, system: str | None) -> str:
     """One question as the checkpoint's prompt. Pictures come first, unless the prompt places them with <image>."""
     content = [{"type": "image"}] * (pictures - prompt.count("<image>")) + [{"type": "text", "text": prompt}]
-    messages = [{"role": "system", "content": system}] * (system is not None) + [{"role": "user", "content": content}]
-    return processor.apply_chat_template(messages, add_generation_prompt=True)
+    messages = [] if system is None else [{"role": "system", "content": [{"type": "text", "text": system}]}]
+    messages.append({"role": "user", "content": content})
+    prompt, tokenizer = processor.apply_chat_template(messages, add_generation_prompt=True), processor.tokenizer
+    return prompt.removeprefix(tokenizer.special_names.get(tokenizer.bos_token_id, ""))  # the processor adds it
 
 
 def ask(
     model, processor, questions: list[tuple[list[Image.Image], str]], args: Namespace, streamer: Callable | None = None
 ) -> list[dict]:
-    """Answer questions, each pictures and a prompt, in one batch. Raises ValueError if one does not fit the context."""
+    """Answer questions, (pictures, prompt) each, in one batch. Raises ValueError if one does not fit the context."""
     start = time.monotonic()
     prompts = [render(processor, prompt, len(images), args.system) for images, prompt in questions]
     images = [image for images, _ in questions for image in images]
@@ -72,7 +75,7 @@ def ask(
 
 
 def find_end(row: list[int], eos: list[int], tokenizer, stop: list[str] | None) -> int | None:
-    """How many of a row's tokens are the answer, if an eos token or a stop string ended it; the rest is padding."""
+    """The number of tokens in a row's answer, or None if neither an eos token nor a stop string ended it."""
     watcher = TextWatcher(tokenizer, None, stop)
     for n, token in enumerate(row, 1):
         if watcher.put(token) or token in eos:
@@ -89,17 +92,19 @@ def settings(args: Namespace) -> dict:
 def to_json(args: Namespace, paths: list[str], prompt: str, answer: dict) -> str:
     record = {"model": Path(args.model).name, "image": paths[0] if len(paths) == 1 else paths, "prompt": prompt}
     record |= answer | {"settings": settings(args)}
-    # In file names that are not UTF-8 Python has lone surrogates, which are written as JSON's \udcff.
+    # Python represents non-UTF-8 bytes of a file name as lone surrogates; JSON writes one as \udcff, for example.
     return json.dumps(record, ensure_ascii=False).encode("utf-8", "backslashreplace").decode()
 
 
 def answer_one(model, processor, images: list[Image.Image], args: Namespace) -> None:
-    """Print the answer while it is generated, or with --json as a line at its end."""
+    """Print the answer while it is generated, or with --json as one line when it is complete."""
     if not images:
         print("No picture given: the prompt is answered without one.", file=sys.stderr)
     streamer = None if args.json else lambda text: print(text, end="", flush=True)
     (answer,) = ask(model, processor, [(images, args.prompt)], args, streamer)
     print(to_json(args, args.image, args.prompt, answer) if args.json else "")
+    if answer["text"] == model.generation_config.get("outside"):  # what the tiny model says of other pictures
+        print("For photographs use a larger model: python llava.py --models lists some.", file=sys.stderr)
     if answer["finish_reason"] == "context":
         context = model.config.text_config.max_position_embeddings
         print(f"The answer stops here: the context of {context} tokens is full.", file=sys.stderr)

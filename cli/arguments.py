@@ -1,6 +1,6 @@
 """The command-line flags of `python llava.py`, and which values and combinations of them are accepted.
 
-Standard input is read only where a flag asks for it: `--prompt -`, `--images -` and `--chat`.
+Standard input is read only for `--prompt -`, `--images -` and `--chat`.
 """
 
 import argparse
@@ -16,7 +16,8 @@ PROMPT = "Describe the picture."
 USAGE = """python llava.py --image PATH [PATH ...] [--prompt TEXT] [options]
        python llava.py --images PATH [--out FILE] [options]
        python llava.py --chat [--image PATH ...] [options]
-       python llava.py --describe PATH"""
+       python llava.py --describe PATH
+       python llava.py --models"""
 
 
 class Parser(argparse.ArgumentParser):
@@ -30,7 +31,7 @@ def number(kind: type, low: float, high: float, or_zero: bool = False) -> Callab
             value = kind(text)
         except ValueError:
             value = None
-        if value is None or not (low <= value <= high or (or_zero and value == 0)):  # NaN is in no range
+        if value is None or not (low <= value <= high or (or_zero and value == 0)):  # NaN fails every comparison
             what = "0 or " * or_zero + ("a whole number" if kind is int else "a number")
             raise argparse.ArgumentTypeError(f"must be {what} from {low} to {high}, not {text}")
         return value
@@ -74,6 +75,7 @@ def add_other_options(parser: argparse.ArgumentParser) -> None:
     add("--kernels", choices=["auto", "triton", "torch"], default="auto", help="faster modules, or the plain formulas")
     add("--batch-size", type=number(int, 1, 10**4), default=8, metavar="N", help="with --images (default: 8)")
     add("--describe", metavar="PATH", help="print what a checkpoint contains, without reading its weights")
+    add("--models", action="store_true", help="print checkpoints for photographs, and which fit into memory here")
     add("-h", "--help", action="help", help="print this and exit")
 
 
@@ -86,6 +88,10 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         if args != parser.parse_args(["--describe", args.describe]):
             parser.error("--describe takes no other flag")
         return args
+    if args.models:
+        if args != parser.parse_args(["--models"]):
+            parser.error("--models takes no other flag")
+        return args
     if args.images and (args.image or args.chat):
         parser.error("--images asks about many pictures one by one, without --image and --chat")
     if str(args.images) == "-" and args.prompt == "-":
@@ -93,14 +99,14 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     if args.out and not args.images:
         parser.error("--out needs --images")
     if args.chat and (args.prompt is not None or args.json):
-        parser.error("--chat takes its questions from you, without --prompt and --json")
+        parser.error("--chat reads its questions from standard input, without --prompt and --json")
     if args.explain is not None and (args.chat or args.images or not args.image):
         parser.error("--explain is for one answer about one picture: give --image, without --chat and --images")
     for name in ("top_p", "top_k", "seed"):
         if getattr(args, name) is not None and not args.temperature:
             parser.error(f"--{name.replace('_', '-')} changes nothing without --temperature: give one above 0")
     if "" in (args.stop or ()):
-        parser.error("--stop needs a text: every answer contains an empty one at its start")
+        parser.error("--stop needs a text that is not empty")
     if not (args.image or args.images or args.chat or args.prompt is not None):
         parser.print_usage(sys.stderr)
         parser.error("there is nothing to answer: give --image, --images, --chat or --prompt")

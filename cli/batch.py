@@ -28,7 +28,7 @@ def read_questions(source: Path, prompt: str) -> list[Question]:
     else:
         content = sys.stdin.buffer.read() if str(source) == "-" else source.read_bytes()
         if b"\0" in content:
-            raise ValueError(f"{name} is neither a folder nor a list of pictures, a path a line")
+            raise ValueError(f"{name} is neither a folder nor a list of pictures with one path per line")
         # Paths may not be UTF-8; and splitlines would also split at U+2028, which JSON may contain.
         lines = content.decode("utf-8-sig", "surrogateescape").split("\n")
         numbered = [(i, text.strip()) for i, text in enumerate(lines, 1)]
@@ -63,7 +63,7 @@ def answer_many(model, processor, questions: list[Question], args: Namespace) ->
             out.flush()
         progress(len(questions), len(questions), start, show)
     if args.out is not None:
-        answered(args)  # keeps the last line of each question
+        answered(args)  # removes errors of questions that now have an answer
     if failed:
         raise ValueError(f'{failed} of {len(questions)} have no answer: their lines say why ("error")')
 

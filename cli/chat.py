@@ -1,8 +1,8 @@
 """A conversation about pictures, at the terminal: `python llava.py --chat`.
 
 `ids` has all tokens of the conversation, and the first `cache.length` of them are in the KV cache. A turn appends the
-user's words and runs only what the cache lacks. The last token of an answer that was cut short is part of that: it was
-shown, but a token goes through the model only when the next one is asked for.
+user's text and runs only the tokens that the cache lacks. These include the last token of an answer that was cut
+short: it was displayed, but a token goes through the model only when the next one is requested.
 
     ids      <s> USER: <image> ... ASSISTANT: A cat  and  a  USER: Which colour? ASSISTANT:
     cached   ---------------------------------------
@@ -22,10 +22,13 @@ from itertools import islice
 import torch
 
 from cli.errors import USER_ERRORS, sentence
-from generate import GenerationConfig, TextWatcher, generate_tokens
+from generate import GenerationConfig, generate_tokens
 from hub.pictures import open_image
+from hub.text_watcher import TextWatcher
 from hub.writer import write_whole
 
+MARK = "\ue000"  # stands for a message's text while the template is rendered
+ROLES = {"human": "user", "gpt": "assistant"}
 HELP = """\
 /image PATH   add a picture to your next message; repeat for several pictures
 /clear        forget the pictures and the conversation
@@ -40,8 +43,7 @@ class Chat:
 
     def __init__(self, model, processor, system: str | None = None, stop_strings=None, seed=None, **options):
         self.model, self.processor, self.stop_strings = model, processor, stop_strings
-        template = processor.template
-        self.opening = f"{system} " if system is not None else template.system and f"{template.system} "
+        self.system = system
         self.config = GenerationConfig.merged(model.generation_config, options)
         # A generated <image> would have no picture, so it ends an answer too.
         self.ends = {*self.config.eos_ids, processor.tokenizer.image_token_id}
@@ -58,21 +60,36 @@ class Chat:
 
     def turn_ids(self, text: str) -> list[int]:
         """The tokens of a turn: the end of the answer before it, pictures, text, and the start of the next answer."""
-        template, tokenizer = self.processor.template, self.processor.tokenizer
-        picture = "<image>" * self.processor.image_seq_length + "\n"
-        head = (template.assistant_end if self.ids else self.opening) + template.user + picture * len(self.pictures)
+        tokenizer = self.processor.tokenizer
+        head, tail = self.around_text()
         if self.ids:
-            head = head.lstrip(" ")  # sentencepiece puts a space in front of each text it encodes
-        # All after the template's last special token is encoded as one text, in which the user's <image> is no token.
-        *controls, last = tokenizer.special_pattern.split(head)
-        ids = tokenizer.sp.encode(last + text + template.user_end + template.assistant.rstrip())
-        if special := set(ids) & set(tokenizer.special_names) - {tokenizer.sp.unk_id()}:
+            head = head.removeprefix(tokenizer.first_space)  # encoding puts it in front of each text
+        # The user's text, and what stands beside it, is encoded as one text, so a typed <image> is not a token.
+        *before, last = tokenizer.special_pattern.split(head)
+        first, *after = tokenizer.special_pattern.split(tail)
+        ids = tokenizer.encode_text(last + text + first)
+        if special := set(ids) & set(tokenizer.special_names) - {tokenizer.special_tokens.get("<unk>")}:
             name = tokenizer.special_names[min(special)]
-            raise ValueError(f"{name} is a control token of this model and cannot be said: write it in another way")
-        return tokenizer.encode("".join(controls), add_special_tokens=not self.ids) + ids
+            raise ValueError(f"{name} is a control token of this model and cannot be in a message: change its spelling")
+        opening = "".join(before).replace("<image>", "<image>" * self.processor.image_seq_length)
+        opening = opening.removeprefix(tokenizer.special_names.get(tokenizer.bos_token_id, ""))  # encode adds it
+        return [*tokenizer.encode(opening, not self.ids), *ids, *tokenizer.encode("".join(after), False)]
+
+    def around_text(self) -> tuple[str, str]:
+        """What the template writes before and after the text of this turn, from the end of the last answer on."""
+        text = {"type": "text", "text": MARK}
+        messages = [] if self.system is None else [{"role": "system", "content": [text | {"text": self.system}]}]
+        for turn in self.turns:
+            role, pictures = ROLES[turn["from"]], turn["value"].count("<image>\n")
+            messages.append({"role": role, "content": [{"type": "image"}] * pictures + [text]})
+        messages.append({"role": "user", "content": [{"type": "image"}] * len(self.pictures) + [text]})
+        parts = self.processor.apply_chat_template(messages, add_generation_prompt=True).split(MARK)
+        if len(parts) != len(self.turns) + 2:
+            raise ValueError("the chat template does not write each message once, so it cannot be used with --chat")
+        return parts[-2], parts[-1]
 
     def grow(self, length: int) -> None:
-        """Make room for `length` tokens in the cache. An interrupt leaves the old cache, which is still complete."""
+        """Give the cache a capacity of `length` tokens. An interrupt leaves the old cache, which is still complete."""
         old = self.cache
         if length > old.capacity:
             new = self.model.language_model.new_cache(1, min(max(length, 2 * old.capacity), self.context))
@@ -84,7 +101,7 @@ class Chat:
     def say(self, text: str, streamer: Callable[[str], None]) -> str:
         """Stream the answer; returns why it ended: "stop", "length", or "context" if the context is full.
 
-        An interrupt keeps the answer so far, or takes the question back if it was not read to its end. Raises
+        An interrupt keeps the answer so far, or discards the question if its prefill was not complete. Raises
         ValueError for a turn that does not fit into the context.
         """
         prompt, answer = self.ids + self.turn_ids(text), []
@@ -103,7 +120,7 @@ class Chat:
         try:
             for token in map(int, islice(tokens, limit)):
                 ended = token in self.ends
-                if not ended:  # the template writes the end of every answer, of one that was cut short too
+                if not ended:  # the template ends every answer, including one that was cut short
                     answer.append(token)
                 if watcher.put(token) or ended:
                     why = "stop"
@@ -117,7 +134,7 @@ class Chat:
 
     def remember(self, text: str, answer: list[int]) -> None:
         said = self.processor.tokenizer.decode(answer, skip_special_tokens=True)
-        for name in self.processor.tokenizer.special_tokens:  # the file's readers take <image> for a picture: < image>
+        for name in self.processor.tokenizer.special_tokens:  # in the file <image> means a picture: write < image>
             text, said = (part.replace(name, f"{name[0]} {name[1:]}") for part in (text, said))
         self.turns.append({"from": "human", "value": "<image>\n" * len(self.pictures) + text})
         self.turns.append({"from": "gpt", "value": said})

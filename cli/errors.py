@@ -30,7 +30,7 @@ def run(work: Callable[[], None]) -> int:
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
-        with suppress(OSError, ValueError):  # what is still buffered has nowhere to go
+        with suppress(OSError, ValueError):  # discards what is still buffered
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 130
     except USER_ERRORS as error:

@@ -1,4 +1,4 @@
-"""The model and the processor that the flags ask for, loaded if they fit into memory."""
+"""Loads the model and the processor that the flags select, if they fit into memory."""
 
 import sys
 from argparse import Namespace
@@ -8,7 +8,8 @@ import torch
 from cli.memory import check_memory
 from hub.device import check_device, fast_dtype
 from hub.files import BUNDLED, find_checkpoint, weight_files
-from hub.settings import read_config, read_processor_settings
+from hub.processor_settings import read_processor_settings
+from hub.settings import read_config
 from quantize import expect_packed, unpack
 from tokenizer import TEMPLATES
 
@@ -16,7 +17,7 @@ LARGE = 2e9  # bytes: loading a file of this size takes seconds or minutes
 
 
 def settle(args: Namespace) -> None:
-    """Replace "auto", and what is the checkpoint's choice, by what is in effect: device, dtype and template."""
+    """Replace "auto" and the checkpoint's defaults by the values in effect: device, dtype and template."""
     if args.device == "auto":
         mps = torch.backends.mps.is_available()
         args.device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
@@ -30,16 +31,13 @@ def settle(args: Namespace) -> None:
 
 
 def load(Model: type, Processor: type, args: Namespace, rows: int, pictures: int) -> tuple:
-    """The model and its processor, if memory is enough for batches of `rows` prompts with so many pictures each."""
+    """The model and its processor, if memory is enough for batches of `rows` prompts with `pictures` pictures each."""
     if args.model == BUNDLED:
-        print(
-            "The bundled tiny model knows only its small world: emoji on plain backgrounds. "
-            "For photographs use --model llava-hf/llava-1.5-7b-hf (14 GB).",
-            file=sys.stderr,
-        )
+        print("The bundled tiny model knows only its small world: emoji on plain backgrounds.", file=sys.stderr)
     folder, dtype = find_checkpoint(args.model), getattr(torch, args.dtype)
     processor = Processor.from_pretrained(folder)
-    processor.template = TEMPLATES[args.template]
+    if args.template in TEMPLATES:  # else the checkpoint's own, which the processor has
+        processor.template = TEMPLATES[args.template]
     settings = read_config(folder)
     model = Model.without_weights(settings)
     if settings.get("quantization_config"):

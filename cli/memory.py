@@ -1,4 +1,4 @@
-"""Whether a model fits into memory, checked before its weights are read: the answer comes at once, not after minutes.
+"""Whether a model fits into memory, checked before its weights are read, so that an error comes at once.
 
     needed = the weights in the dtype and form they will have + the KV cache + OVERHEAD
 
@@ -49,10 +49,10 @@ def needed_bytes(
         model = copy.deepcopy(model)
         quantize_model(model, quantize)
     needed = weight_bytes(model, dtype, mapped) + tokens * cache_bytes(model.config, dtype) + OVERHEAD
-    if device != "cpu":  # one matrix at a time is written out
+    if device != "cpu":  # one matrix at a time is dequantized
         sizes = [m.in_features * m.out_features for m in model.modules() if isinstance(m, QuantizedLinear)]
         needed += max(sizes, default=0) * dtype.itemsize
-    else:  # in the order that PyTorch's product wants (kernels/cpu.py)
+    else:  # the reordered copy that PyTorch's product needs (kernels/cpu.py)
         needed += sum(m.packed.numel() for m in model.modules() if isinstance(m, Int4Linear))
     return needed
 
@@ -63,11 +63,11 @@ def is_in_file(name: str) -> bool:
 
 
 def free_bytes(device: str) -> int | None:
-    """Free memory of a GPU, or of the computer within the limit of its container. None if the system does not say."""
+    """Free memory of a GPU, or of the computer within the limit of its container. None if it is unknown."""
     if torch.device(device).type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     free = None
-    with suppress(AttributeError, OSError, ValueError, KeyError):  # each line knows more than the one before it
+    with suppress(AttributeError, OSError, ValueError, KeyError):  # each line improves on the one before it
         free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")  # all memory
         free = kernel_counts("/proc/meminfo")["MemAvailable:"] * 1024  # Linux
         limit, used = (int(Path(f"/sys/fs/cgroup/memory.{name}").read_text()) for name in ("max", "current"))
@@ -83,10 +83,10 @@ def kernel_counts(file: str) -> dict[str, int]:
 def check_memory(
     model: nn.Module, dtype: torch.dtype, device: str, quantize: str | None, tokens: int, mapped: bool
 ) -> None:
-    """Raise ValueError if the model cannot fit: what it needs, what is free, and which flags would make it fit.
+    """Raise ValueError if the model cannot fit, with the memory it needs and has, and flags that would make it fit.
 
     With `mapped`, the weights stay in their file, and a computer with too little memory for all of them reads them from
-    the disk for every token: that is said on stderr.
+    the disk for every token: a warning is printed to stderr.
     """
     needed, free = needed_bytes(model, dtype, quantize, tokens, device), free_bytes(device)
     if free is None or needed <= free:
@@ -99,7 +99,7 @@ def check_memory(
         ("int8", f"{flags} --quantize int8".strip(), lambda name: False),
         ("int4", "what `python quantize.py MODEL --to int4 --out DIR` writes", lambda name: name.endswith(".packed")),
     ):
-        with suppress(ValueError):  # matrices that int4 is not for
+        with suppress(ValueError):  # matrices that int4 does not support
             smaller = needed_bytes(model, half, how, tokens, device, stays)
             if smaller < needed and smaller <= free:
                 remedy = f"{what} needs {smaller / 1e9:.3g} GB and fits"

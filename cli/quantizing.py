@@ -1,4 +1,4 @@
-"""The command `python quantize.py MODEL --to int4 --out DIR`. See quantize.py. The model's class is handed in."""
+"""The command `python quantize.py MODEL --to int4 --out DIR`. See quantize.py. The model's class is passed in."""
 
 import argparse
 import os
@@ -13,14 +13,15 @@ from torch import Tensor, nn
 
 from hub.files import find_checkpoint, read_json
 from hub.packed import Scheme, packed_tensors, scheme_json
-from hub.settings import read_config, read_processor_settings
+from hub.processor_settings import read_processor_settings
+from hub.settings import read_config
 from hub.writer import check_finite, hub_name, write_json, write_shards
 from load_weights import load
 from quantize import GROUPS, Int4Linear, choose_scheme, matrices_to_quantize, quantize_linear, signed
 from tokenizer import Tokenizer
 
-SHARD_BYTES = 5e8  # of which two copies are in memory while a file is written
-COPIED = {".json", ".model", ".jinja", ".txt", ".md"}  # endings of the files that come along
+SHARD_BYTES = 5e8  # two copies of a shard are in memory while it is written
+COPIED = {".json", ".model", ".jinja", ".txt", ".md"}  # suffixes of the other files that are copied
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -38,7 +39,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def quantize_checkpoint(Model: type, argv: list[str] | None = None) -> None:
-    """Raises ValueError if MODEL cannot be quantized or DIR exists. DIR appears when all of it is written."""
+    """Raises ValueError if MODEL cannot be quantized or DIR exists. DIR is created when all files are written."""
     args = parse_arguments(argv)
     folder, out = find_checkpoint(args.model), Path(os.path.abspath(args.out))
     if os.path.lexists(out):
@@ -50,7 +51,8 @@ def quantize_checkpoint(Model: type, argv: list[str] | None = None) -> None:
     if settings.get("quantization_config"):
         raise ValueError(f"{folder} is quantized already")
     read_processor_settings(folder)
-    Tokenizer.from_pretrained(folder)  # fails here, and not after minutes, if it is missing
+    if not (folder / "tokenizer.json").is_file():
+        Tokenizer.from_pretrained(folder)  # fails now rather than after minutes if it is missing
     model = Model.without_weights(settings)
     scheme = choose_scheme(model, args.to, args.group)
     load(model, folder)  # maps the files, which takes no memory
@@ -84,7 +86,7 @@ def new_folder(folder: Path) -> Iterator[Path]:
 
 
 def whole_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """The parameters that stay as they are, by their names in the hub's files."""
+    """The parameters that are not quantized, by their names in the hub's files."""
     packed = {f"{name}.weight" for name in matrices_to_quantize(model)}
     for name, tensor in model.named_parameters():
         if name not in packed:
@@ -94,7 +96,7 @@ def whole_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 @torch.no_grad()
 def quantized_tensors(model: nn.Module, scheme: Scheme) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of the decoder's matrices, each quantized when its turn comes."""
+    """The tensors of the decoder's matrices, each quantized when it is requested."""
     todo = matrices_to_quantize(model)
     for i, (name, linear) in enumerate(todo.items(), 1):
         check_finite({name: linear.weight})

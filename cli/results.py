@@ -1,7 +1,7 @@
 """The file that --out names: one line of JSON for each question (see answer.py). An interrupted run can be resumed.
 
 A run appends its lines. The next run with the same model and settings skips the questions that have an answer, and
-asks the others again. At its end an answer takes the place of the errors that the question had before.
+asks the others again. When a run ends, errors of questions that now have an answer are removed.
 """
 
 import json
@@ -39,9 +39,9 @@ def unanswered(questions: list[Question], args: Namespace) -> list[Question]:
 
 
 def answered(args: Namespace) -> set[Question]:
-    """The questions that --out has answers to. Removes an incomplete last line, and errors followed by an answer.
+    """The questions that --out has answers to. Removes an incomplete last line and superseded errors.
 
-    Raises ValueError, and leaves the file unchanged, if it is not a file of answers or they were made otherwise.
+    Raises ValueError, and leaves the file unchanged, if it has other content or answers from another model or settings.
     """
     out = args.out
     if out.is_dir() or not os.access(out if out.exists() else out.parent, os.W_OK):

@@ -1,1 +1,1 @@
-"""How good a model is, as numbers."""
+"""Measures how many questions a model answers correctly."""

@@ -65,7 +65,7 @@ def evaluate(
 
 
 def questions(processor: LlavaProcessor, seeds: range, sprites: dict | None, apart: bool) -> list[tuple]:
-    """(picture, truth, kind, question, answer) for each question, sorted by length so that batches need no padding."""
+    """(picture, truth, kind, question, answer) for each question, sorted by length to keep padding small."""
     sprites, side, found = sprites or emoji_world.load_sprites(), processor.image_processor.crop_size["height"], []
     for seed in seeds:
         picture, truth = emoji_world.make_scene(sprites, seed, side, apart)

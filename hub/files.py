@@ -82,13 +82,13 @@ def weight_files(folder: Path) -> list[Path]:
             files = [folder / shard for shard in sorted(set(shards.values()))]
             for file in files:
                 if not file.is_file():
-                    raise FileNotFoundError(f"{file} is missing, and {index.name} names it")
+                    raise FileNotFoundError(f"{file} is missing, but {index.name} lists it")
             return files
     raise FileNotFoundError(f"{folder} has no weights (model.safetensors or pytorch_model.bin): download them too")
 
 
 def tensor_files(folder: Path) -> list[tuple[Path, str]]:
-    """A checkpoint's weight files, each with the prefix of the names that are wanted from it ("" for all).
+    """A checkpoint's weight files, each with the prefix of the names to read from it ("" for all).
 
     In the layout of LLaVA's authors the vision tower may be a checkpoint of its own, a whole CLIP.
     """
@@ -116,13 +116,13 @@ def read_pickle(file: Path) -> dict[str, Tensor]:
     if not isinstance(tensors, dict) or {type(value) for item in tensors.items() for value in item} != {str, Tensor}:
         raise ValueError(f"{file} does not hold tensors by name")
     if odd := [name for name, tensor in tensors.items() if tensor.layout != torch.strided or tensor.is_meta]:
-        raise ValueError(f"{file}: tensor {odd[0]} does not hold its numbers one after the other")
+        raise ValueError(f"{file}: tensor {odd[0]} is sparse or has no data")
     return tensors
 
 
 @contextmanager
 def file_errors_as_value_error(file: Path) -> Iterator[None]:
-    """Turns what the readers of weight files raise, half a dozen kinds of errors, into a ValueError of one line."""
+    """Turns the various errors that readers of weight files raise into a ValueError of one line."""
     try:
         yield
     except SafetensorError as error:

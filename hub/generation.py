@@ -19,7 +19,7 @@ class GenerationConfig:
     top_p: float = 1.0  # sample among the most likely tokens that together have this probability (Holtzman et al. 2019)
     repetition_penalty: float = 1.0  # above 1: tokens already present become less likely (Keskar et al. 2019)
     eos_token_id: int | list[int] = 2  # a row that produces one of these is finished; [] for none
-    pad_token_id: int | None = None  # fills finished rows up
+    pad_token_id: int | None = None  # fills finished rows
 
     def __post_init__(self) -> None:
         if self.max_new_tokens is not None and self.max_new_tokens < 1:
@@ -51,12 +51,12 @@ class GenerationConfig:
     def merged(cls, defaults: dict, options: dict) -> "GenerationConfig":
         """A checkpoint's own settings, overridden by the caller's. `options` may also have a seed, which is not kept.
 
-        Warns about options for sampling if the result is greedy: only of those the caller gave.
+        Warns if the caller gave options for sampling but the result is greedy.
         """
         options = {name: value for name, value in options.items() if value is not None}
         known = {f.name for f in fields(cls)}
         if unknown := set(options) - known - {"seed"}:
-            raise ValueError(f"generate knows {', '.join(sorted(known))}, but not {', '.join(sorted(unknown))}")
+            raise ValueError(f"generate accepts {', '.join(sorted(known))}, but not {', '.join(sorted(unknown))}")
         settings = {name: value for name, value in (defaults | options).items() if name in known and value is not None}
         config = cls(**settings)
         unused = sorted(set(options) & {"seed", "temperature", "top_k", "top_p"})
@@ -66,9 +66,14 @@ class GenerationConfig:
 
 
 def read_generation_settings(folder: Path) -> dict:
-    """The entries of generation_config.json that are not null, checked; {} if the file does not exist."""
+    """The entries of generation_config.json that are not null, checked. An eos token may also be in config.json."""
     file = folder / "generation_config.json"
     settings = {name: value for name, value in read_json(file).items() if value is not None}
+    if "eos_token_id" not in settings:
+        config = read_json(folder / "config.json")
+        for part in (config.get("text_config"), config):
+            if isinstance(part, dict) and part.get("eos_token_id") is not None:
+                settings["eos_token_id"] = part["eos_token_id"]
     from hub.ranges import check_ranges
 
     return check_ranges(settings, file)

@@ -1,4 +1,4 @@
-"""What the interface of transformers expects of outputs, inputs and messages."""
+"""Outputs, inputs and messages with the interface of transformers."""
 
 from dataclasses import dataclass
 
@@ -12,7 +12,7 @@ from hub.settings import require
 class ModelOutput(dict):
     """Base of a dataclass of outputs: `out.logits`, `out["logits"]`, or `out[i]` for the i-th one present.
 
-    An output that was not asked for is None as an attribute, and is neither counted nor among the keys.
+    An output that was not requested is None as an attribute, and is neither counted nor among the keys.
     """
 
     def __setattr__(self, name: str, value) -> None:
@@ -29,7 +29,7 @@ class ModelOutput(dict):
 
 @dataclass
 class LlavaCausalLMOutputWithPast(ModelOutput):
-    """What the model returns. Entries that were not asked for are None."""
+    """What the model returns. Entries that were not requested are None."""
 
     loss: Tensor | None = None  # one number
     logits: Tensor | None = None  # (B, T, V)
@@ -67,6 +67,13 @@ def check_ids(input_ids: Tensor, vocab_size: int) -> None:
     least, most = input_ids.aminmax()
     if least < 0 or most >= vocab_size:
         raise ValueError(f"the ids {least} to {most} do not fit a vocabulary of {vocab_size}")
+
+
+def check_pixels(pixel_values: Tensor, config) -> None:
+    """Raise ValueError unless the pictures have the shape that a vision tower with these settings expects."""
+    channels, side = config.num_channels, config.image_size
+    if pixel_values.shape[1:] != (channels, side, side):
+        raise ValueError(f"pixel_values are {list(pixel_values.shape)}, not [pictures, {channels}, {side}, {side}]")
 
 
 def check_image_tokens(is_image: Tensor, image_features: Tensor) -> None:  # (B, T), (pictures * P, D)
@@ -112,7 +119,7 @@ def check_layers(layers: list[int], n_layers: int, strategy: str) -> None:
 
 
 def parse_messages(messages: list[dict]) -> list[tuple[str, list[dict]]]:
-    """The role and the parts of each message. Raises ValueError for what a prompt template cannot write."""
+    """The role and the parts of each message. Raises ValueError for messages that a prompt template cannot write."""
     if not messages or not all(isinstance(message, dict) for message in messages):
         raise ValueError('messages must be a list of at least one {"role": ..., "content": ...}')
     return [(message.get("role"), parts_of(message)) for message in messages]

@@ -1,12 +1,12 @@
 """Quantized checkpoints in the format compressed-tensors, which transformers and vLLM read too.
 
-config.json says how in "quantization_config". In the place of NAME.weight (out, in) a file holds
+config.json describes the scheme in "quantization_config". Instead of NAME.weight (out, in) a file holds
 
-    NAME.weight_packed   int32 (out, in * bits / 32)   q + 2^(bits - 1), from 0 up, the first number in the lowest bits
+    NAME.weight_packed   int32 (out, in * bits / 32)   q + 2^(bits - 1), unsigned; the first number in the lowest bits
     NAME.weight_scale    (out, in / group)             (out, 1) if a row is one group
     NAME.weight_shape    (2,)                          out, in; not read: config.json has the sizes
 
-The format has many more forms. Those that are not implemented are refused by name.
+The format has many more options. Those that are not implemented raise a ValueError that names the setting.
 """
 
 from pathlib import Path
@@ -23,7 +23,7 @@ METHOD, FORMAT = "compressed-tensors", "pack-quantized"
 
 class Scheme(NamedTuple):
     bits: int  # 4 or 8
-    group: int | None  # numbers that share a scale; None: those of a row
+    group: int | None  # numbers that share a scale; None: a whole row
 
 
 def scheme_json(scheme: Scheme, ignore: list[str]) -> dict:
@@ -62,6 +62,8 @@ def read_group(group: dict, file: Path) -> Scheme:
               "actorder": (None, "static", "weight"), "dynamic": (False, None)}  # fmt: skip
     require_all(weights, wanted, file)
     size = weights.get("group_size")
+    if weights["num_bits"] == 8 and weights["strategy"] == "group":
+        raise ValueError(f"{file}: 8 bits with groups are not implemented, only with one scale for each row")
     if weights["strategy"] == "channel":
         return Scheme(weights["num_bits"], None)
     if type(size) is not int or size < 1:
@@ -77,7 +79,7 @@ def require_all(settings: dict, wanted: dict[str, tuple], file: Path) -> None:
 
 
 def packed_names(folder: Path) -> list[str]:
-    """The names of the packed matrices in a checkpoint's files, without their endings."""
+    """The names of the packed matrices in a checkpoint's files, without the suffix."""
     names = []
     for file in weight_files(folder):
         if file.suffix == ".safetensors":

@@ -1,4 +1,4 @@
-"""Odd pictures: any file that Pillow reads becomes upright, opaque, 8-bit RGB."""
+"""Opens any picture that Pillow reads as upright, opaque, 8-bit RGB."""
 
 from pathlib import Path
 
@@ -18,9 +18,9 @@ def open_image(path: str | Path) -> Image.Image:
         with Image.open(path) as image:
             image.load()  # the first frame of an animation
             image = ImageOps.exif_transpose(image)
-    except Exception as error:  # Pillow's readers raise a dozen kinds on broken bytes
+    except Exception as error:  # Pillow raises many kinds of errors for broken files
         raise ValueError(f"{path} cannot be read as a picture ({error})") from error
-    if image.mode[0] in "IF":  # more than 8 bits a pixel, which Pillow would clip at 255
+    if image.mode[0] in "IF":  # more than 8 bits per channel, which Pillow would clip at 255
         levels = np.nan_to_num(np.asarray(image, np.float64)).clip(0)
         tops = [65535] if image.mode.startswith("I;16") else [1, 255, 65535, levels.max()]  # the file does not say
         white = next(top for top in tops if levels.max() <= top)

@@ -1,4 +1,4 @@
-"""What each number in a checkpoint's settings may be.
+"""The allowed range of each number in a checkpoint's settings.
 
 A file from elsewhere can hold anything. A number out of range raises a ValueError that names it and its file, instead
 of failing somewhere in the model.
@@ -7,16 +7,20 @@ of failing somewhere in the model.
 from pathlib import Path
 
 SIZE = (int, 1, 2**24)
-TOKEN = (int, -1, 2**24)  # -1 is some files' word for none
-# What a number may be, wherever in the settings its name stands: its type, the least and the largest.
+TOKEN = (int, -1, 2**24)  # some files write -1 for none
+# The type, least and largest value of a number, wherever its name occurs in the settings.
 RANGES = {
     **dict.fromkeys(("hidden_size", "intermediate_size", "projection_dim", "vocab_size"), SIZE),
     **dict.fromkeys(("num_attention_heads", "num_key_value_heads", "head_dim", "sliding_window"), SIZE),
-    **dict.fromkeys(("num_channels", "patch_size", "max_position_embeddings"), SIZE),
+    **dict.fromkeys(("num_channels", "patch_size"), SIZE),
+    **dict.fromkeys(("max_position_embeddings", "original_max_position_embeddings"), SIZE),
     **dict.fromkeys(("image_size", "shortest_edge", "height", "width"), (int, 1, 4096)),  # a picture's side
     "num_hidden_layers": (int, 1, 1000),  # a layer costs memory before a weight is read
     **dict.fromkeys(("layer_norm_eps", "rms_norm_eps"), (float, 0, 1)),
     **dict.fromkeys(("rope_theta", "factor"), (float, 1e-3, 1e12)),
+    **dict.fromkeys(("low_freq_factor", "high_freq_factor"), (float, 1e-3, 1e6)),
+    "max_window_layers": (int, 0, 1000),
+    **dict.fromkeys(("qkv_bias", "use_sliding_window"), (bool, 0, 1)),
     **dict.fromkeys(("attention_bias", "mlp_bias", "tie_word_embeddings", "multimodal_projector_bias"), (bool, 0, 1)),
     **dict.fromkeys(("do_pad", "do_resize", "do_center_crop", "do_rescale", "do_normalize", "do_sample"), (bool, 0, 1)),
     **dict.fromkeys(("image_mean", "image_std"), (float, 0, 1)),
@@ -30,7 +34,7 @@ RANGES = {
 }
 THREE = {"image_mean", "image_std"}  # one for each colour
 ONE_OR_MORE = {"vision_feature_layer", "eos_token_id"}
-MAY_BE_NULL = {"num_key_value_heads", "head_dim", "sliding_window", "pad_token_id"}
+MAY_BE_NULL = {"num_key_value_heads", "head_dim", "sliding_window", "eos_token_id", "pad_token_id"}
 
 
 def check_ranges(settings: dict, file: Path) -> dict:

@@ -1,4 +1,4 @@
-"""The settings in a checkpoint's folder, whichever of three layouts they are written in, checked number by number.
+"""Reads the settings in a checkpoint's folder, in any of three layouts.
 
 The layouts: the hub's older files, those that transformers 5 writes, and those of LLaVA's authors
 (`liuhaotian/llava-v1.5-*`), whose config.json is the decoder's with additions and whose vision tower is a checkpoint
@@ -13,14 +13,15 @@ from pathlib import Path
 from hub.files import read_json
 from hub.tensors import DTYPE_NAMES
 
-# The first words of the prompt template of LLaVA-1.5, tokenizer.TEMPLATES["v1"].
-VICUNA = "A chat between a curious user and an artificial intelligence assistant."
-
 # Defaults of a text_config, by its model_type, where they differ from llama.LlamaConfig's.
 DEFAULTS = {
     "llama": {},
     "mistral": {
         "intermediate_size": 14336, "num_key_value_heads": 8, "max_position_embeddings": 131072, "sliding_window": 4096,
+    },
+    "qwen2": {
+        "vocab_size": 151936, "intermediate_size": 22016, "num_key_value_heads": 32, "max_position_embeddings": 32768,
+        "qkv_bias": True,
     },
 }  # fmt: skip
 
@@ -49,10 +50,24 @@ def decoder_settings(settings: dict) -> dict:
     require("text_config: model_type", family, DEFAULTS)
     rope = {**(settings.get("rope_scaling") or {}), **(settings.get("rope_parameters") or {})}
     kind = rope.get("rope_type", rope.get("type", "default"))
-    require("text_config: rope_type", kind, ("default", "linear"))
+    require("text_config: rope_type", kind, ("default", "linear", "llama3"))
     theta = rope.get("rope_theta", settings.get("rope_theta", 10000.0))
     factor = rope.get("factor", settings.get("rope_factor", 1.0))
-    return DEFAULTS[family] | settings | {"rope_theta": theta, "rope_factor": factor}
+    if kind == "llama3" and not rope.get("high_freq_factor", 4.0) > rope.get("low_freq_factor", 1.0):
+        raise ValueError("text_config: high_freq_factor must be above low_freq_factor")
+    settings = DEFAULTS[family] | settings | rope | {"rope_theta": theta, "rope_factor": factor, "rope_type": kind}
+    return settings | qwen2_windows(settings) if family == "qwen2" else settings
+
+
+def qwen2_windows(settings: dict) -> dict:
+    """Which of Qwen2's layers have a sliding window: those from max_window_layers on, if it uses one at all."""
+    if not settings.get("use_sliding_window"):
+        return {"sliding_window": None, "layer_types": None}
+    n, first = settings.get("num_hidden_layers", 32), settings.get("max_window_layers", 28)
+    kinds = settings.get("layer_types") or ["full_attention"] * min(first, n) + ["sliding_attention"] * (n - first)
+    if not isinstance(kinds, list) or len(kinds) != n or set(kinds) - {"full_attention", "sliding_attention"}:
+        raise ValueError(f"text_config: layer_types must name full_attention or sliding_attention for {n} layers")
+    return {"sliding_window": settings.get("sliding_window", 4096), "layer_types": kinds}
 
 
 def require(name: str, value: object, choices: Iterable[str]) -> None:
@@ -62,9 +77,9 @@ def require(name: str, value: object, choices: Iterable[str]) -> None:
 
 
 def read_config(folder: Path) -> dict:
-    """config.json in the hub's form, whichever form it is in, `dtype` a torch.dtype or None.
+    """config.json of any layout in the hub's form, with `dtype` as a torch.dtype or None.
 
-    Raises FileNotFoundError or ValueError where it is not usable.
+    Raises FileNotFoundError or ValueError if it is not usable.
     """
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{folder} has no config.json, so it is not a checkpoint")
@@ -84,60 +99,3 @@ def read_config(folder: Path) -> dict:
 
     check_ranges(config, folder / "config.json")
     return config | {"dtype": DTYPE_NAMES.get(str(config.get("dtype") or config.get("torch_dtype")))}
-
-
-def read_processor_settings(folder: Path) -> tuple[dict, str]:
-    """The image processor's settings, and which of tokenizer.TEMPLATES its files ask for."""
-    from hub.ranges import check_ranges
-
-    config = read_json(folder / "config.json")
-    if "mm_vision_tower" in config:
-        from hub.authors import tower_folder
-
-        file, template = tower_folder(config, folder) / "preprocessor_config.json", VICUNA
-        settings = read_json(file) | {"do_pad": config.get("image_aspect_ratio") == "pad"}
-    else:
-        file, template = folder / "preprocessor_config.json", folder / "chat_template.jinja"
-        settings = read_json(file)
-        if not settings:  # transformers 5 keeps the image processor's settings inside the processor's
-            file = folder / "processor_config.json"
-            settings = read_json(file).get("image_processor", {})
-        old = read_json(folder / "chat_template.json").get("chat_template", "")
-        template = template.read_text("utf-8", "replace") if template.is_file() else str(old)
-    if not isinstance(settings, dict):
-        raise ValueError(f"{file}: image_processor is not a JSON object")
-    settings = {name: value for name, value in settings.items() if value is not None}
-    for name in ("size", "crop_size"):
-        size = settings.get(name, 1)
-        if not isinstance(size, dict):
-            check_ranges({"height": size}, file)  # an older file's single number
-        elif not ({"height", "width"} <= set(size) or (name == "size" and "shortest_edge" in size)):
-            raise ValueError(f"{file}: {name} does not say a height and a width")
-    if 0 in (settings.get("image_std") or []):
-        raise ValueError(f"{file}: image_std must not be 0")
-    return check_ranges(settings, file), "v1" if VICUNA in template else "hub"
-
-
-def read_tokenizer_settings(folder: Path) -> tuple[dict[str, int], str]:
-    """The special tokens that the files add to tokenizer.model, with their ids, and which of them fills up a batch."""
-    file = folder / "tokenizer_config.json"
-    settings = read_json(file)
-    pad = settings.get("pad_token") or "<pad>"
-    try:
-        added = {token["content"]: int(i) for i, token in settings.get("added_tokens_decoder", {}).items()}
-        if not added:
-            file = folder / "added_tokens.json"  # where older checkpoints keep them
-            added = {token: int(i) for token, i in read_json(file).items()}
-        if not added:
-            file = folder / "tokenizer.json"
-            tokens = read_json(file).get("added_tokens", [])
-            added = {token["content"]: int(token["id"]) for token in tokens}
-        pad = pad if isinstance(pad, str) else pad["content"]
-        fits = all(name and isinstance(name, str) and 0 <= i < 2**24 for name, i in (*added.items(), (pad, 0)))
-    except (ValueError, TypeError, KeyError, AttributeError, OverflowError):
-        fits = False
-    if not fits:
-        raise ValueError(f"{file} does not describe special tokens: each has a name and an id")
-    if max(added.values(), default=0) > 2 and "<image>" not in added:  # <unk>, <s> and </s> are always there
-        raise ValueError(f"{folder} has special tokens, but <image> is not one of them")
-    return added, pad

@@ -6,10 +6,10 @@ LARGEST_RESIZE = 200_000_000  # pixels
 
 
 def resize(image: Image.Image, size: tuple[int, int], resample: int, crop: tuple[int, int] | None) -> Image.Image:
-    """Resize to `size` (width, height); a result above LARGEST_RESIZE is cut to its centre `crop` straight away.
+    """Resize to `size` (width, height); if the result would exceed LARGEST_RESIZE, only its centre `crop`.
 
     A 5000x1 strip would become 1,680,000x336 pixels only to be cropped. Resizing just the part that the crop keeps, in
-    two steps, is within one level of resizing it all.
+    two steps, differs by at most one level from resizing the whole picture.
     """
     width, height = size
     if width * height <= LARGEST_RESIZE or crop is None:

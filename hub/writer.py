@@ -1,8 +1,8 @@
 """Writes a model and its processor to a folder in the hub's layout, which transformers opens too.
 
-Besides the weights and config.json that is the tokenizer in two forms (sentencepiece's own file, which we read, and the
-JSON of the library `tokenizers`, which transformers reads), the prompt template and the image settings. The objects are
-handed in: nothing here imports the model.
+Besides the weights and config.json, these are the tokenizer in two forms (sentencepiece's own file, which we read, and
+the JSON of the library `tokenizers`, which transformers reads), the prompt template and the image settings. The objects
+are passed in: nothing here imports the model.
 """
 
 import json
@@ -32,10 +32,12 @@ def save(model: nn.Module, processor, folder: str | Path, shard_bytes: float = 5
     """Write a complete checkpoint of a LLaVA and its processor. Nothing in `folder` changes until all is written.
 
     transformers cannot open one that was loaded from LLaVA's authors' layout, because that has no embedding for
-    <image>. Raises ValueError for a model in few bits, which quantize.py writes, and for numbers that are not finite.
+    <image>. Raises ValueError for a quantized model, which quantize.py writes, and for numbers that are not finite.
     """
     if not all(tensor.is_floating_point() for tensor in model.parameters()):
         raise ValueError("a quantized model cannot be saved: quantize.py writes its checkpoint")
+    if not hasattr(processor.tokenizer, "sp"):
+        raise ValueError("a model whose tokenizer is not a tokenizer.model cannot be saved: that is not implemented")
     check_finite(dict(model.named_parameters()))
     with replaced_files(Path(folder)) as scratch:
         weights = ((hub_name(name), tensor) for name, tensor in model.named_parameters())
@@ -95,9 +97,9 @@ def hub_name(name: str) -> str:
 
 
 def write_shards(groups: list[Iterable[tuple[str, Tensor]]], folder: Path, shard_bytes: float) -> int:
-    """Write named tensors to files of at most `shard_bytes` each, as they come. Returns the size of all in bytes.
+    """Write named tensors in their order to files of at most `shard_bytes` each. Returns the total size in bytes.
 
-    Every group begins a file of its own: a mapped file stays in memory as long as one of its tensors is used.
+    Every group begins a new file: a mapped file stays in memory as long as one of its tensors is used.
     """
     names, total = [], 0  # the names in each file
     for group in groups:
@@ -151,7 +153,7 @@ def write_processor(processor, config, folder: Path) -> None:
         "num_additional_image_tokens": 1,  # CLIP's class token
         "vision_feature_select_strategy": config.vision_feature_select_strategy,
     }
-    # transformers' own LLaVA class is the one that knows do_pad
+    # in transformers only LlavaImageProcessor supports do_pad
     kind = "LlavaImageProcessor" if processor.image_processor.do_pad else "CLIPImageProcessor"
     image_settings = {"image_processor_type": kind, "do_convert_rgb": True, **asdict(processor.image_processor)}
     write_json(folder / "processor_config.json", settings)

@@ -14,7 +14,7 @@ from torch import nn
 
 from kernels.checks import DTYPES, runs_kernels
 
-namesake = None  # Hugging Face's package of the same name, if something asks for it
+namesake = None  # Hugging Face's package of the same name, once it is imported
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
@@ -46,9 +46,9 @@ def accelerate(model: nn.Module, how: str = "auto") -> nn.Module:
 
 
 def __getattr__(name: str):
-    """A name that this folder lacks comes from Hugging Face's package `kernels`, if that is installed.
+    """Look up a name that this folder lacks in Hugging Face's package `kernels`, if that is installed.
 
-    Python that runs in this repository finds this folder before the package, which transformers imports from.
+    Python run in this repository finds this folder before that package, from which transformers imports names.
     """
     global namesake
     if namesake is None:

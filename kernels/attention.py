@@ -2,9 +2,9 @@
 
     out[i] = sum over j of softmax_j(q[i] . k[j] / sqrt(d)) v[j]      Vaswani et al. 2017, equation 1
 
-Attention by the formula writes and reads T x S weights several times: for 4096 tokens and 32 heads in bfloat16 a
-gigabyte each time. Here only q, k, v and out are moved, and no mask either: two comparisons decide which keys a query
-attends to.
+Computed by the formula, attention writes and reads T x S weights several times: for 4096 tokens and 32 heads in
+bfloat16, a gigabyte each time. Here only q, k, v and out are moved. There is no mask in memory: two comparisons decide
+which keys a query attends to.
 
 A program takes BLOCK_M queries of one head and goes through their keys once, BLOCK_N at a time. The softmax divides
 by a sum over all keys, which is not known until the end. The online softmax (Milakov & Gimelshein 2018, algorithm 3;
@@ -60,7 +60,7 @@ def attention_kernel(
     CAUSAL: tl.constexpr, d: tl.constexpr, BLOCK_D: tl.constexpr,  # head width, and d rounded up to a power of two
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,  # queries per program, keys per step
 ):  # fmt: skip
-    block = tl.num_programs(0) - 1 - tl.program_id(0)  # last queries first: they have most keys and take longest
+    block = tl.num_programs(0) - 1 - tl.program_id(0)  # last queries first: they have the most keys and take longest
     b, h = (tl.program_id(1) // H).to(tl.int64), tl.program_id(1) % H  # int64: b * stride can exceed int32
     kv_head = h // (H // K)  # H / K query heads share each key head
     i = block * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]  # (BLOCK_M, 1), queries

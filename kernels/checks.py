@@ -1,4 +1,4 @@
-"""What the kernels can serve: which dtypes and devices, and the checks of every wrapper before it launches a kernel."""
+"""Which dtypes and devices the kernels support, and the checks of every wrapper before it launches a kernel."""
 
 import os
 from functools import cache
@@ -8,7 +8,7 @@ from torch import Tensor
 
 from kernels.twins import formula_needed
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton also decides it once, when a kernel is defined
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # read once, as Triton does when a kernel is defined
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 WIDEST_HEAD = 256
 
@@ -21,7 +21,7 @@ def capability(device: torch.device) -> tuple[int, int]:
 
 
 def runs_kernels(x: Tensor) -> bool:
-    """Whether kernels run where x is: on this thread's current NVIDIA GPU, if it is an Ampere (2020) or newer.
+    """Whether kernels run on x's device: this thread's current NVIDIA GPU, if it is an Ampere (2020) or newer.
 
     In Triton's interpreter, on a CPU only.
     """
@@ -31,7 +31,7 @@ def runs_kernels(x: Tensor) -> bool:
 
 
 def can_run(x: Tensor) -> bool:
-    """Whether kernels can compute with x: its dtype and device, no gradients are recorded and autocast is off."""
+    """Whether kernels can compute with x: by its dtype and device, if no gradients are recorded and autocast is off."""
     return x.dtype in DTYPES and runs_kernels(x) and not formula_needed()
 
 

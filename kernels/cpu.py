@@ -4,10 +4,10 @@
     quantize.Int8Linear -> CpuInt8         llama.LlamaMLP -> FusedMLP
     quantize.Int4Linear -> CpuInt4
 
-While decoding, each matrix multiplies one row or a few, which takes the time to read the weights. Which of PyTorch's
+While decoding, each matrix multiplies one row or a few, so reading the weights determines the time. Which of PyTorch's
 products reads fastest depends on the processor, the dtype and the number of rows: `linear` has the rules, and
-benchmarks/products.py prints the table behind them. Small matrices with the same input are fused into one; large ones
-stay views of the mapped file, because fusing copies them.
+benchmarks/products.py prints the measurements for them. Small matrices with the same input are fused into one; large
+ones stay views of the mapped file, because fusing copies them.
 
 A twin runs the plain formula while gradients are recorded and under autocast. benchmarks/README.md has the gains.
 """
@@ -41,7 +41,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def float32_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """F.linear in float32, for which the matrix is converted a block at a time."""
+    """F.linear in float32; the matrix is converted one block at a time."""
     y = torch.cat([F.linear(x.float(), block.float()) for block in weight.split(BLOCK)], -1)
     return (y if bias is None else y + bias).to(x.dtype)
 
@@ -58,7 +58,7 @@ class CpuLinear(nn.Linear):
 
 
 class CpuQuantized(QuantizedLinear):
-    """For a few rows PyTorch's product for quantized weights; for more, the matrix is written out a block at a time."""
+    """For a few rows PyTorch's product for quantized weights; for more, the matrix is dequantized block by block."""
 
     def __init__(self, plain: QuantizedLinear):
         adopt(self, plain)
@@ -89,17 +89,17 @@ class CpuQuantized(QuantizedLinear):
 
 class CpuInt8(CpuQuantized, Int8Linear):
     def has_product(self) -> bool:
-        return self.in_features % 32 == 0  # it crashes on some other widths (20 and 100 were seen)
+        return self.in_features % 32 == 0  # it crashes on some other widths (20 and 100, for example)
 
     def product(self, x: Tensor) -> Tensor:  # (rows, in) -> (rows, out)
         return torch._weight_int8pack_mm(x, self.q, self.scale)
 
 
 class CpuInt4(CpuQuantized, Int4Linear):
-    """The int4 product wants the numbers in an order that depends on the processor.
+    """The int4 product needs the numbers in an order that depends on the processor.
 
-    They are put into it when the first token is decoded, so that the prompt does not wait. For later prompts the matrix
-    is kept in its own order too, which is no second copy in memory if it is mapped from a file.
+    They are reordered when the first token is decoded, so that the prompt does not wait. The original is kept for later
+    prompts; if it is mapped from a file, it is no second copy in memory.
     """
 
     def __init__(self, plain: Int4Linear):
@@ -113,7 +113,7 @@ class CpuInt4(CpuQuantized, Int4Linear):
         return self.out_features % 16 == 0 and self.group in (32, 64, 128, 256)
 
     def product(self, x: Tensor) -> Tensor:  # (rows, in) -> (rows, out)
-        if self.bias is not None:  # is added before the sum is rounded
+        if self.bias is not None:  # the bias is added before the sum is rounded
             x = x.float()
         made_from = [(part, part.data_ptr(), version(part)) for part in (self.packed, self.scale)]
         if self.ordered is None or self.ordered[0] != x.dtype or not same(self.ordered[1], made_from):
@@ -184,7 +184,7 @@ class FusedMLP(LlamaMLP):
 
 
 def accelerate_on_cpu(model: nn.Module) -> None:
-    """Swap the modules of the decoder and the head for their twins; without AVX-512 those of a tower in 16 bits too."""
+    """Swap the modules of the decoder and the head for their twins; without AVX-512 also those of a 16-bit tower."""
     parts = ("language_model.", "lm_head")
     if AVX2 and model.dtype in HALF:
         parts += ("vision_tower.", "multi_modal_projector.")

@@ -2,14 +2,14 @@
 
     out = sum over j of softmax_j(q . k[j] / sqrt(d)) v[j]            Vaswani et al. 2017, equation 1
 
-With one query per head this takes the time to read the cache, so the whole GPU should read. The keys of a head are
+With one query per head, reading the cache determines the time, so the whole GPU should read. The keys of a head are
 split into SPLITS ranges, each with a program of its own (flash-decoding, Dao et al. 2023), which computes m, l and
 acc as in attention.py. A second kernel joins them: with M the largest m,
 
     out = sum of exp(m - M) * acc / sum of exp(m - M) * l
 
 The query heads that share a key head are in one program, so that grouped keys and values are read once and not once per
-query head: 2 * K * d numbers per token of the context. Nothing of the context's length is written.
+query head: 2 * K * d numbers per token of the context. Nothing as long as the context is written.
 
 The length of the cache is read on the device. So the launches are the same for every token, and a recorded CUDA graph
 can be replayed; programs whose range is still empty end at once.

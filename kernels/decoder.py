@@ -1,4 +1,4 @@
-"""Twins for a GPU: the decoder with fused matrices, and Triton kernels for what is between the matrices.
+"""Twins for a GPU: the decoder with fused matrices, and Triton kernels for the operations between the matrices.
 
     llama.Llama -> FastLlama    llama.KVCache -> FastCache    quantize.Int8Linear -> FastInt8Linear
     clip.attention -> tower_attention
@@ -29,7 +29,7 @@ from quantize import Int8Linear
 
 
 class FastCache(KVCache):
-    """A KVCache with what the kernels need of it on the device. `length`, on the host, is the only count of tokens.
+    """A KVCache that also has on the device what the kernels read. `length`, on the host, is the only count of tokens.
 
     `past` (1,) is set to `length` by begin(), before each forward. `first_key` (B,) is where the left padding of each
     row ends. `holes`: a row has padding elsewhere too, which the kernels do not support. `recorded` is the decode step
@@ -70,7 +70,7 @@ class FastCache(KVCache):
 
 
 class FastInt8Linear(Int8Linear):
-    """Int8Linear with a kernel for a few rows. For more, the matrix is written out in x's dtype."""
+    """Int8Linear with a kernel for a few rows. For more, the matrix is dequantized to x's dtype."""
 
     def __init__(self, plain: Int8Linear):
         adopt(self, plain)
@@ -83,7 +83,7 @@ class FastInt8Linear(Int8Linear):
 
 
 class FastLlama(Llama):
-    """The twin of Llama. The top of this file says what it does."""
+    """The twin of Llama, described at the top of this file."""
 
     def __init__(self, plain: Llama):
         adopt(self, plain)
@@ -136,7 +136,7 @@ class FastLlama(Llama):
     def attend(self, q, k, v, rope: tuple[Tensor, Tensor], cache: FastCache, layer: int) -> Tensor:
         """RoPE, the cache's update and attention: q (B, T, H * d), k and v (B, T, K * d) -> (B, T, H * d)."""
         q, k, v = (y.unflatten(-1, (-1, self.config.head_dim)).transpose(1, 2) for y in (q, k, v))
-        window, end = self.config.sliding_window, cache.length + q.shape[2]
+        window, end = self.windows[layer], cache.length + q.shape[2]
         k_cache, v_cache = cache.k[layer], cache.v[layer]
         q = rope_into_cache(q, k, v, *rope, k_cache, v_cache, cache.past)
         if q.shape[2] == 1:

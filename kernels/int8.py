@@ -2,9 +2,9 @@
 
     y[row, o] = scale[o] * sum over i of x[row, i] * q[o, i]          weights as in quantize.py: w is about q * scale
 
-With one row every weight is used in a single product, so this takes the time to read the matrix: one byte per weight
-in int8 instead of the two of bfloat16. Without a kernel the matrix is first written out in bfloat16, which moves 5
-bytes per weight: it reads one, writes two and reads two.
+With one row every weight is used in a single product, so reading the matrix determines the time: one byte per weight in
+int8 instead of the two of bfloat16. Without a kernel the matrix is first dequantized to bfloat16, which moves 5 bytes
+per weight: it reads one, writes two and reads two.
 
 The scale is the same for a whole row of q, so it multiplies the sum once. The reference is F.linear with
 quantize.Int8Linear.dequantize. Forward only.
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from kernels.checks import check_shape, check_tensors
 
-MOST_ROWS = 4  # of x; for more, writing the matrix out for the tensor cores is faster
+MOST_ROWS = 4  # of x; for more, dequantizing the matrix for the tensor cores is faster
 
 
 @triton.jit

@@ -2,7 +2,7 @@
 
     y = x / sqrt(mean(x^2) + eps) * weight            Zhang & Sennrich 2019, equation 4
 
-A GPU multiplies far faster than it reads, so this takes the time of its bytes. Plain PyTorch launches eight kernels,
+A GPU multiplies far faster than it reads, so the bytes moved determine the time. Plain PyTorch launches eight kernels,
 most of which send the rows through memory in float32: 36 bytes per number in bfloat16. Here a program keeps its row
 in registers: 4 bytes per number, read once and written once. With the addition it is 8 bytes instead of 42.
 

@@ -1,12 +1,12 @@
-"""RoPE for the new queries and keys, and the new keys and values into the cache, in one launch.
+"""Rotates new queries and keys (RoPE) and writes new keys and values to the cache, in one launch.
 
     (x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin)    Su et al. 2021, section 3.2.2
 
 x1 and x2 are the halves of a head's vector: number i forms a pair with number i + d / 2. Plain PyTorch takes sixteen
 launches for this in each layer, and moves 18 bytes per number of q in bfloat16, 22 of k and 4 of v. Here it is 4 of
-each: everything is read once and written once, keys and values straight to their place in the cache. That place,
-after the keys already there, is read on the device, so that a recorded CUDA graph can be replayed for the next token
-although it repeats every number of the host.
+each: everything is read once and written once, keys and values straight to their place in the cache. That place is
+read on the device, so that a recorded CUDA graph, which repeats every number of the host, can be replayed for the next
+token.
 
 The reference is llama.apply_rope, then llama.KVCache.update. Forward only.
 """
@@ -63,8 +63,8 @@ def rope_into_cache(
 ) -> Tensor:
     """Rotate q (B, H, T, d) and k (B, K, T, d); write k and v to the cache (B, K, capacity, d). Returns the rotated q.
 
-    `cos` and `sin` are (B or 1, 1, T, d / 2); `past` (1,) int32 is the cache's length before. Raises ValueError for
-    unsupported shapes, dtypes and devices, and if gradients are needed.
+    `cos` and `sin` are (B or 1, 1, T, d / 2); `past` (1,) int32 is the earlier length of the cache. Raises ValueError
+    for unsupported shapes, dtypes and devices, and if gradients are needed.
     """
     check_tensors(q=q, k=k, v=v, cos=cos, sin=sin, k_cache=k_cache, v_cache=v_cache)
     (B, H, T, d), K, capacity = q.shape, k.shape[1], k_cache.shape[2]

@@ -1,4 +1,4 @@
-"""Run notebooks from top to bottom and keep what they print and draw: python notebooks/execute.py [FILE ...]"""
+"""Run notebooks from top to bottom and store their text and figures: python notebooks/execute.py [FILE ...]"""
 
 import base64
 import io
@@ -23,7 +23,7 @@ def execute(path: Path) -> nbformat.NotebookNode:
 
 
 def shrink(notebook: nbformat.NotebookNode) -> None:
-    """Pictures with a palette of 256 colours: a third of the bytes, and nothing a reader would miss."""
+    """Reduce figures to a palette of 256 colours: a third of the bytes, without a visible difference."""
     for cell in notebook.cells:
         for output in cell.get("outputs", ()):
             if "image/png" in output.get("data", ()):

@@ -1,7 +1,7 @@
 """What all notebooks need. `import walk` puts the root of the repository on sys.path and sets the look of the figures.
 
 `ROOT` is that root, `tiny_llava()` loads the bundled model, `chat_prompt` writes a question as the model expects it,
-and `check` compares the solution of a puzzle with the function of the repository that it is to rebuild.
+and `check` compares the solution of a puzzle with the repository's function for the same task.
 """
 
 import copy

@@ -29,17 +29,17 @@ from torch import Tensor
 
 from generate import generate
 from hub.writer import write_whole
-from tokenizer import Tokenizer
+from tokenizer import SPACE, Tokenizer
 
 USUAL_BYTES = 1_500_000  # attention in a page, before base64 adds a third: as many heads are kept as fit
 FEWEST_HEADS = 8  # kept even where they do not fit into USUAL_BYTES
 MOST_BYTES = 12_000_000  # never exceeded: room for the means of all layers for a 7B's answer of 256 tokens
-MEAN = -1  # stands for all layers or all heads
+MEAN = -1  # the index for the mean over all layers or all heads
 TEMPLATE = Path(__file__).with_suffix(".html")
 
 
 class Recorder:
-    """Stands in for a model during generation: records the seconds of each step and the projector's output."""
+    """Wraps a model during generation: records the seconds of each step and the projector's output."""
 
     def __init__(self, model):
         self.model, self.seconds = model, []
@@ -107,7 +107,7 @@ def study(run: Recorder) -> Study:
 
 
 def maps_to_keep(on_picture: Tensor, size: int) -> list[tuple[int, int]]:
-    """The (layer, head) of each map of `size` bytes that fits into the page; MEAN stands for all layers or heads.
+    """The (layer, head) of each map of `size` bytes that fits into the page; MEAN is the mean over all layers or heads.
 
     Means come before single heads, and heads with more attention `on_picture` (L, H) before others.
     """
@@ -174,9 +174,12 @@ def rounded(ids: Tensor, *numbers: Tensor) -> list:
 
 
 def piece(tokenizer: Tokenizer, i: int) -> str:
-    """A token as the vocabulary writes it."""
-    known = 0 <= i < tokenizer.sp.vocab_size()
-    return tokenizer.special_names.get(i) or (tokenizer.sp.id_to_piece(i) if known else f"[{i}]")
+    """A token's text in the vocabulary."""
+    text = tokenizer.piece(i, skip_special_tokens=False) or f"[{i}]"
+    if isinstance(text, bytes):
+        letters = text.decode(errors="replace")
+        text = letters if letters.isprintable() and "\ufffd" not in letters else "".join(f"<0x{b:02X}>" for b in text)
+    return text.replace(" ", SPACE)
 
 
 def stages(run: Recorder) -> list[tuple[str, list[int], float | None]]:
@@ -185,7 +188,7 @@ def stages(run: Recorder) -> list[tuple[str, list[int], float | None]]:
     (_, P, D), (see, project, prefill, *_) = run.features.shape, run.seconds
     return [
         ("picture", list(run.pixels.shape[1:]), None),
-        ("tower", [vision.num_patches + 1, vision.hidden_size], max(0.0, see - project)),
+        ("tower", [vision.num_positions, vision.hidden_size], max(0.0, see - project)),
         ("projector", [P, D], project),
         ("prompt with picture", [run.prompt_length, D], None),
         ("decoder, prefill", [run.prompt_length, D], prefill),
@@ -195,12 +198,12 @@ def stages(run: Recorder) -> list[tuple[str, list[int], float | None]]:
 
 @torch.no_grad()
 def page_data(run: Recorder, processor, image: Image.Image, names: tuple[str, str]) -> dict:
-    """Everything the page shows. `names` are those of the picture and of the model."""
+    """Everything the page shows. `names` are the names of the picture and the model."""
     found, tokenizer, ids = study(run), processor.tokenizer, run.ids[0]
     on_picture = found.attentions[..., found.patches].sum(-1, dtype=torch.float32).mean(-1)
     maps = maps_to_keep(on_picture, found.attentions[0, 0].numel())
     likeliest, lens = guesses(run.model, found, ids[run.prompt_length :])
-    near = nearest_words(run.model, run.features[0, -len(found.patches) :], tokenizer.sp.vocab_size())
+    near = nearest_words(run.model, run.features[0, -len(found.patches) :], tokenizer.vocab_size)
     words = ids[found.words].tolist()
     shown = {i for table in (likeliest, lens, near) for row in table for i, *_ in row}.union(words)
     patch = run.model.config.vision_config.patch_size

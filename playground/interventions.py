@@ -1,4 +1,4 @@
-"""Interventions: change one thing inside a model, and see what becomes of its answer.
+"""Interventions: change one thing inside a model, and see how its answer changes.
 
     with mute_heads(model, {0: [1]}):                        head 1 of layer 0 contributes nothing
         model.generate(**inputs)
@@ -6,7 +6,7 @@
     with swap_features(model, features): ...                 the prompt's pictures are replaced by these vectors
 
     erase_patches(features, [17, 18])                        patches replaced by the mean patch
-    keep_patches(features, 32, by="norm")                    only so many patches
+    keep_patches(features, 32, by="norm")                    only 32 patches
     logit_lens(model, out.hidden_states)                     what each layer would predict, at words and at patches
     blind(model, inputs)                                     predictions without the picture
 
@@ -64,7 +64,6 @@ def knockout(
     None means all positions, generated ones included. A position always sees itself, so that it sees something.
     """
     plain = plain_layers(model)
-    window = model.config.text_config.sliding_window
 
     def among(positions: Tensor, chosen: Collection[int] | None) -> Tensor:
         if chosen is None:
@@ -75,7 +74,7 @@ def knockout(
         x, rope, mask, cache, *rest = args
         T, past = x.shape[1], cache.length if cache is not None else 0
         if mask is None:
-            mask = visible_keys(torch.ones(1, past + T, dtype=torch.bool, device=x.device), past, T, window, x.device)
+            mask = visible_keys(torch.ones(1, past + T, dtype=torch.bool, device=x.device), past, T, None, x.device)
         every = torch.arange(past + T, device=x.device)
         i, j = every[past:, None], every[None]
         cut = among(every, queries)[past:, None] & among(every, keys)[None] & (i != j)  # (T, S)
@@ -89,7 +88,7 @@ def knockout(
 
 @contextmanager
 def swap_features(model: nn.Module, features: Tensor) -> Iterator[None]:
-    """Give the decoder these vectors (pictures, P, D) whatever the pictures are, as get_image_features returns them."""
+    """Give the decoder these vectors (pictures, P, D), as get_image_features returns them, for any pictures."""
     plain_layers(model)
     model.get_image_features = lambda *args, **options: features
     try:
@@ -157,7 +156,7 @@ def logit_lens(model: nn.Module, hidden_states: tuple[Tensor, ...]) -> Tensor:  
 def blind(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:  # -> (B, T, V)
     """Probabilities of the next token at every position, with the <image> tokens hidden from all others.
 
-    `inputs` are the processor's, or prompt and answer as input_ids. Positions stay what they are with the picture.
+    `inputs` are the processor's, or prompt and answer as input_ids. Positions are the same as with the picture.
     """
     input_ids = inputs["input_ids"]
     is_image = input_ids == model.config.image_token_index

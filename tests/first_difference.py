@@ -1,4 +1,4 @@
-"""Where a checkpoint begins to compute something else here than in transformers, for those who port a model.
+"""Find the first module whose output differs from that of transformers, for those who port a model.
 
     python tests/first_difference.py MODEL [--image FILE] [--prompt TEXT] [--tolerance X] [--all]
 
@@ -7,7 +7,7 @@ compared in the order of execution: tokens, pixels, the tower's layers, the proj
 decoder layer's attention and MLP, and the scores. The first one that differs by more than the tolerance, relative to
 its largest number, is named. Exit code 0 if there is none, else 2.
 
-A module's difference can have come from its input: look at the first name only.
+A module's difference can come from its input: look at the first name only.
 """
 
 import argparse
@@ -70,7 +70,7 @@ def distance(ours: Tensor, theirs: Tensor) -> float:
 def differences(ours: nn.Module, theirs: nn.Module, inputs: dict[str, Tensor]) -> dict[str, float]:
     """The distance of each output that both models have, in the order in which ours computes them."""
     names = by_name(ours).keys() & by_name(theirs).keys()
-    names -= {"language_model.embed_tokens"}  # at <image> anything may come out of it: MERGED is what counts
+    names -= {"language_model.embed_tokens"}  # its output at <image> is arbitrary: MERGED is compared instead
     mine, other = trace(ours, names, inputs), trace(theirs, names, inputs)
     return {name: distance(mine[name], other[name]) for name in mine if name in other}
 
@@ -87,7 +87,7 @@ def compare(args: argparse.Namespace) -> dict[str, float]:
     reference = transformers.AutoProcessor.from_pretrained(folder, use_fast=False)
     expected = reference(text=prompt, images=image, return_tensors="pt")
     found = {name: distance(inputs[name], expected[name]) for name in ("input_ids", "pixel_values")}
-    if first_difference(found, args.tolerance):  # the models would be asked different things
+    if first_difference(found, args.tolerance):  # the models would get different inputs
         return found
     ours = LlavaForConditionalGeneration.from_pretrained(folder, torch.float32, kernels="torch")
     theirs = transformers.LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()

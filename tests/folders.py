@@ -60,7 +60,7 @@ def renamed(tensors, prefixes):
 
 
 def edit_json(path, **changes):
-    """Set entries at the top of a JSON file; None takes one out."""
+    """Set entries at the top of a JSON file; None removes one."""
     content = json.loads(path.read_text()) | changes
     path.write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
 

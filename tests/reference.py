@@ -23,14 +23,20 @@ TEXT = {
     "vocab_size": 300,
 }
 IMAGE_TOKEN, PAD_TOKEN = 290, 291
+TOWERS = {"clip": transformers.CLIPVisionConfig, "siglip": transformers.SiglipVisionConfig}
+DECODERS = {
+    "llama": transformers.LlamaConfig,
+    "mistral": transformers.MistralConfig,
+    "qwen2": transformers.Qwen2Config,
+}
 
 
 def reference_model(vision: dict | None = None, text: dict | None = None, spread: float = 0.2, **top):
     """A random LLaVA of transformers in float32. The arguments change its configuration and its weights' spread."""
-    text = TEXT | (text or {})
-    family = transformers.MistralConfig if text.pop("model_type", "llama") == "mistral" else transformers.LlamaConfig
+    vision, text = VISION | (vision or {}), TEXT | (text or {})
+    tower, family = TOWERS[vision.pop("model_type", "clip")], DECODERS[text.pop("model_type", "llama")]
     config = transformers.LlavaConfig(
-        vision_config=transformers.CLIPVisionConfig(**VISION | (vision or {})),
+        vision_config=tower(**vision),
         text_config=family(**text),
         **{"image_token_index": IMAGE_TOKEN, "pad_token_id": PAD_TOKEN} | top,
     )

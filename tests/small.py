@@ -20,7 +20,7 @@ def small(context: int = 200, template: str = "hub", **text) -> tuple[LlavaForCo
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(0.1, 0.2)
-        # The first number of every vector is large, and speaks against all that is not a word.
+        # The first number of every vector is large, and lowers the score of every token that is not a word.
         model.language_model.embed_tokens.weight[:, 0] = 10
         model.multi_modal_projector.linear_2.bias[0] = 10
         model.language_model.norm.weight[:] = 1

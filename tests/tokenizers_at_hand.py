@@ -1,4 +1,4 @@
-"""Every tokenizer at hand, each beside the reference's: the bundled one, a real one, and $LLAVA_CHECKPOINT's."""
+"""Every available tokenizer, each with the reference's: the bundled one, a real one, and $LLAVA_CHECKPOINT's."""
 
 import os
 import tempfile
@@ -17,7 +17,7 @@ NAMES = ["bundled", "mistral"] + (["checkpoint"] if "LLAVA_CHECKPOINT" in os.env
 
 @cache
 def tokenizers(name: str):
-    """(ours, the reference's). Mistral's package has the sentencepiece model only: its tokenizer.json is ours."""
+    """(ours, the reference's). Mistral's package has only the sentencepiece model: we write its tokenizer.json."""
     if name == "mistral":
         (model,) = Path(mistral_common.__file__).parent.rglob("tokenizer.model.v1")
         scratch = Path(tempfile.mkdtemp())

@@ -87,7 +87,7 @@ def test_the_answers_are_those_without_a_cache(talk, model):
 def test_the_ids_are_those_of_the_template(model, template, system):
     """Three turns whose answers end by themselves: the same ids as for the whole conversation encoded as one text."""
     if template == "plain":
-        return  # it has nothing between turns
+        return  # a template without text between turns
     talk, messages = begin(model, template, system=system), []
     tokenizer = talk.processor.tokenizer
     show(talk, PICTURES[0])
@@ -160,9 +160,9 @@ def test_ctrl_c_stops_the_answer_not_the_conversation(model, monkeypatch, capsys
     with monkeypatch.context() as patch:
         interrupted(model, patch, after)
         chat.respond(talk, "what is it?")
-    if after == 0:  # the question was not read: it is taken back, and the picture belongs to the next one
+    if after == 0:  # the prefill was not complete: the question is discarded, and the picture belongs to the next one
         assert (talk.ids, talk.turns, talk.cache.length, len(talk.pictures)) == ([], [], 0, 1)
-    else:  # run 1 is of the first token, which was shown before; not all its keys are in the cache
+    else:  # run 1 is of the first token, which was already shown; not all its keys are in the cache
         assert (len(talk.ids), talk.cache.length) == (question + after, question + after - 1)
         assert talk.turns[1]["value"] == capsys.readouterr().out.strip("\n")
     prompt = talk.ids + talk.turn_ids("go on")

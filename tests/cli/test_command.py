@@ -482,7 +482,7 @@ def test_an_interrupted_run_is_resumed(ask, small, folder, monkeypatch):
     real = batch.ask
     monkeypatch.setattr(batch, "ask", stopped_after(2, real))
     assert ask(*options)[:2] == (130, "")
-    assert in_the_file() == [("b.jpg", True), ("c.webp", True)]  # what was answered is there
+    assert in_the_file() == [("b.jpg", True), ("c.webp", True)]  # the answers so far are in the file
     with open("out.jsonl", "a") as out:
         out.write('{"model": "half a li')
     calls = []
@@ -492,7 +492,7 @@ def test_an_interrupted_run_is_resumed(ask, small, folder, monkeypatch):
     assert in_the_file() == [(name, True) for name in ("b.jpg", "c.webp", "d.PNG", "e.png")]
     assert len(calls) == 2
     with monkeypatch.context() as patch:
-        patch.setattr(cli, "load", lambda *_: pytest.fail("loaded for nothing"))
+        patch.setattr(cli, "load", lambda *_: pytest.fail("loaded without need"))
         assert "4 of 4 are answered already" in ask(*options)[2]
     assert ask(*options, "--prompt", "Another?")[0] == 0
     assert len(Path("out.jsonl").read_text().splitlines()) == 8
@@ -620,7 +620,7 @@ def test_nothing_is_lost_while_errors_are_replaced(ask, small, folder, monkeypat
 
 @pytest.mark.parametrize("out", ["no/such/folder/x.jsonl", "."])
 def test_a_file_that_cannot_be_written_is_refused_before_loading(ask, small, folder, monkeypatch, out):
-    monkeypatch.setattr(cli, "load", lambda *_: pytest.fail("loaded for nothing"))
+    monkeypatch.setattr(cli, "load", lambda *_: pytest.fail("loaded without need"))
     refused(ask("--model", small, "--images", folder, "--out", out), f"{out} cannot be written")
 
 
@@ -648,7 +648,7 @@ def test_answers_made_with_other_settings_are_refused(ask, small, folder, monkey
             said = ask(*options, *more, f"--{name.replace('_', '-')}", value)
             refused(said, f"out.jsonl was made with {name} {json.dumps(settings[name])}, and this run has")
             assert Path("out.jsonl").read_text() == content
-        same = ["--template", "hub", "--batch-size", 2]  # the checkpoint's own, and a flag that does not change answers
+        same = ["--template", "hub", "--batch-size", 2]  # the checkpoint's template; a flag without effect on answers
         assert "4 of 4 are answered already" in ask(*options, *more, *same)[2]
 
 

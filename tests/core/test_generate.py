@@ -157,7 +157,7 @@ def test_options_out_of_range_are_plain_errors(pair, options, words):
 
 
 class Parrot:
-    """A stand-in for a model: it says the given ids, one row each, whatever it is asked."""
+    """A stand-in for a model that generates the given ids, one row each, for any input."""
 
     def __init__(self, *rows: list[int]):
         self.rows, self.count, self.generation_config = rows, -1, {"eos_token_id": 2}

@@ -18,6 +18,12 @@ from reference import prompts, reference_and_ours, reference_model
 
 ROOT = Path(__file__).parent.parent.parent
 
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LLAMA3 |= {"original_max_position_embeddings": 16}
+LONG = {"original_max_position_embeddings": 4096, "rope_theta": 500000.0}
+QWEN2 = {"model_type": "qwen2", "num_key_value_heads": 2}
+WINDOWS = {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}
+PATCHES = {"vision_feature_layer": -2, "vision_feature_select_strategy": "full"}
 # name -> (vision_config, text_config, everything else)
 VARIANTS = {
     "multi-head": ({}, {}, {}),
@@ -31,6 +37,14 @@ VARIANTS = {
     "biases": ({}, {"attention_bias": True, "mlp_bias": True}, {}),
     "another rope": ({}, {"rope_theta": 500.0}, {}),
     "linear rope": ({}, {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 3.0}}, {}),
+    "rope of llama 3.1": ({}, {"rope_parameters": LLAMA3}, {}),
+    "rope of llama 3.1 within its context": ({}, {"rope_parameters": LLAMA3 | {"factor": 2.0, **LONG}}, {}),
+    "siglip": ({"model_type": "siglip"}, {}, {"vision_feature_layer": -1, "vision_feature_select_strategy": "full"}),
+    "siglip without its head": ({"model_type": "siglip", "vision_use_head": False}, {}, PATCHES),
+    "siglip and qwen2": ({"model_type": "siglip"}, QWEN2, PATCHES),
+    "qwen2, tied": ({}, QWEN2 | {"tie_word_embeddings": True}, {}),
+    "qwen2 with a window in some layers": ({}, QWEN2 | WINDOWS, {}),
+    "qwen2 with a window for no layer": ({}, QWEN2 | {"sliding_window": 5}, {}),
     "last layer": ({}, {}, {"vision_feature_layer": -1}),
     "layer 2": ({}, {}, {"vision_feature_layer": 2}),
     "several layers": ({}, {}, {"vision_feature_layer": [-2, 1, 0]}),
@@ -67,7 +81,7 @@ def test_every_output_is_the_references(pair):
     reference, model = pair
     inputs = batch(model)
     mask = inputs["attention_mask"].bool()
-    is_word = (inputs["input_ids"] > 2) & (inputs["input_ids"] < 250)  # not <s>: what stands before it is padding
+    is_word = (inputs["input_ids"] > 2) & (inputs["input_ids"] < 250)  # not <s>: the tokens before it are padding
     labels = inputs["input_ids"].where(is_word, -100)
     theirs = reference(**inputs, labels=labels, output_hidden_states=True, output_attentions=True)
     ours = model(**inputs, labels=labels, output_hidden_states=True, output_attentions=True)
@@ -94,7 +108,7 @@ def test_cached_steps(pair):
         ids = torch.full((3, 1 + step), 20 + step)  # steps of one, two, three tokens
         mask = torch.cat([mask, torch.ones_like(ids)], dim=1)
         theirs = reference(ids, attention_mask=mask, past_key_values=theirs.past_key_values)
-        given = mask if step % 2 else None  # the cache knows the padding without being told
+        given = mask if step % 2 else None  # the cache keeps the mask of earlier tokens
         ours = model(ids, attention_mask=given, past_key_values=ours.past_key_values)
         close(ours.logits, theirs.logits)
 
@@ -325,10 +339,10 @@ def test_a_token_can_be_decoded_under_autocast(small):
     assert (logits[:, -1] - whole[:, -1]).std() < 0.05 * whole[:, -1].std()
 
 
-# --- Beside the reference --------------------------------------------------------------------------------------------
+# --- Next to transformers --------------------------------------------------------------------------------------------
 
 
-# Stands in for Hugging Face's package `kernels`, whose modules import each other by their full names as these do.
+# A stand-in for Hugging Face's package `kernels`, whose modules also import each other by their full names.
 KERNELS = """
 __version__ = "theirs"
 from kernels.layer import *
@@ -351,7 +365,7 @@ import kernels
 import llava
 assert kernels.late() == "theirs"
 assert kernels.accelerate
-assert not hasattr(kernels, "nothing")  # a name of neither
+assert not hasattr(kernels, "nothing")  # a name that neither package has
 print(is_kernels_available(), kernels.__file__)
 """
 
@@ -405,7 +419,7 @@ def test_the_default_configuration_is_llava_1_5_7b():
 
 
 def test_unknown_settings_are_plain_errors():
-    with pytest.raises(ValueError, match="model_type must be llama or mistral, not 'gpt2'"):
+    with pytest.raises(ValueError, match="model_type must be llama or mistral or qwen2, not 'gpt2'"):
         LlavaConfig(text_config={"model_type": "gpt2"})
     with pytest.raises(ValueError, match="rope_type must be default or linear, not 'yarn'"):
         LlavaConfig(text_config={"rope_parameters": {"rope_type": "yarn"}})

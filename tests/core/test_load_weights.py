@@ -1,4 +1,4 @@
-"""Checkpoints: every layout loads, mapped into memory, and what is broken is refused by name."""
+"""Checkpoints: every layout loads, mapped into memory, and an error names what is broken."""
 
 import json
 import os
@@ -69,7 +69,7 @@ def test_old_and_new_configs_say_the_same(tmp_path, kind):
     reference.save_pretrained(tmp_path)
     close(logits(load(tmp_path)), logits(reference))
     edit_json(tmp_path / "config.json", dtype="float16")
-    assert load(tmp_path).dtype == torch.float16  # the config's word, as in the reference, though the file is float32
+    assert load(tmp_path).dtype == torch.float16  # config.json decides, as in the reference; the file is float32
     text = json.loads((tmp_path / "config.json").read_text())["text_config"]
     assert text.pop("rope_parameters") == rope
     text |= {"rope_theta": 500.0, "rope_scaling": {kind: "linear", "factor": 3.0}}
@@ -267,7 +267,7 @@ def write_authors(reference, folder, tower, tower_folder, layout="bin"):
     eyes = {name: tensors.pop(name) for name in list(tensors) if name.startswith("vision_model.")}
     if layout == "tower-inside":
         tensors |= {f"model.vision_tower.vision_tower.{name}": tensor for name, tensor in eyes.items()}
-        eyes = {name: torch.zeros_like(tensor) for name, tensor in eyes.items()}  # the untrained one, not to be read
+        eyes = {name: torch.zeros_like(tensor) for name, tensor in eyes.items()}  # untrained: must not be read
     eyes |= {f"{name}.weight": torch.ones(2, 2) for name in ("text_model.final_layer_norm", "visual_projection")}
     eyes |= {"logit_scale": torch.ones(()), "vision_model.embeddings.position_ids": torch.arange(17)}
     for path, content in ((folder, tensors), (tower_folder, eyes)):

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from generate import TextWatcher
+from hub.text_watcher import TextWatcher
 from hub.writer import jinja, write_tokenizer
 from tokenizer import TEMPLATES, Tokenizer
 from tokenizers_at_hand import NAMES, tokenizers
@@ -85,7 +85,7 @@ def test_a_stream_that_ends_in_half_a_character_says_so(pair):
 
 
 def test_what_is_odd_about_sentencepiece():
-    """Read off the reference's own tokenizer for LLaVA-1.5, of which this one differs in the words it knows only."""
+    """As in the reference's own tokenizer for LLaVA-1.5, from which this one differs only in its vocabulary."""
     ours, _ = tokenizers("bundled")
     space = ours.sp.piece_to_id("\u2581")
     assert ours.encode("") == [1]
@@ -118,7 +118,7 @@ def test_misspelt_options_of_decoding_are_errors(pair):
             decode(ids, skip_special_token=True)
 
 
-@pytest.mark.parametrize("clean_up", [None, False, True])  # it is WordPiece's, and changes nothing in the reference
+@pytest.mark.parametrize("clean_up", [None, False, True])  # for WordPiece; changes nothing in the reference
 def test_the_clean_up_that_the_page_names_changes_nothing(pair, clean_up):
     ids = pair[0].encode("do n't . a cat , yes !")
     said = {p.decode(ids, clean_up_tokenization_spaces=clean_up) for p in pair}
@@ -137,7 +137,7 @@ def test_special_tokens_are_found_in_every_layout(pair, tmp_path):
     (tmp_path / "added_tokens.json").write_text(json.dumps({k: added[k] for k in ("<image>", "<pad>")}))
     assert Tokenizer.from_pretrained(tmp_path).special_tokens == ours.special_tokens
     (tmp_path / "added_tokens.json").unlink()
-    assert "<image>" in Tokenizer.from_pretrained(tmp_path).special_tokens  # behind the last piece
+    assert "<image>" in Tokenizer.from_pretrained(tmp_path).special_tokens  # after the last piece
 
 
 def test_plain_errors(pair, tmp_path):

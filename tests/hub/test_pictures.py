@@ -1,4 +1,4 @@
-"""People's pictures of every kind become upright, opaque, 8-bit RGB; strips are resized in little memory."""
+"""Pictures of every kind become upright, opaque, 8-bit RGB; strips are resized in little memory."""
 
 import numpy as np
 import pytest

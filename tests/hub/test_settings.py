@@ -1,4 +1,4 @@
-"""What the settings of a decoder become. Whole folders in every layout are in test_checkpoints.py."""
+"""How the settings of a decoder are read. Whole folders in every layout are in core/test_load_weights.py."""
 
 import pytest
 

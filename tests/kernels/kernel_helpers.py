@@ -10,7 +10,7 @@ from llava import LlavaConfig, LlavaForConditionalGeneration
 from quantize import quantize_model
 
 FP32, FP16, BF16, FP64 = torch.float32, torch.float16, torch.bfloat16, torch.float64
-both = pytest.mark.parametrize("dtype", [FP32, FP16], ids=str)  # bfloat16 is garbage in the interpreter
+both = pytest.mark.parametrize("dtype", [FP32, FP16], ids=str)  # the interpreter does not support bfloat16
 VISION = {
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -76,7 +76,7 @@ def batch(dtype: torch.dtype = FP32) -> dict[str, Tensor]:
 
 
 def filled(cache: KVCache) -> list[Tensor]:
-    """The keys and values in a cache where a token is no padding: (tokens, K, d) for each layer."""
+    """The keys and values in a cache where a token is not padding: (tokens, K, d) for each layer."""
     real = torch.ones(cache.batch, cache.length, dtype=torch.bool)
     if (mask := cache.attention_mask) is not None:
         real[:, : mask.shape[1]] = mask

@@ -1,4 +1,4 @@
-"""What can be done to a model after `accelerate`: read, save, convert, load into, copy it, as if it were plain."""
+"""After `accelerate` a model can be read, saved, converted, loaded into and copied as if it were plain."""
 
 import copy
 import pickle

@@ -1,6 +1,6 @@
 """Attention, of many tokens and of one, against the formula in llama.py and clip.py, in Triton's interpreter.
 
-The interpreter cannot do bfloat16, and is slow: shapes are small, 577 tokens apart.
+The interpreter does not support bfloat16 and is slow: shapes are small, except for 577 tokens.
 """
 
 import pytest

@@ -1,4 +1,4 @@
-"""Every kernel compiled for GPUs that are not at hand. Compiling needs no GPU."""
+"""Every kernel compiles for sm_80 and sm_90. Compiling needs no GPU."""
 
 import json
 import os
@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent.parent
 
 
 def test_every_kernel_compiles_without_spills(tmp_path):
-    """At the 7B's shapes, by the benchmark's own command: registers suffice, and products are for matrix units."""
+    """At the 7B's shapes, by the benchmark's own command: registers suffice, and products use the matrix units."""
     command = [sys.executable, ROOT / "benchmarks" / "gpu.py", "--compile-only", "--json", tmp_path / "table.json"]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)

@@ -24,7 +24,7 @@ CAPACITY = 8
 
 
 class StandIn:
-    """In the place of torch.cuda.CUDAGraph. A replay runs the step with the host's count as it was when recorded."""
+    """Replaces torch.cuda.CUDAGraph. A replay runs the step with the host's count at the time of recording."""
 
     cache, interrupted = None, False
 
@@ -40,7 +40,7 @@ class StandIn:
 
 @pytest.fixture
 def models(monkeypatch):
-    """A model that records its steps, by the stand-in, and the plain one."""
+    """A model that records its steps with the stand-in, and the plain one."""
     plain = make("GQA and window", layers=1)
     fast = accelerate(copy.deepcopy(plain), "triton")
     recording = FastCache.recording
@@ -110,7 +110,7 @@ def test_a_rewound_cache_continues_from_there(models):
 
 
 def test_threads_record_one_after_the_other(models, monkeypatch):
-    """PyTorch records on one stream, and a recording must not forbid other threads to allocate memory."""
+    """PyTorch records on one stream, and a recording must not prevent other threads from allocating memory."""
     recording, modes = threading.Lock(), []
 
     @contextlib.contextmanager
@@ -161,7 +161,7 @@ def test_a_full_cache_is_not_replayed(models):
 
 @pytest.mark.quick
 def test_a_decode_step_waits_for_no_value():
-    """On the meta device tensors have no values, so whatever looked at one would fail here, as it would in a graph."""
+    """On the meta device tensors have no values, so code that reads one fails here, as it would in a graph."""
     model = accelerate(make(), "triton").to("meta")
     ids = torch.zeros(2, dtype=torch.long, device="meta")
     assert model.step(ids, ids[:, None], model.language_model.new_cache(2, 20)).shape == (2, 70)

@@ -214,7 +214,7 @@ def test_the_formula_runs_where_kernels_cannot(why, attended):
             if why == "gradients":
                 out.logits.square().mean().backward()
                 results.append([p.grad for p in model.parameters() if p.grad is not None])
-            elif why not in ("attentions", "hidden states", "no cache"):  # what follows knows the same of the mask
+            elif why not in ("attentions", "hidden states", "no cache"):  # the next step uses the mask in the cache
                 results.append([out.logits[:, -1], model.step(torch.tensor([7, 8]), None, out.past_key_values)])
             else:
                 real = given["attention_mask"].bool()

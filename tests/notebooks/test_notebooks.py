@@ -1,4 +1,4 @@
-"""The notebooks: each runs from top to bottom, prints what is stored in it, and draws something in every picture."""
+"""The notebooks: each runs from top to bottom, prints what is stored in it, and has content in every figure."""
 
 import ast
 import base64
@@ -34,7 +34,7 @@ def pictures(notebook: nbformat.NotebookNode) -> list[Image.Image]:
 
 
 def check_outputs(notebook: nbformat.NotebookNode) -> None:
-    """What a reader sees: no errors, no complaints, pictures with something in them."""
+    """What a reader sees: no errors, no warnings, figures with content."""
     outputs = [out for cell in notebook.cells for out in cell.get("outputs", ())]
     assert not [out for out in outputs if out.output_type == "error" or out.get("name") == "stderr"]
     drawn = pictures(notebook)

@@ -1,4 +1,4 @@
-"""Other projects open the bundled checkpoint and compute what this one computes. Run by hand, for they are large:
+"""Other projects open the bundled checkpoint and compute what this one computes. Run by hand, because they are large:
 
     python3 -m venv /tmp/others && /tmp/others/bin/pip install -qr tests/others/requirements.txt
     /tmp/others/bin/python -m pytest -q -s -m others tests/others

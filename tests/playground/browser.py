@@ -2,7 +2,7 @@
 
     python tests/playground/browser.py PAGE.html [--chromium PROGRAM] [--screenshots FOLDER]
 
-Run by hand, with any Chromium or Chrome; nothing else is needed. Chromium's debugging protocol is spoken through two
+Run by hand, with any Chromium or Chrome; nothing else is needed. Chromium's debugging protocol runs over two
 pipes (--remote-debugging-pipe): messages are JSON, each ended by a zero byte, from file descriptor 3 and to 4.
 Exit code 0 if every check passes and the browser's console stays empty.
 """

@@ -170,7 +170,7 @@ def test_the_blind_model_does_not_depend_on_the_picture_but_on_every_word(pair, 
     expected = blind(model, inputs)
     assert_close(expected[0, after].sum(-1), torch.ones(T - places[-1] - 1))
     layers = range(len(model.language_model.layers))
-    with knockout(model, layers, [i for i in range(T) if i not in places], places):  # the same, by another way
+    with knockout(model, layers, [i for i in range(T) if i not in places], places):  # the same, computed in another way
         assert_close(model(**inputs, use_cache=False).logits.softmax(-1)[0, after], expected[0, after])
 
 

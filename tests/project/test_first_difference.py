@@ -1,4 +1,4 @@
-"""first_difference.py names the module in which a planted bug is, and finds none where there is none."""
+"""first_difference.py names the module that has a planted bug, and nothing if there is no bug."""
 
 import sys
 

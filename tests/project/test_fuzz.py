@@ -51,7 +51,7 @@ CASES = {
     "text in a prompt": 150,
     "text in a chat's turn": 150,
 }
-MOST_MEMORY = 500e6  # bytes that all of it may add to the process; the models here have less than one million
+MOST_MEMORY = 500e6  # bytes that all cases together may add to the process; the models here have less than one million
 outcomes = defaultdict(Counter)  # a kind of CASES -> how its cases ended
 
 
@@ -68,7 +68,7 @@ def fuzz(kind: str, **strategies):
 
 
 def ends_well(kind: str, work, *names: str) -> None:
-    """`work` ends, or is refused in one line that has one of the `names` in it; which of the two is counted."""
+    """`work` ends, or is refused in one line that has one of the `names` in it. Counts which of the two."""
     try:
         work()
     except (ValueError, OSError) as error:
@@ -207,7 +207,7 @@ class Checkpoint:
                     (self.folder / name).write_bytes(self.files[name])
 
     def answer(self) -> None:
-        """Load, look at what was loaded, and say two tokens about a picture."""
+        """Load, check what was loaded, and generate two tokens about a picture."""
         processor = LlavaProcessor.from_pretrained(self.folder)
         model = LlavaForConditionalGeneration.from_pretrained(self.folder)
         loaded = {name: (parameter.shape, parameter.dtype) for name, parameter in model.named_parameters()}
@@ -220,10 +220,10 @@ class Checkpoint:
         ends_well(kind, self.answer, str(self.folder), *NAMED)
 
 
-# What a sentence names: a file, a tensor, or a setting of generation_config.json that is wrong beside another.
+# What an error may name: a file, a tensor, or a setting of generation_config.json that contradicts another.
 NAMED = ("config.json", "tokenizer.model", "tensor", "vision_feature", "pixel_values")
 NAMED += ("temperature", "top_p", "max_length")
-HALF = (torch.bfloat16, torch.float16, torch.float64)  # config.json or a file's dtypes may come to say so
+HALF = (torch.bfloat16, torch.float16, torch.float64)  # damage to config.json or a header can select these dtypes
 
 
 @pytest.fixture(scope="module")
@@ -290,7 +290,7 @@ def places(settings, path=()) -> list[tuple]:
 
 
 def edited(settings: dict, place: tuple, value, how: str) -> dict:
-    """With another value at a place: in its stead, or instead of nothing, or with the place taken away."""
+    """A copy with another value at a place, with an entry added there, or without the place."""
     settings = json.loads(json.dumps(settings))
     inside = settings
     for key in place[:-1]:
@@ -328,7 +328,7 @@ def test_edited_config(whole, value, how, data):
 def test_edited_settings(whole, value, how, data):
     name = data.draw(st.sampled_from(sorted(whole.settings)))
     content = json.loads(whole.files[name])
-    if name == "generation_config.json":  # the rest of what may be there
+    if name == "generation_config.json":  # more settings that the file may have
         content |= {"do_sample": True, "temperature": 0.5, "top_k": 5, "top_p": 0.5, "repetition_penalty": 1.1}
         content |= {"max_length": 100, "max_new_tokens": 2}
     changed = edited(content, data.draw(st.sampled_from(places(content))), value, how)

@@ -1,4 +1,4 @@
-"""The plan of the house, as rules: sizes, and which room may import which."""
+"""The rules of the repository's structure: sizes, and which folder may import which."""
 
 import ast
 import subprocess
@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent.parent
 CORE = ["clip.py", "tokenizer.py", "llama.py", "llava.py", "generate.py", "load_weights.py"]
-# Each room or root file may import everything above it, and of its own group only what WITHIN_A_GROUP allows.
+# Each folder or root file may import everything above it, and from its own group only what WITHIN_A_GROUP allows.
 ORDER = [
     ["hub"],
     ["clip", "tokenizer", "llama", "load_weights", "generate"],
@@ -22,7 +22,7 @@ ORDER = [
 ]
 RANK = {room: rank for rank, rooms in enumerate(ORDER) for room in rooms}
 WITHIN_A_GROUP = {("generate", "llama"), ("generate", "tokenizer")}
-# Beside them: these are handed the model and the processor, and never import llava or anything that imports it.
+# Beside them: these get the model and the processor as arguments, and never import llava or what imports it.
 BESIDE = {"playground": {"hub", "clip", "tokenizer", "llama", "generate"}}
 BESIDE["cli"] = BESIDE["playground"] | {"playground", "quantize", "load_weights"}
 RUNS_A_COMMAND = {"llava", "train", "evaluate", "quantize", "training", "evaluation"}  # their last lines may use cli
@@ -39,9 +39,9 @@ ROOMS = {path.parts[0].removesuffix(".py") for path in FILES}
 
 
 def imports(path: Path) -> set[str]:
-    """The rooms that a file imports, at its top, in functions and in its last lines.
+    """The folders and root files that a file imports, at its top, in functions and in its last lines.
 
-    The last lines of quantize.py are a command, which hands the model's class to cli; the module is of a lower rank.
+    The last lines of quantize.py are a command, which passes the model's class to cli; the module has a lower rank.
     """
     found, tree = set(), ast.parse((ROOT / path).read_text())
     if path.name == "quantize.py":
@@ -66,7 +66,7 @@ def may_import(room: str, other: str) -> bool:
 @pytest.mark.parametrize("path", FILES, ids=str)
 def test_imports_point_one_way(path):
     room = path.parts[0].removesuffix(".py")
-    assert room in RANK or room in BESIDE, f"{room} is a new room: give it a place in ORDER"
+    assert room in RANK or room in BESIDE, f"{room} is a new folder or root file: give it a place in ORDER"
     wrong = sorted(other for other in imports(path) if not may_import(room, other))
     assert not wrong, f"{path} imports {', '.join(wrong)}"
 
@@ -120,7 +120,7 @@ def test_importing_llava_loads_little():
 
 
 @pytest.mark.quick
-def test_test_files_have_unique_names():  # pytest imports them by name, for there is no __init__.py among them
+def test_test_files_have_unique_names():  # pytest imports them by name, because they have no __init__.py
     names = [path.name for path in (ROOT / "tests").rglob("*.py") if path.name != "conftest.py"]
     assert len(names) == len(set(names)) and "__init__.py" not in names
 

@@ -84,7 +84,7 @@ def test_an_edit_breaks_the_test_it_names_and_changes_the_answer(copy, edit):
     try:
         failed = run(f"python -m pytest -q -p no:cacheprovider {test}", copy)
         assert failed.returncode == 1, failed.stdout
-        answer = run("python llava.py --image images/rocket.jpg --max-new-tokens 30", copy)
+        answer = run("python llava.py --kernels torch --image images/rocket.jpg --max-new-tokens 30", copy)
         assert answer.stdout.strip() == says, answer.stderr
     finally:
         (copy / name).write_text(original)

@@ -80,7 +80,7 @@ def test_two_numbers_of_int4_share_a_byte():
 @pytest.mark.quick
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("rows", [1, 2, 4, 5, 60])
-@pytest.mark.parametrize("shape", [(96, 96), (1100, 64)], ids=str)  # the second one is written out in three parts
+@pytest.mark.parametrize("shape", [(96, 96), (1100, 64)], ids=str)  # the second one is dequantized in three parts
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("twin", [False, True])
 def test_the_product_is_that_of_the_dequantized_matrix(bits, rows, shape, dtype, twin):
@@ -96,7 +96,7 @@ def test_the_product_is_that_of_the_dequantized_matrix(bits, rows, shape, dtype,
 
 
 @pytest.mark.quick
-@pytest.mark.parametrize("width", [20, 100])  # PyTorch's product reads beyond rows of these widths
+@pytest.mark.parametrize("width", [20, 100])  # PyTorch's product reads beyond the end of rows of these widths
 def test_int8_rows_of_odd_widths(width):
     linear, x = quantize_linear(torch.randn(96, width), None, 8, None), torch.randn(1, width)
     with torch.no_grad():
@@ -185,7 +185,7 @@ def test_a_model_in_int8_says_nearly_the_same(tmp_path, text, kernels):
     assert sum(isinstance(module, Int8Linear) for module in int8.modules()) == matrices
     ids, _ = prompts([40], [0], 16)
     with torch.no_grad():
-        int8.generate(ids, max_new_tokens=1)  # in inference mode: the buffer it leaves must serve outside
+        int8.generate(ids, max_new_tokens=1)  # in inference mode: the buffer it leaves must be usable outside
         logits, wanted = int8(ids).logits, whole(ids).logits
     assert (logits - wanted).std() < 0.05 * wanted.std()
     assert torch.equal(int8.generate(ids, max_new_tokens=5), int8.generate(ids, max_new_tokens=5))

@@ -46,7 +46,7 @@ def whole(tmp_path_factory):
 
 @pytest.fixture(scope="module", params=["int8", "int4"])
 def packed(request, whole, tmp_path_factory):
-    """The same in few bits, and the word for how many."""
+    """The same checkpoint quantized, and the scheme's name (int8 or int4)."""
     out = tmp_path_factory.mktemp(request.param) / "model"
     assert write(whole, out, "--to", request.param) == 0
     return out, request.param
@@ -82,7 +82,7 @@ def test_transformers_computes_the_same(packed, dtype):
 
 @pytest.mark.parametrize("value", [None, [1], "gptq", 5])
 def test_a_quantization_config_that_is_no_object(whole, tmp_path, value):
-    """null is as good as none."""
+    """null counts as absent."""
     copy = shutil.copytree(whole, tmp_path / "copy")
     config = read_json(copy / "config.json") | {"quantization_config": value}
     (copy / "config.json").write_text(json.dumps(config))
@@ -208,7 +208,7 @@ def test_quantizing_takes_little_memory(tmp_path):
     assert int(out.split()[-1]) < 2 * 2e7 + 150e6 < size
 
 
-# --- What others write -----------------------------------------------------------------------------------------------
+# --- Written by other tools ------------------------------------------------------------------------------------------
 
 
 def changed(folder, tmp_path, weights=None, top=None, tensors=None):
@@ -275,8 +275,9 @@ REFUSED = {
     "zero points": ({"symmetric": False}, {}, "symmetric False"),
     "order": ({"actorder": "group"}, {}, "actorder 'group'"),
     "strategy": ({"strategy": "tensor"}, {}, "strategy 'tensor'"),
-    "group": ({"strategy": "group", "group_size": 48}, {}, "groups of 48 do not divide"),
-    "no group": ({"strategy": "group", "group_size": "many"}, {}, "group_size must be a whole number"),
+    "group": ({"num_bits": 4, "strategy": "group", "group_size": 48}, {}, "groups of 48 do not divide"),
+    "no group": ({"num_bits": 4, "strategy": "group", "group_size": "many"}, {}, "group_size must be a whole number"),
+    "groups in 8 bits": ({"num_bits": 8, "strategy": "group", "group_size": 32}, {}, "8 bits with groups"),
     "activations": ({}, {"config_groups": {"g": {"weights": {}, "input_activations": {}}}}, "input_activations {}"),
     "nothing": ({}, {"config_groups": {}}, "has no config_groups"),
     "no weights": ({}, {"config_groups": {"g": {"targets": ["Linear"], "weights": None}}}, "how weights are quantized"),

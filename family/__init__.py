@@ -1,0 +1,45 @@
+"""What checkpoints beyond LLaVA-1.5 need. Each part is imported when a checkpoint's files ask for it."""
+
+from pathlib import Path
+
+from clip import CLIPVisionConfig, CLIPVisionModel
+from hub.files import find_checkpoint, read_json
+from tokenizer import TEMPLATES, Tokenizer
+
+
+def vision_classes(model_type: str) -> tuple[type, type]:
+    """The classes of a vision tower's settings and of the tower, for a vision_config's model_type."""
+    if model_type == "siglip_vision_model":
+        from family.siglip import SiglipVisionConfig, SiglipVisionModel
+        return SiglipVisionConfig, SiglipVisionModel
+    return CLIPVisionConfig, CLIPVisionModel
+
+
+class AutoTokenizer:
+    """`from_pretrained` returns the tokenizer that a checkpoint's files describe."""
+
+    @staticmethod
+    def from_pretrained(path: str | Path) -> Tokenizer:
+        """`path`: a folder or a hub id. tokenizer.model, if there is one, is used before tokenizer.json."""
+        file = (folder := find_checkpoint(path)) / "tokenizer.json"
+        if (folder / "tokenizer.model").is_file() or not file.is_file():
+            return Tokenizer.from_pretrained(folder)
+        settings = read_json(file)
+        model = settings.get("model")
+        try:
+            if isinstance(model, dict) and model.get("byte_fallback"):
+                from family.sentencepiece_json import SentencePieceJsonTokenizer as Kind
+            else:
+                from family.byte_level_bpe import ByteLevelTokenizer as Kind
+        except ModuleNotFoundError as error:
+            raise ValueError(f"{file} needs {error.name}: pip install -r requirements-family.txt") from error
+        return Kind.from_settings(settings, read_json(folder / "tokenizer_config.json"), file)
+
+
+def find_template(folder: Path, name: str):
+    """The checkpoint's own chat template for the name "own", else an entry of tokenizer.TEMPLATES."""
+    if name != "own":
+        return TEMPLATES[name]
+    from family.chat_template import JinjaTemplate
+    from hub.chat_template import find_chat_template, special_tokens
+    return JinjaTemplate(find_chat_template(folder), folder, **special_tokens(folder))

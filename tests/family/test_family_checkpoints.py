@@ -1,0 +1,143 @@
+"""Whole checkpoints of other members of the family, as transformers saves them: from a picture and a question to an
+answer."""
+
+import json
+
+import numpy as np
+import pytest
+import tokenizers
+import torch
+import transformers
+from PIL import Image
+from torch.testing import assert_close
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+
+import llava
+from cli.chat import Chat
+from llava import AutoProcessor, AutoTokenizer, LlavaForConditionalGeneration
+from reference import reference_model
+
+CHATML = (
+    "{% for message in messages %}{{'<|im_start|>' + message['role'] + ' '}}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>' }}{% endfor %}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}{{ '\n' + content['text'] }}"
+    "{% endfor %}{{'<|im_end|>'}}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant' }}{% endif %}"
+)
+QWEN2 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+QWEN2 += r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>"]
+MESSAGES = [
+    {"role": "user", "content": [{"type": "image"}, {"type": "image"}, {"type": "text", "text": "What is the same?"}]},
+    {"role": "assistant", "content": [{"type": "text", "text": "Both show a cat."}]},
+    {"role": "user", "content": [{"type": "text", "text": "Which colours, naïve or 漢字?"}]},
+]
+
+
+def byte_level_tokenizer() -> transformers.PreTrainedTokenizerFast:
+    from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
+
+    tokenizer = tokenizers.Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizers.NFC()
+    split = pre_tokenizers.Split(tokenizers.Regex(QWEN2), "isolated")
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    options = {"vocab_size": 400, "initial_alphabet": alphabet, "show_progress": False}
+    trainer = trainers.BpeTrainer(special_tokens=SPECIAL, **options)
+    tokenizer.train_from_iterator(["Which colours does the cat show? Both show a cat and an apple."] * 20, trainer)
+    names = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, padding_side="left", **names)
+
+
+@pytest.fixture(scope="module")
+def interleave(tmp_path_factory):
+    """A small llava-interleave-qwen (SigLIP, Qwen2 with a tied head, byte-level BPE): folder, model, processor."""
+    folder, tokenizer = tmp_path_factory.mktemp("interleave"), byte_level_tokenizer()
+    text = {"model_type": "qwen2", "num_key_value_heads": 2, "vocab_size": len(tokenizer) + 20}
+    text |= {"tie_word_embeddings": True, "max_position_embeddings": 400}
+    vision = {"model_type": "siglip", "vision_use_head": False}
+    ids = {"image_token_index": tokenizer.convert_tokens_to_ids("<image>"), "pad_token_id": tokenizer.pad_token_id}
+    strategy = {"vision_feature_layer": -1, "vision_feature_select_strategy": "full"}
+    model = reference_model(vision, text, tie_word_embeddings=True, **strategy, **ids)
+    model.generation_config.eos_token_id = [tokenizer.eos_token_id, tokenizer.pad_token_id]
+    side = {"height": 28, "width": 28}
+    processor = transformers.LlavaProcessor(
+        SiglipImageProcessorPil(size=side), tokenizer, patch_size=7, vision_feature_select_strategy="full",
+        chat_template=CHATML, num_additional_image_tokens=0,
+    )  # fmt: skip
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder, model, processor
+
+
+def pictures() -> list[Image.Image]:
+    noise = np.random.default_rng(0).integers(0, 256, (31, 50, 3), np.uint8)
+    return [Image.fromarray(noise), Image.linear_gradient("L").convert("RGB")]
+
+
+@torch.no_grad()
+def test_prompt_pixels_logits_and_answer_are_the_references(interleave):
+    folder, reference, theirs = interleave
+    model, ours = LlavaForConditionalGeneration.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
+    prompt = theirs.apply_chat_template(MESSAGES, add_generation_prompt=True)
+    assert ours.apply_chat_template(MESSAGES, add_generation_prompt=True) == prompt
+    expected = theirs(text=[prompt, "<|im_start|>user"], images=pictures(), padding=True, return_tensors="pt")
+    inputs = ours(text=[prompt, "<|im_start|>user"], images=pictures(), padding=True)
+    assert set(inputs) == {"input_ids", "attention_mask", "pixel_values"}
+    for name in inputs:
+        assert_close(inputs[name], expected[name], atol=0, rtol=0)
+    real = inputs.attention_mask.bool()
+    assert_close(model(**inputs).logits[real], reference(**expected).logits[real], atol=2e-4, rtol=2e-4)
+    ids = model.generate(**inputs, max_new_tokens=12)
+    assert ids.tolist() == reference.generate(**expected, max_new_tokens=12, do_sample=False).tolist()
+    answer = ids[:, inputs.input_ids.shape[1] :]
+    assert ours.batch_decode(answer, skip_special_tokens=True) == theirs.batch_decode(answer, skip_special_tokens=True)
+
+
+def test_the_tokenizer_alone_needs_no_config(interleave, tmp_path):
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).write_bytes((interleave[0] / name).read_bytes())
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    text = "<|im_start|>user\nWhich colours? naïve 漢字 <image>"
+    assert tokenizer.encode(text) == interleave[2].tokenizer.encode(text)
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+@torch.no_grad()
+def test_a_chat_has_the_tokens_of_the_rendered_conversation(interleave):
+    model, processor = (cls.from_pretrained(interleave[0]) for cls in (LlavaForConditionalGeneration, AutoProcessor))
+    chat = Chat(model, processor, max_new_tokens=4)
+    chat.pictures = [("a", pictures()[0]), ("b", pictures()[1])]
+    chat.say("What is the same?", lambda text: None)
+    first = processor.apply_chat_template(MESSAGES[:1], add_generation_prompt=True)
+    expected = processor(text=first, images=pictures()).input_ids[0].tolist()
+    assert chat.ids[: len(expected)] == expected
+    answer = chat.ids[len(expected) :]
+    chat.say("Which colours, naïve or 漢字?", lambda text: None)
+    ids = chat.ids[len(expected) + len(answer) :]
+    said = processor.decode(ids)
+    assert said.startswith("<|im_end|><|im_start|>user \nWhich colours, naïve or 漢字?<|im_end|><|im_start|>assistant")
+    assert expected + answer + ids == chat.ids and chat.cache.length in (len(chat.ids), len(chat.ids) - 1)
+
+
+def run(capsys, *arguments) -> str:
+    import cli
+
+    code = cli.main(LlavaForConditionalGeneration, llava.LlavaProcessor, [str(a) for a in arguments])
+    out, err = capsys.readouterr()
+    assert code == 0, err
+    return out
+
+
+def test_the_command_answers_describes_and_explains(interleave, capsys, tmp_path):
+    picture = tmp_path / "a.png"
+    pictures()[0].save(picture)
+    asked = ("--model", interleave[0], "--image", picture, "--prompt", "Which colours?", "--max-new-tokens", 5)
+    record = json.loads(run(capsys, *asked, "--json", "--system", "Be brief."))
+    assert record["completion_tokens"] <= 5 and record["settings"]["template"] == "own"
+    assert json.loads(run(capsys, *asked, "--json", "--quantize", "int8"))["settings"]["quantize"] == "int8"
+    run(capsys, *asked, "--explain", tmp_path / "page.html")
+    assert "</script>" in (tmp_path / "page.html").read_text()
+    described = run(capsys, "--describe", interleave[0])
+    assert "siglip_vision_model and qwen2" in described and "mismatches  none" in described
