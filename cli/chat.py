@@ -28,7 +28,6 @@ from hub.text_watcher import TextWatcher
 from hub.writer import write_whole
 
 MARK = "\ue000"  # stands for a message's text while the template is rendered
-ROLES = {"human": "user", "gpt": "assistant"}
 HELP = """\
 /image PATH   add a picture to your next message; repeat for several pictures
 /clear        forget the pictures and the conversation
@@ -79,12 +78,11 @@ class Chat:
         """What the template writes before and after the text of this turn, from the end of the last answer on."""
         text = {"type": "text", "text": MARK}
         messages = [] if self.system is None else [{"role": "system", "content": [text | {"text": self.system}]}]
-        for turn in self.turns:
-            role, pictures = ROLES[turn["from"]], turn["value"].count("<image>\n")
-            messages.append({"role": role, "content": [{"type": "image"}] * pictures + [text]})
+        if self.ids:  # any earlier question and answer: what follows them is the same for all
+            messages += [{"role": "user", "content": [text]}, {"role": "assistant", "content": [text]}]
         messages.append({"role": "user", "content": [{"type": "image"}] * len(self.pictures) + [text]})
         parts = self.processor.apply_chat_template(messages, add_generation_prompt=True).split(MARK)
-        if len(parts) != len(self.turns) + 2:
+        if len(parts) != (4 if self.ids else 2):
             raise ValueError("the chat template does not write each message once, so it cannot be used with --chat")
         return parts[-2], parts[-1]
 
