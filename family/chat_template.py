@@ -22,6 +22,7 @@ from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
 
+PROBE = "Which parts does it write?"
 MAX_PROMPT = 1_000_000  # characters
 MAX_SECONDS, MAX_BYTES = 2, 2**30  # of CPU time; of memory, which macOS does not enforce
 
@@ -31,15 +32,32 @@ class JinjaTemplate:
 
     def __init__(self, source: str, file: str | Path = "chat_template", **special_tokens: str):
         self.source, self.file, self.special_tokens = source, file, special_tokens
+        self.parts: bool | None = None  # the result of takes_parts
 
     def render(self, messages: list[dict], add_generation_prompt: bool = False) -> str:
         """Convert messages, in the form of tokenizer.Template, to one prompt. Raises ValueError with one sentence.
 
-        The template gets each content unchanged, a text or a list of parts. Not every template can write both.
+        A template that cannot write a list of parts gets texts, with "<image>\\n" for each picture.
         """
         from hub.interface import parse_messages
 
         parse_messages(messages)  # raises ValueError for malformed ones
+        if not self.takes_parts():
+            messages = [message | {"content": as_text(message["content"])} for message in messages]
+        return self.run(messages, add_generation_prompt)
+
+    def takes_parts(self) -> bool:
+        """Whether the template can write a message that is a list of parts: some are for plain texts only."""
+        if self.parts is None:
+            content = [{"type": "image"}, {"type": "text", "text": PROBE}]
+            try:
+                written = self.run([{"role": "user", "content": content}], True)
+            except ValueError:
+                written = ""
+            self.parts = written.count(PROBE) == written.count("<image>") == 1 and "{'type'" not in written
+        return self.parts
+
+    def run(self, messages: list[dict], add_generation_prompt: bool) -> str:
         messages = [{name: x for name, x in message.items() if x is not None} for message in messages]
         variables = {"messages": messages, "add_generation_prompt": add_generation_prompt}
         variables = self.special_tokens | {"tools": None, "documents": None} | variables
@@ -49,6 +67,13 @@ class JinjaTemplate:
             return render_in_child(json.dumps(job, default=lambda x: f"<{type(x).__name__}>"))  # for pictures
         except (ValueError, subprocess.TimeoutExpired) as error:
             raise ValueError(f"{self.file}: the chat template cannot be rendered: {error}") from error
+
+
+def as_text(content: str | list[dict]) -> str:
+    if isinstance(content, str):
+        return content
+    texts = [part["text"] for part in content if part["type"] == "text"]
+    return "<image>\n" * sum(part["type"] == "image" for part in content) + " ".join(texts)
 
 
 @lru_cache(maxsize=16)

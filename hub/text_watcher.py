@@ -28,7 +28,7 @@ class TextWatcher:
         new = self.tokenizer.join(self.pending, skip_special_tokens=True)
         self.pending.clear()
         if new and self.text is None:  # encoding put a space in front of the text
-            self.text, new = "", new.removeprefix(" ")
+            self.text, new = "", new.removeprefix(self.tokenizer.first_space)
         if new:
             self.text += new
             if self.streamer:

@@ -10,7 +10,8 @@ import pytest
 import transformers
 
 from family import chat_template
-from family.chat_template import FILES, JinjaTemplate, find_chat_template
+from family.chat_template import JinjaTemplate
+from hub.chat_template import FILES, find_chat_template
 from hub.files import BUNDLED
 
 QWEN = (  # llava-hf/llava-interleave-qwen-0.5b-hf
@@ -121,9 +122,18 @@ def test_the_text_is_that_of_transformers(name, processor):
     for messages, prompt in CONVERSATIONS.values():
         options = {"chat_template": TEMPLATES[name], "add_generation_prompt": prompt}
         expected = outcome(lambda: processor.apply_chat_template(messages, **options), Exception)  # noqa: B023
-        texts.append(outcome(lambda: ours.render(messages, prompt), ValueError))  # noqa: B023
+        texts.append(outcome(lambda: ours.run(messages, prompt), ValueError))  # noqa: B023
         assert texts[-1] == expected
     assert sum(text is not None for text in texts) >= 2  # contents of the kind that it expects
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("name", ["llama 3", "phi 3"])
+def test_a_template_for_texts_gets_texts(name, processor):
+    ours, messages = JinjaTemplate(TEMPLATES[name], **processor.tokenizer.special_tokens_map), PARTS[1:2]
+    texts = [{"role": "user", "content": "<image>\n<image>\nWhat is this?"}]
+    expected = processor.apply_chat_template(texts, chat_template=TEMPLATES[name], add_generation_prompt=True)
+    assert ours.render(messages, True) == ours.render(texts, True) == expected
 
 
 @pytest.mark.parity
@@ -132,7 +142,7 @@ def test_a_picture_or_an_extra_key_in_a_message(processor):
     messages[0]["content"][0] = {"type": "image", "image": object(), "url": "x.png"}
     source = "{{ messages | tojson }}"
     expected = processor.apply_chat_template(messages, chat_template=source)
-    assert JinjaTemplate(source).render(messages) == expected and "<object>" in expected
+    assert JinjaTemplate(source).run(messages, False) == expected and "<object>" in expected
 
 
 @pytest.mark.parity

@@ -13,6 +13,7 @@ from torch.testing import assert_close
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 import llava
+from cli.answer import render
 from cli.chat import Chat
 from llava import AutoProcessor, AutoTokenizer, LlavaForConditionalGeneration
 from reference import reference_model
@@ -33,8 +34,8 @@ MESSAGES = [
 ]
 
 
-def byte_level_tokenizer() -> transformers.PreTrainedTokenizerFast:
-    from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
+def byte_level_tokenizer(special: list[str], **names: str) -> transformers.PreTrainedTokenizerFast:
+    from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
     tokenizer = tokenizers.Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
@@ -44,16 +45,19 @@ def byte_level_tokenizer() -> transformers.PreTrainedTokenizerFast:
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     options = {"vocab_size": 400, "initial_alphabet": alphabet, "show_progress": False}
-    trainer = trainers.BpeTrainer(special_tokens=SPECIAL, **options)
+    trainer = trainers.BpeTrainer(special_tokens=special, **options)
     tokenizer.train_from_iterator(["Which colours does the cat show? Both show a cat and an apple."] * 20, trainer)
-    names = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
+    if bos := names.get("bos_token"):
+        ids = [(bos, tokenizer.token_to_id(bos))]
+        tokenizer.post_processor = processors.TemplateProcessing(single=f"{bos} $A", special_tokens=ids)
     return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, padding_side="left", **names)
 
 
 @pytest.fixture(scope="module")
 def interleave(tmp_path_factory):
     """A small llava-interleave-qwen (SigLIP, Qwen2 with a tied head, byte-level BPE): folder, model, processor."""
-    folder, tokenizer = tmp_path_factory.mktemp("interleave"), byte_level_tokenizer()
+    folder = tmp_path_factory.mktemp("interleave")
+    tokenizer = byte_level_tokenizer(SPECIAL, eos_token="<|im_end|>", pad_token="<|endoftext|>")
     text = {"model_type": "qwen2", "num_key_value_heads": 2, "vocab_size": len(tokenizer) + 20}
     text |= {"tie_word_embeddings": True, "max_position_embeddings": 400}
     vision = {"model_type": "siglip", "vision_use_head": False}
@@ -69,6 +73,52 @@ def interleave(tmp_path_factory):
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     return folder, model, processor
+
+
+LLAMA3 = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' }}"
+    "{{ message['content'] | trim }}{{ '<|eot_id|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def llama3(tmp_path_factory):
+    """A small LLaVA with Llama 3.1: CLIP, its RoPE, a BOS token, a template for messages of plain text."""
+    folder = tmp_path_factory.mktemp("llama3")
+    headers = ["<|begin_of_text|>", "<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>", "<image>", "<pad>"]
+    names = {"bos_token": "<|begin_of_text|>", "eos_token": "<|eot_id|>", "pad_token": "<pad>"}
+    tokenizer = byte_level_tokenizer(headers, **names)
+    rope = {"rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    rope["original_max_position_embeddings"] = 16
+    text = {"vocab_size": len(tokenizer) + 8, "num_key_value_heads": 2, "rope_parameters": rope}
+    ids = {"image_token_index": tokenizer.convert_tokens_to_ids("<image>"), "pad_token_id": tokenizer.pad_token_id}
+    model = reference_model({}, text, **ids)
+    model.generation_config.eos_token_id = [tokenizer.eos_token_id, tokenizer.bos_token_id]
+    model.save_pretrained(folder)
+    tokenizer.chat_template = LLAMA3
+    tokenizer.save_pretrained(folder)
+    return folder, model, tokenizer
+
+
+@torch.no_grad()
+def test_a_prompt_begins_with_one_bos_and_a_template_for_text_gets_text(llama3):
+    folder, reference, theirs = llama3
+    model, processor = LlavaForConditionalGeneration.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
+    text = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "<image>\nWhich colours?"}]
+    expected = theirs.apply_chat_template(text, add_generation_prompt=True, tokenize=False)
+    prompt = render(processor, "Which colours?", 1, "Be brief.")
+    assert "<|begin_of_text|>" + prompt == expected
+    expected = expected.replace("<image>", "<image>" * 16)
+    inputs = processor(text=prompt, images=pictures()[:1])
+    assert inputs.input_ids[0].tolist() == theirs(expected, add_special_tokens=False).input_ids
+    ids = model.generate(**inputs, max_new_tokens=8)
+    theirs = reference.generate(**inputs, max_new_tokens=8, do_sample=False)
+    assert ids.tolist() == theirs.tolist() and len(model.generation_config["eos_token_id"]) == 2
+    chat = Chat(model, processor, "Be brief.", max_new_tokens=2)
+    chat.pictures = [("a", pictures()[0])]
+    assert chat.turn_ids("Which colours?") == inputs.input_ids[0].tolist()
 
 
 def pictures() -> list[Image.Image]:
