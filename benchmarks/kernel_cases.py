@@ -155,13 +155,14 @@ def compile_launch(kernel: JITFunction, args: tuple, how: dict, capability: tupl
     """Compile one launch, specialised for its arguments as Triton does: None, 1, and multiples of 16."""
     signature, constants, attributes = {}, {}, {}
     for i, (parameter, value) in enumerate(zip(kernel.params, args, strict=True)):
-        if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1):
+        general = parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1 and not general):
             signature[parameter.name], constants[parameter.name] = "constexpr", value
         elif isinstance(value, float):
             signature[parameter.name] = "fp32"
         else:
             signature[parameter.name] = POINTERS[value.dtype] if isinstance(value, Tensor) else "i32"
-            if isinstance(value, Tensor) or value % 16 == 0:
+            if isinstance(value, Tensor) or (value % 16 == 0 and not general):
                 attributes[(i,)] = [["tt.divisibility", 16]]
     target = GPUTarget("cuda", 10 * capability[0] + capability[1], 32)
     return triton.compile(ASTSource(kernel, signature, constants, attributes), target=target, options=how)
@@ -174,6 +175,7 @@ def compiled_rows(capability: tuple[int, int]) -> list[dict]:
     found = cases("meta") | {
         f"{what}, float32": attention_case(*ATTENTION[what], "meta", torch.float32) for what in list(ATTENTION)[:2]
     }
+    found |= {f"{what}, float32": decode_case(*sizes, "meta", torch.float32) for what, sizes in DECODE.items()}
     for what, case in found.items():
         for kernel, args, how in launches(case.kernel, capability):
             done = compile_launch(kernel, args, how, capability)

@@ -8,6 +8,7 @@ import torch
 from cli.memory import check_memory
 from hub.device import check_device, fast_dtype
 from hub.files import BUNDLED, find_checkpoint, weight_files
+from hub.packed import read_scheme
 from hub.processor_settings import read_processor_settings
 from hub.settings import read_config
 from quantize import expect_packed, unpack
@@ -17,17 +18,21 @@ LARGE = 2e9  # bytes: loading a file of this size takes seconds or minutes
 
 
 def settle(args: Namespace) -> None:
-    """Replace "auto" and the checkpoint's defaults by the values in effect: device, dtype and template."""
+    """Replace "auto" and the checkpoint's defaults by the values in effect: device, dtype, bits and template."""
     if args.device == "auto":
         mps = torch.backends.mps.is_available()
         args.device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
     check_device(args.device)
+    if torch.device(args.device).type == "cuda":
+        torch.cuda.set_device(args.device)  # kernels run on the current device only
+    folder = find_checkpoint(args.model)
+    packed = read_config(folder).get("quantization_config")
+    args.bits = args.quantize or (f"int{read_scheme(packed, folder / 'config.json').bits}" if packed else None)
     if args.dtype == "auto":
-        is_quantized = args.quantize or read_config(find_checkpoint(args.model)).get("quantization_config")
         # PyTorch's products for quantized weights are fast in bfloat16 on every CPU.
-        dtype = torch.bfloat16 if is_quantized and args.device == "cpu" else fast_dtype(args.device)
+        dtype = torch.bfloat16 if args.bits and args.device == "cpu" else fast_dtype(args.device)
         args.dtype = str(dtype).removeprefix("torch.")
-    args.template = args.template or read_processor_settings(find_checkpoint(args.model))[1]
+    args.template = args.template or read_processor_settings(folder)[1]
 
 
 def load(Model: type, Processor: type, args: Namespace, rows: int, pictures: int) -> tuple:

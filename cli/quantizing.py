@@ -5,7 +5,7 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -73,6 +73,7 @@ def quantize_checkpoint(Model: type, argv: list[str] | None = None) -> None:
 def new_folder(folder: Path) -> Iterator[Path]:
     """A scratch folder that becomes `folder` when the block ends, or is deleted if it fails."""
     scratch = folder.with_name(f".unfinished-{os.getpid()}")
+    missing = [parent for parent in folder.parents if not parent.exists()]
     try:
         scratch.mkdir(parents=True)
     except OSError as error:
@@ -82,6 +83,9 @@ def new_folder(folder: Path) -> Iterator[Path]:
         scratch.rename(folder)
     except BaseException:
         shutil.rmtree(scratch)
+        with suppress(OSError):  # one that is not empty stays
+            for parent in missing:
+                parent.rmdir()
         raise
 
 

@@ -9,8 +9,10 @@ device. After accelerate, state_dict() has the same names and values.
 
 import importlib.metadata
 import importlib.util
+import sys
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from kernels.checks import DTYPES, runs_kernels
 
@@ -33,6 +35,11 @@ def accelerate(model: nn.Module, how: str = "auto") -> nn.Module:
         needs = "Linux, an NVIDIA GPU of 2020 or newer, and float32, float16 or bfloat16"
         raise ValueError(f"Triton cannot run on {where} here: it needs {needs}")
     if on_gpu and how != "torch":
+        if why := why_triton_fails(x):
+            if how == "triton":
+                raise ValueError(f"Triton cannot run here: {why}")
+            print(f"Triton cannot run here, so the plain model is used: {why}", file=sys.stderr)
+            return model
         from kernels.decoder import accelerate_on_gpu
         from kernels.graph import GraphStep
 
@@ -43,6 +50,21 @@ def accelerate(model: nn.Module, how: str = "auto") -> nn.Module:
 
         accelerate_on_cpu(model)
     return model
+
+
+def why_triton_fails(x: Tensor) -> str | None:
+    """One line about a first small launch on the device of x (D,) if it fails; None if it does not.
+
+    Triton builds a part of itself then, for which it needs a C compiler and a folder that it can write to.
+    """
+    from kernels.rms_norm import rms_norm
+
+    try:
+        with torch.no_grad():
+            rms_norm(x.detach()[None], x.detach(), 1e-5)
+    except Exception as error:  # of the compiler, the file system or the driver
+        return next(iter(str(error).splitlines()), type(error).__name__)
+    return None
 
 
 def __getattr__(name: str):

@@ -17,7 +17,7 @@ used in attention by Dao et al. 2022) keeps for each query
 and multiplies l and acc by exp(old m - new m) when a later step has a larger score. At the end out = acc / l. Scores
 are multiplied by log2(e), because the hardware's exponential is 2^x.
 
-The references are llama.eager_attention and clip.eager_attention. Forward only.
+The references are llama.eager_attention and clip.eager_attention. There is no backward pass.
 """
 
 import torch
@@ -49,7 +49,7 @@ def key_bounds(p, first_key, window, S, CAUSAL: tl.constexpr):
     return low, high
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "S", "window"])  # one compiled kernel for prompts of all lengths
 def attention_kernel(
     q_ptr, q_batch, q_head, q_token, q_d,  # (B, H, T, d): address of the first number, and the four strides
     k_ptr, k_batch, k_head, k_token, k_d,  # (B, K, S, d)

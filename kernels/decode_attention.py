@@ -26,7 +26,7 @@ from kernels.attention import LOG2E, key_bounds, online_softmax
 from kernels.checks import check_attention, check_int32, check_shape
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["capacity", "window"])  # one compiled kernel for caches of all sizes
 def decode_kernel(
     q_ptr, q_batch, q_head, q_d,  # (B, H, 1, d): address of the first number, and three of its strides
     k_ptr, v_ptr,  # (B, K, capacity, d), contiguous
@@ -100,12 +100,13 @@ def decode_attention(
     check_int32("past", past, 1, q.device)
     if not (k.is_contiguous() and v.is_contiguous()):
         raise ValueError("k and v must be contiguous: pass the whole cache")
-    # About 512 programs occupy the largest GPUs. A range shorter than one step would be idle.
-    SPLITS = min(triton.next_power_of_2(triton.cdiv(512, B * K)), triton.next_power_of_2(triton.cdiv(capacity, 64)), 64)
+    # About 512 programs occupy the largest GPUs. In a short cache some have no keys, and end at once.
+    SPLITS = min(triton.next_power_of_2(triton.cdiv(512, B * K)), 64)
     m, l = torch.empty(2, B, H, SPLITS, dtype=torch.float32, device=q.device)
     acc = torch.empty(B, H, SPLITS, d, dtype=torch.float32, device=q.device)
     out = torch.empty(B, H, 1, d, dtype=q.dtype, device=q.device)
-    BLOCK_D, BLOCK_G, BLOCK_N = max(16, triton.next_power_of_2(d)), max(16, triton.next_power_of_2(H // K)), 64
+    BLOCK_D, BLOCK_G = max(16, triton.next_power_of_2(d)), max(16, triton.next_power_of_2(H // K))
+    BLOCK_N = 16 if q.dtype == torch.float32 or d > 128 else 64  # as large as registers and shared memory allow
     decode_kernel[(B * K, SPLITS)](
         q, q.stride(0), q.stride(1), q.stride(3), k, v, past, first_key, m, l, acc, capacity,
         capacity if window is None else window, LOG2E / d**0.5, K, H // K, SPLITS, d, BLOCK_D, BLOCK_G, BLOCK_N,

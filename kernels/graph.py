@@ -7,7 +7,10 @@ a fixed address: the ids and positions here, the cache's length in FastCache.pas
 because it slices the cache at a length that only the host knows; nor can a step that waits for a result.
 """
 
+import gc
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +30,7 @@ class RecordedStep:
         self.moves = moves  # FastLlama.moves when it was made: the graph has the addresses that the weights had then
         self.scores: Tensor | None = None  # (B, V): what it writes
         self.graph: torch.cuda.CUDAGraph | None = None
+        self.failed = False  # recording it was tried in vain
 
 
 class GraphStep:
@@ -50,8 +54,10 @@ class GraphStep:
             cache.recorded = RecordedStep(input_ids, position_ids, moves)
             return self.plain_step(self.model, input_ids, position_ids, cache)
         cache.check(len(input_ids), cache.length + 1)
-        if step.graph is None:
+        if step.graph is None and not step.failed:
             self.record(step, cache)
+        if step.failed:
+            return self.plain_step(self.model, input_ids, position_ids, cache)
         step.ids.copy_(input_ids)
         step.position_ids.copy_(position_ids)
         cache.begin()
@@ -66,13 +72,34 @@ class GraphStep:
         return isinstance(decoder, FastLlama) and on_gpu(x) and decoder.can_use(cache, x)
 
     def record(self, step: RecordedStep, cache: FastCache) -> None:
+        """Kernels are recorded, not run."""
         length, graph = cache.length, torch.cuda.CUDAGraph()
-        try:  # kernels are recorded, not run; thread_local, so that other threads may allocate memory meanwhile
-            with RECORDING, cache.recording(), torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        try:
+            with (
+                RECORDING,
+                no_collection(),
+                cache.recording(),
+                torch.cuda.graph(graph, capture_error_mode="thread_local"),  # other threads may allocate memory
+            ):
                 step.scores = self.plain_step(self.model, step.ids, step.position_ids, cache)
+            step.graph = graph
+        except RuntimeError:  # the driver refused an operation while recording
+            step.failed = True
         finally:
             cache.length = length
-        step.graph = graph
+
+
+@contextmanager
+def no_collection() -> Iterator[None]:
+    """Collect garbage now, and not while a graph is recorded: freeing an old graph's memory would invalidate it."""
+    gc.collect()
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 def on_gpu(x: Tensor) -> bool:  # a function, so that tests can record a stand-in for a graph without a GPU

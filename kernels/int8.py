@@ -20,7 +20,7 @@ from kernels.checks import check_shape, check_tensors
 MOST_ROWS = 4  # of x; for more, dequantizing the matrix for the tensor cores is faster
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def int8_kernel(
     x_ptr,  # (rows, IN)
     q_ptr,  # (OUT, IN) int8

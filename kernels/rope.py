@@ -19,7 +19,7 @@ from torch import Tensor
 from kernels.checks import check_int32, check_shape, check_tensors
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "capacity"])  # one compiled kernel for prompts and caches of all sizes
 def rope_kernel(
     q_ptr, q_batch, q_head, q_token,  # (B, H, T, d): address of the first number, strides of rows, heads and tokens
     k_ptr, k_batch, k_head, k_token,  # (B, K, T, d)

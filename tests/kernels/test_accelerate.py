@@ -15,7 +15,8 @@ from torch.testing import assert_close
 
 from hub.files import BUNDLED
 from hub.writer import write_shards
-from kernels import accelerate
+from kernels import accelerate, why_triton_fails
+from llama import Llama
 from llava import LlavaForConditionalGeneration
 from load_weights import read_tensors
 
@@ -197,6 +198,18 @@ def test_the_choice_belongs_to_the_model():
     assert len({tuple(map(type, model.modules())) for model in (first, *others)}) == 3
     for model in others:
         assert_close(model(ids).logits, wanted, atol=1e-3, rtol=1e-3)
+
+
+def test_without_a_compiler_the_model_stays_plain(monkeypatch):
+    def launch(*arguments):
+        raise RuntimeError("Failed to find C compiler.\nPlease specify via CC.")
+
+    monkeypatch.setattr("kernels.rms_norm.launch", launch)
+    model = make()
+    with pytest.raises(ValueError, match="Triton cannot run here: Failed to find C compiler"):
+        accelerate(model, "triton")
+    assert type(model.language_model) is Llama
+    assert why_triton_fails(torch.ones(8)) == "Failed to find C compiler."
 
 
 def test_errors():

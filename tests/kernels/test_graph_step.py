@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import gc
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -127,6 +128,23 @@ def test_threads_record_one_after_the_other(models, monkeypatch):
     with ThreadPoolExecutor(3) as threads:
         list(threads.map(lambda _: step.record(RecordedStep(torch.zeros(2), torch.zeros(2, 1), 0), cache), range(3)))
     assert modes == ["thread_local"] * 3
+
+
+def test_a_step_that_cannot_be_recorded_runs_normally(models, monkeypatch):
+    tries = []
+
+    @contextlib.contextmanager
+    def record(made, **options):
+        tries.append(gc.isenabled())
+        yield
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(torch.cuda, "graph", record)
+    ours, theirs = map(start, models)
+    for _ in range(4):
+        assert_close(step(models[0], ours), step(models[1], theirs), atol=1e-4, rtol=1e-4)
+        assert ours.length == theirs.length
+    assert tries == [False] and gc.isenabled()
 
 
 def test_a_graph_is_recorded_again_when_the_weights_move(models):
