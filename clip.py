@@ -4,9 +4,9 @@ LLaVA-1.5 uses the pretrained, frozen vision encoder of CLIP (Radford et al. 202
 Vision Transformer (Dosovitskiy et al. 2020, https://arxiv.org/abs/2010.11929) trained to match pictures with captions.
 The picture is cut into square patches, each patch becomes a vector, and transformer layers let the patches exchange
 information. One more vector, the class token, stands for the whole picture; CLIP's training compares it with the
-caption. LLaVA drops it and uses the output of the second-to-last layer, hidden state -2. Its authors suggest that the
-last layer represents more global and abstract properties of a picture, and the layer before it more local ones, which
-help with details (Liu et al. 2023, https://arxiv.org/abs/2304.08485, section 5.2).
+caption. LLaVA drops it and uses the output of the second-to-last layer, `hidden_states[-2]`. Its authors suggest that
+the last layer represents more global and abstract properties of a picture, and the layer before it more local ones,
+which help with details (Liu et al. 2023, https://arxiv.org/abs/2304.08485, section 5.2).
 
 In the six core files "the reference" is Hugging Face transformers, "the hub" is huggingface.co, and shapes use these
 letters:
@@ -38,7 +38,7 @@ def quick_gelu(x: Tensor) -> Tensor:
     return x * torch.sigmoid(1.702 * x)
 
 
-# F.gelu is the exact one: x times the cumulative normal distribution. LLaVA's projector uses it.
+# F.gelu is the exact one, x times the standard normal distribution function at x. LLaVA's projector uses it.
 ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": F.gelu, "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh")}
 
 
@@ -56,7 +56,7 @@ class CLIPVisionConfig:
     patch_size: int = 32  # side of a patch, in pixels
     hidden_act: str = "quick_gelu"
     layer_norm_eps: float = 1e-5
-    model_type: str = field(default="clip_vision_model", init=False)
+    model_type: str = field(default="clip_vision_model", init=False)  # for family.vision_classes
 
     def __post_init__(self) -> None:
         if self.hidden_size % self.num_attention_heads:
@@ -142,7 +142,7 @@ def eager_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # three (B, H, 
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # three (B, H, T, d) -> (B, H, T, d)
-    """The same from PyTorch's function, which does not store the weights. The model uses this one."""
+    """The same by one PyTorch function, which does not store the weights. The model uses this one."""
     return F.scaled_dot_product_attention(q, k, v)
 
 
@@ -188,7 +188,7 @@ class CLIPLayer(nn.Module):
 
 
 class CLIPEmbeddings(nn.Module):
-    """One matrix maps each patch to a vector; class token in front; plus position vectors (Dosovitskiy 2020, eq. 1)."""
+    """Each patch times one matrix, the class token in front, plus a vector per position (Dosovitskiy 2020, eq. 1)."""
 
     def __init__(self, config: CLIPVisionConfig):
         super().__init__()

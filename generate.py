@@ -60,7 +60,7 @@ def prefill(model, input_ids: Tensor, attention_mask: Tensor, cache: KVCache, pi
 
     `pixel_values` are the pictures of that part only.
     """
-    position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)  # the first token that is not padding is at 0
+    position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)  # position 0: the first token that is not padding
     new, position_ids = input_ids[:, cache.length :], position_ids[:, cache.length :]
     return model(new, pixel_values, attention_mask, position_ids, cache, logits_to_keep=1).logits[:, -1]
 
@@ -69,7 +69,7 @@ def prefill(model, input_ids: Tensor, attention_mask: Tensor, cache: KVCache, pi
 def generate_tokens(model, input_ids, attention_mask, cache, pixel_values, config, generator) -> Iterator[Tensor]:
     """Yields the next token of every row, (B,), without end. The arguments are those of `prefill` and `sample`.
 
-    A token's keys and values enter the cache, which has kept the prompt's mask, when the token after it is requested.
+    The cache keeps the prompt's mask. A token's keys and values enter it when the next token is requested.
     """
     logits = prefill(model, input_ids, attention_mask, cache, pixel_values)
     seen = tokens_seen(input_ids, attention_mask, logits.shape[1])
@@ -96,10 +96,10 @@ def generate(
 ) -> Tensor:
     """Continue prompts (B, T), padded on the left if their lengths differ, to (B, T + new): prompt and answer.
 
-    `options` are the fields of GenerationConfig; the checkpoint's generation_config.json supplies the others. Each new
-    piece of text goes to `streamer`. A row ends with an eos token or a stop string, which stay in the result, and is
-    then filled with padding. The same `seed` gives the same samples. Options and their defaults (greedy, 20 new tokens)
-    are in hub/generation.py. Raises ValueError if one is unknown or out of range, and warns if one has no effect.
+    `options` are the fields of GenerationConfig (hub/generation.py; by default greedy, 20 new tokens); the checkpoint's
+    generation_config.json supplies the others. `streamer` (one row only) gets each new piece of text; it and
+    `stop_strings` need `tokenizer`. A row ends with an eos token or a stop string, which stay in the result; padding
+    follows. The same `seed` gives the same samples. ValueError for unknown or bad options; a warning for idle ones.
     """
     config = GenerationConfig.merged(model.generation_config, options | {"seed": seed})  # warns if seed has no effect
     attention_mask = check_left_padding(input_ids, attention_mask)
@@ -116,7 +116,7 @@ def generate(
     eos = torch.tensor(config.eos_ids, device=device)
     finished = torch.zeros(batch, dtype=torch.bool, device=device)
     for next_ids in islice(tokens, n_new):
-        next_ids = next_ids.masked_fill(finished, config.pad_id)
+        next_ids = next_ids.masked_fill(finished, config.pad_id)  # only in the result: `tokens` goes on with its own
         input_ids = torch.cat([input_ids, next_ids[:, None]], dim=1)
         finished = finished | torch.isin(next_ids, eos)
         if watchers:

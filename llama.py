@@ -41,13 +41,13 @@ class LlamaConfig:
     low_freq_factor: float = 1.0  # "llama3": up to this many turns in the old context, a frequency is divided in full,
     high_freq_factor: float = 4.0  # and from this many on not at all
     original_max_position_embeddings: int = 8192  # "llama3": the old context, in tokens
-    attention_bias: bool = False
+    attention_bias: bool = False  # q, k, v and o have a bias
     qkv_bias: bool = False  # Qwen2: q, k and v have a bias, o has none
     mlp_bias: bool = False
     sliding_window: int | None = None  # a token attends to this many tokens, itself included; None means all
-    layer_types: list[str] | None = None  # "sliding_attention" or "full_attention" for each layer; None: all the former
+    layer_types: list[str] | None = None  # "sliding_attention" (None: all) or "full_attention", without a window
     tie_word_embeddings: bool = False
-    model_type: str = "llama"  # or "mistral": the same decoder with other defaults (hub/settings.py)
+    model_type: str = "llama"  # or "mistral", "qwen2": the same decoder with other defaults (hub/settings.py)
 
     def __post_init__(self) -> None:
         self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
@@ -104,7 +104,7 @@ def visible_keys(attention_mask: Tensor | None, past: int, T: int, window: int |
 
     `attention_mask` is (B, S), False at padding, or None. Returns None where `attention` needs no mask: there is no
     padding, S fits the window, and either all tokens are new (each attends to itself and those before it) or only one
-    is (it attends to all). A query at padding may have no visible key; its output is never used.
+    is (it attends to all). A query at padding may see no key: its output gets weight 0 later, so it must be finite.
     """
     S = past + T
     if attention_mask is None and (T == 1 or past == 0) and (window is None or S <= window):
@@ -136,7 +136,7 @@ def eager_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """The same from PyTorch's function, which does not store the weights. The output at padding may differ.
+    """The output of eager_attention, by a PyTorch function that never stores the weights. It may differ at padding.
 
     Without a mask T must be 1 or S, as visible_keys ensures: is_causal lets query t see keys 0 to t, whatever S is.
     """
@@ -147,8 +147,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Te
 class KVCache:
     """The keys and values of all tokens so far, so that only new tokens go through the layers.
 
-    `k[layer]` and `v[layer]` are (B, K, capacity, d), of which the first `length` places are filled. `attention_mask`
-    (B, tokens) is False at padding, or None if there is none. Made by Llama.new_cache.
+    `k[layer]` and `v[layer]` are (B, K, capacity, d); the first `length` places are filled, padding included. Made by
+    Llama.new_cache. `attention_mask`: the last mask passed, False at padding; None without any. Later tokens are real.
     """
 
     def __init__(self, config: LlamaConfig, batch: int, capacity: int, dtype: torch.dtype, device):
@@ -265,7 +265,7 @@ class Llama(nn.Module):
 
         `attention_mask` (B, S) is zero or False on padding; without it the mask kept in the cache applies.
         `position_ids` (B or 1, T) continue from the cache unless given. Appends the input of each layer and the final
-        output to the list `hidden_states`, and each layer's weights (B, H, T, S) to the list `attentions`, if given.
+        output to the list `hidden_states`, and each layer's attention weights (B, H, T, S) to `attentions`, if given.
         """
         B, T, _ = x.shape
         past = cache.length if cache is not None else 0
@@ -293,7 +293,7 @@ class Llama(nn.Module):
     def padding_mask(attention_mask: Tensor | None, B: int, S: int, cache: KVCache | None) -> Tensor | None:
         """The mask over all S keys as booleans, or None if no key is padding.
 
-        A mask that is passed is kept in the cache. If none is passed, the kept one is extended.
+        A mask that is passed is kept in the cache. If none is passed, the kept one is returned, extended.
         """
         if attention_mask is None:
             kept = cache.attention_mask if cache is not None else None

@@ -53,7 +53,7 @@ class LlavaConfig:
     image_token_index: int = 32000  # the id of <image>
     projector_hidden_act: str = "gelu"
     vision_feature_select_strategy: str = "default"  # "default" drops the first token, which is CLIP's class token
-    vision_feature_layer: int | list[int] = -2  # the tower's hidden state that is used; several are concatenated
+    vision_feature_layer: int | list[int] = -2  # the tower's hidden state to use (tiny: -1); several are concatenated
     vocab_size: int = 32000  # always text_config's; files that transformers wrote have it here too
     multimodal_projector_bias: bool = True
     tie_word_embeddings: bool = False  # the head shares the embedding's matrix
@@ -101,7 +101,7 @@ class LlavaForConditionalGeneration(nn.Module):
         super().__init__()
         self.config = config
         self.generation_config: dict = {}  # the checkpoint's generation_config.json
-        _, Tower = vision_classes(config.vision_config.model_type)
+        _, Tower = vision_classes(config.vision_config.model_type)  # clip.CLIPVisionModel, or SigLIP's
         self.vision_tower = Tower(config.vision_config)
         self.multi_modal_projector = LlavaMultiModalProjector(config)
         self.language_model = Llama(config.text_config)
@@ -117,7 +117,7 @@ class LlavaForConditionalGeneration(nn.Module):
         strategy = vision_feature_select_strategy or self.config.vision_feature_select_strategy
         n = self.config.vision_config.num_hidden_layers
         interface.check_layers(layers, n, strategy)
-        layers = [layer % (n + 1) for layer in layers]  # -2 -> n - 1; state 0 is the input, state i layer i's output
+        layers = [layer % (n + 1) for layer in layers]  # -2 -> n - 1; state 0: the input, state i: output of i-th layer
         hidden_states = self.vision_tower(pixel_values, depth=max(layers))
         first = 1 if strategy == "default" else 0  # 1 drops the class token
         return self.multi_modal_projector(torch.cat([hidden_states[layer][:, first:] for layer in layers], dim=-1))
@@ -143,7 +143,7 @@ class LlavaForConditionalGeneration(nn.Module):
         inputs_embeds: Tensor | None = None,  # (B, T, D), instead of input_ids
         vision_feature_layer: int | list[int] | None = None,  # instead of the config's
         vision_feature_select_strategy: str | None = None,  # instead of the config's
-        labels: Tensor | None = None,  # (B, T)
+        labels: Tensor | None = None,  # (B, T): the ids to predict, ignore_index where none counts; not shifted
         use_cache: bool | None = None,  # None: yes, but not in training
         output_attentions: bool = False,
         output_hidden_states: bool = False,

@@ -7,7 +7,7 @@ the process: to replace a checkpoint, rename new files over the old ones.
 
 The same tensor has different names in the hub's files, in those of newer releases of transformers and in those of
 LLaVA's authors; RENAME turns all of them into ours. Loading is strict: a tensor that is missing, unknown, given twice,
-of another shape or not a floating-point number is an error that names it. hub/writer.py goes the other way.
+of another shape or of the wrong kind of numbers is an error that names it. hub/writer.py goes the other way.
 """
 
 from collections.abc import Iterator
@@ -54,7 +54,7 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
 
 def stored_tensors(folder: Path) -> Iterator[tuple[str, str, Tensor]]:
     """Each tensor of a checkpoint: our name for it, its name and file for error messages, and the tensor."""
-    for file, prefix in tensor_files(folder):  # a CLIP file has a text encoder too: its prefix is the vision tower's
+    for file, prefix in tensor_files(folder):  # "vision_model." skips the text encoder of a whole CLIP; else ""
         for name, tensor in read_tensors(file).items():
             if name.startswith(prefix) and not name.endswith(IGNORE):
                 yield our_name(name), f"tensor {name} in {file}", tensor
@@ -101,5 +101,5 @@ def load(model: nn.Module, folder: Path) -> None:
         raise ValueError(mismatches[0] + more)
     for name, tensor in found.items():
         parent, _, leaf = name.rpartition(".")
-        # A meta parameter has no memory to copy into, so it is replaced.
-        setattr(model.get_submodule(parent), leaf, nn.Parameter(tensor.contiguous(), tensor.is_floating_point()))
+        parameter = nn.Parameter(tensor.contiguous(), requires_grad=tensor.is_floating_point())
+        setattr(model.get_submodule(parent), leaf, parameter)  # a meta parameter has no memory to copy into

@@ -26,9 +26,10 @@ from hub.interface import parse_messages
 
 
 class Tokenizer:
-    """A sentencepiece model and special tokens. `special_tokens`: name -> id, from the checkpoint's JSON files."""
+    """A sentencepiece model (the bytes of tokenizer.model), and special tokens: name -> id, from the JSON files."""
 
     first_space = " "  # what encoding puts in front of a text, and decoding removes
+    padding_side = "left"  # generation continues at the right end, so the right end must be text
 
     def __init__(self, model: bytes, special_tokens: dict[str, int] | None = None, pad_token: str = "<pad>"):
         self.sp, control_tokens = open_sentencepiece(model)
@@ -37,16 +38,12 @@ class Tokenizer:
         special_tokens = control_tokens | (special_tokens or {})
         if "<image>" not in special_tokens:  # as in the files of LLaVA's authors: it gets the first free id
             special_tokens = {"<image>": self.vocab_size, "<pad>": self.vocab_size + 1} | special_tokens
-        self.set_special_tokens(special_tokens)
-        self.pad_token_id = special_tokens.get(pad_token, self.sp.unk_id())
-
-    def set_special_tokens(self, special_tokens: dict[str, int]) -> None:
         self.special_tokens = special_tokens
         self.special_names = {i: name for name, i in special_tokens.items()}
         names = sorted(special_tokens, key=len, reverse=True)  # a regex takes the first alternative that matches
         self.special_pattern = re.compile("(" + "|".join(map(re.escape, names)) + ")")  # with (), split keeps them
         self.image_token_id = special_tokens["<image>"]
-        self.padding_side = "left"  # generation continues at the right end, so the right end must be text
+        self.pad_token_id = special_tokens.get(pad_token, self.sp.unk_id())
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> "Tokenizer":
@@ -111,7 +108,7 @@ class Tokenizer:
 
 
 def decode_bytes(run: bytes) -> str:
-    """UTF-8 to text, or U+FFFD for every byte if it is not valid."""
+    """UTF-8 to text. If any part of the bytes is not valid, U+FFFD for every byte."""
     try:
         return run.decode()
     except UnicodeDecodeError:
@@ -157,7 +154,7 @@ class Template:
 TEMPLATES = {
     # llava-hf's checkpoints on the hub. (Their own template omits the space after a message without text.)
     "hub": Template(user="USER: ", user_end=" ", assistant="ASSISTANT: ", assistant_end=" "),
-    # Vicuna is the fine-tuned Llama inside LLaVA-1.5, which was trained with Vicuna's template (Liu et al. 2023)
+    # LLaVA-1.5 and the tiny model were trained with this one: that of Vicuna, the fine-tuned Llama inside LLaVA-1.5
     "v1": Template(
         system="A chat between a curious user and an artificial intelligence assistant. "
         "The assistant gives helpful, detailed, and polite answers to the user's questions.",

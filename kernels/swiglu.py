@@ -6,13 +6,14 @@ PyTorch runs two kernels. In bfloat16, silu reads 2 bytes per element and writes
 in all. One kernel reads 4 and writes 2, and saves a launch. `gate` and `up` may be slices of the output of one matrix
 product. Their row stride is then larger than N, so the kernel takes the strides.
 
-kernels/decoder.py calls it in the place of the middle of llama.LlamaMLP.forward. There is no backward pass.
+kernels/decoder.py calls it instead of F.silu(...) * ... in llama.LlamaMLP.forward. There is no backward pass.
 
 How to read a kernel: `kernel[grid](...)` starts one program for each index of the grid. All programs run the same
 lines; tl.program_id tells them apart. A program computes with blocks: small tensors whose sides are powers of two that
 are known at compile time (tl.constexpr), and that broadcast as in PyTorch. The comment on a line gives its block's
-shape. A tensor is passed as the address of its first element, so `x_ptr + i` with a block i is a block of addresses.
-tl.load and tl.store access all of them at once, except where `mask` is False. Only these two access the GPU's memory;
+shape. A tensor is passed as the address of its first element. Offsets count elements, not bytes: with a block i,
+`x_ptr + i` is a block of the addresses of elements i. tl.load and tl.store access all of them at once, except where
+`mask` is False; there tl.load gives `other`. Only these two access the GPU's memory;
 everything between them stays on the chip.
 """
 
@@ -53,7 +54,7 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:  # two (..., N) -> (..., N)
         return y
     # a slice keeps its row stride; a tensor whose last dimension is not contiguous is copied
     gate, up = (x.reshape(-1, N) if x.stride(-1) == 1 else x.contiguous().view(-1, N) for x in (gate, up))
-    BLOCK = 1024  # on 4 warps of 32 threads: 8 elements per thread
+    BLOCK = 1024  # for num_warps=4 (a warp is 32 threads that run together): 8 elements per thread
     grid = (gate.shape[0], triton.cdiv(N, BLOCK))
     swiglu_kernel[grid](gate, up, y, gate.stride(0), up.stride(0), N, BLOCK, num_warps=4)
     return y

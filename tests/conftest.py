@@ -2,17 +2,26 @@
 
 Triton decides when a kernel is defined whether it will be interpreted. In these tests all are, on the CPU. Nothing else
 changes: only models accelerated with "triton" run kernels on a CPU, and subprocesses do not inherit the variable.
+
+`python -m pytest tests/gpu` is the exception: it needs a GPU and compiles the kernels. Other runs leave tests/gpu out,
+and see no GPU.
 """
 
 import importlib.util
 import os
+import sys
 
 import pytest
+
+ON_GPU = any("tests/gpu" in argument for argument in sys.argv)
+if not ON_GPU:
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    collect_ignore = ["gpu"]
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # one of several processes: PyTorch's threads would wait for each other
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-if importlib.util.find_spec("triton"):
+if importlib.util.find_spec("triton") and not ON_GPU:
     os.environ["TRITON_INTERPRET"] = "1"
     import kernels.graph  # noqa: F401  (it imports every kernel)
 
