@@ -45,7 +45,7 @@ class LlamaConfig:
     qkv_bias: bool = False  # Qwen2: q, k and v have a bias, o has none
     mlp_bias: bool = False
     sliding_window: int | None = None  # a token attends to this many tokens, itself included; None means all
-    layer_types: list[str] | None = None  # "sliding_attention" (None: all) or "full_attention", without a window
+    layer_types: list[str] | None = None  # per layer "full_attention" or "sliding_attention"; None: all the latter
     tie_word_embeddings: bool = False
     model_type: str = "llama"  # or "mistral", "qwen2": the same decoder with other defaults (hub/settings.py)
 

@@ -60,8 +60,8 @@ class Tokenizer:
                 ids += self.encode_text(part)
         return ids
 
-    def encode_text(self, text: str) -> list[int]:
-        """The ids of a text without special tokens."""
+    def encode_text(self, text: str, is_first: bool = True) -> list[int]:
+        """The ids of a text without special tokens. `is_first` matters in family/sentencepiece_json.py only."""
         return self.sp.encode(text)
 
     def decode(self, ids: list[int] | Tensor, skip_special_tokens=False, clean_up_tokenization_spaces=None) -> str:

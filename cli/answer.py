@@ -20,6 +20,8 @@ from PIL import Image
 from generate import GenerationConfig
 from hub.text_watcher import TextWatcher
 
+MARK = "\ue000"  # stands for a message's text while a template is rendered
+
 
 def sampling(args: Namespace) -> dict:
     """The command's flags as options of generate; None, for a flag not given, means the checkpoint's own setting."""
@@ -41,6 +43,21 @@ def render(processor, prompt: str, pictures: int, system: str | None) -> str:
     return prompt.removeprefix(tokenizer.special_names.get(tokenizer.bos_token_id, ""))  # the processor adds it
 
 
+def end_ids(model, processor, options: dict) -> list[int]:
+    """The tokens that end an answer: the checkpoint's, and the one that its template writes after an answer.
+
+    Some checkpoints with a decoder that was tuned for chat name only the end of a whole text as their eos token.
+    """
+    text = [{"type": "text", "text": MARK}]
+    turns = [{"role": "user", "content": text}, {"role": "assistant", "content": text}]
+    try:
+        rest = processor.apply_chat_template(turns).rpartition(MARK)[2].lstrip()
+    except ValueError:  # a template that cannot write such turns
+        rest = ""
+    written = [i for name, i in processor.tokenizer.special_tokens.items() if rest.startswith(name)]
+    return [*GenerationConfig.merged(model.generation_config, options).eos_ids, *written]
+
+
 def ask(
     model, processor, questions: list[tuple[list[Image.Image], str]], args: Namespace, streamer: Callable | None = None
 ) -> list[dict]:
@@ -53,11 +70,11 @@ def ask(
     if T >= context:
         raise ValueError(f"the prompt is {T} tokens long, but the context of this model ends at {context}")
     options = sampling(args) | {"max_new_tokens": min(args.max_new_tokens, context - T)}
+    options["eos_token_id"] = eos = end_ids(model, processor, options)
     watching = {"tokenizer": processor.tokenizer, "stop_strings": args.stop, "streamer": streamer}
     rows = model.generate(**inputs, **options, **watching, seed=args.seed)[:, T:].tolist()
     seconds = round((time.monotonic() - start) / len(questions), 3)
 
-    eos = GenerationConfig.merged(model.generation_config, options).eos_ids
     cut = "context" if T + options["max_new_tokens"] == context else "length"
     answers = []
     for row, prompt_tokens in zip(rows, inputs.attention_mask.sum(-1).tolist(), strict=True):

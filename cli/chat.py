@@ -21,13 +21,13 @@ from itertools import islice
 
 import torch
 
+from cli.answer import MARK, end_ids
 from cli.errors import USER_ERRORS, sentence
 from generate import GenerationConfig, generate_tokens
 from hub.pictures import open_image
 from hub.text_watcher import TextWatcher
 from hub.writer import write_whole
 
-MARK = "\ue000"  # stands for a message's text while the template is rendered
 HELP = """\
 /image PATH   add a picture to your next message; repeat for several pictures
 /clear        forget the pictures and the conversation
@@ -45,7 +45,7 @@ class Chat:
         self.system = system
         self.config = GenerationConfig.merged(model.generation_config, options)
         # A generated <image> would have no picture, so it ends an answer too.
-        self.ends = {*self.config.eos_ids, processor.tokenizer.image_token_id}
+        self.ends = {*end_ids(model, processor, options), processor.tokenizer.image_token_id}
         self.generator = None if seed is None else torch.Generator(model.device).manual_seed(seed)
         self.context = model.config.text_config.max_position_embeddings
         self.clear()
@@ -66,8 +66,9 @@ class Chat:
         # The user's text, and what stands beside it, is encoded as one text, so a typed <image> is not a token.
         *before, last = tokenizer.special_pattern.split(head)
         first, *after = tokenizer.special_pattern.split(tail)
-        ids = tokenizer.encode_text(last + text + first)
-        if special := set(ids) & set(tokenizer.special_names) - {tokenizer.special_tokens.get("<unk>")}:
+        ids = tokenizer.encode_text(last + text + first, is_first=not before)
+        special = set(tokenizer.special_names) - {tokenizer.special_tokens.get("<unk>")}
+        if special := special.intersection(tokenizer.encode_text(text)):
             name = tokenizer.special_names[min(special)]
             raise ValueError(f"{name} is a control token of this model and cannot be in a message: change its spelling")
         opening = "".join(before).replace("<image>", "<image>" * self.processor.image_seq_length)

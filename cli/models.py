@@ -1,6 +1,6 @@
 """The table of `python llava.py --models`: checkpoints for photographs, and in which form this computer can run each.
 
-The sizes of the models are in their config.json. The memory is computed from them.
+The sizes of the layers are those in each config.json. The memory is computed from them.
 """
 
 import torch
@@ -17,7 +17,7 @@ CLIP_L = {
 }  # fmt: skip
 SO400M = {
     "model_type": "siglip_vision_model", "hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 26,
-    "num_attention_heads": 16, "image_size": 384, "patch_size": 14,
+    "num_attention_heads": 16, "image_size": 384, "patch_size": 14, "vision_use_head": False,
 }  # fmt: skip
 TINY_LLAMA = {
     "hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22, "num_attention_heads": 32,

@@ -4,11 +4,14 @@ from pathlib import Path
 
 from clip import CLIPVisionConfig, CLIPVisionModel
 from hub.files import find_checkpoint, read_json
+from hub.settings import require
 from tokenizer import TEMPLATES, Tokenizer
 
 
 def vision_classes(model_type: str) -> tuple[type, type]:
     """The classes of a vision tower's settings and of the tower, for a vision_config's model_type."""
+    known = ("clip_vision_model", "siglip_vision_model")
+    require("vision_config: model_type", model_type or known[0], known)
     if model_type == "siglip_vision_model":
         from family.siglip import SiglipVisionConfig, SiglipVisionModel
         return SiglipVisionConfig, SiglipVisionModel

@@ -91,7 +91,8 @@ class BpeTokenizer(Tokenizer):
         for name, (i, _, _) in tokens.items():
             if self.pieces.setdefault(i, name) != name or self.vocab.get(name, i) != i:
                 raise ValueError(f"the added token {name[:40]!r} has two ids, or the id of another")
-        "".join(self.pieces.values()).encode()  # UnicodeEncodeError, a ValueError, for a lone surrogate
+        if re.search("[\ud800-\udfff]", "".join(self.pieces.values())):
+            raise ValueError("a piece contains half a surrogate pair")
         self.ids = {piece: i for i, piece in self.pieces.items()}
         self.special_tokens = {name: i for name, (i, special, _) in tokens.items() if special}
         self.special_names = {i: name for name, i in self.special_tokens.items()}
@@ -99,7 +100,7 @@ class BpeTokenizer(Tokenizer):
         self.exact = {name: i for name, (i, _, normalized) in tokens.items() if not normalized}
         self.normalized = {self.normalize(name): i for name, (i, _, normalized) in tokens.items() if normalized}
         self.special_pattern, self.normalized_pattern = one_of(self.exact), one_of(self.normalized)
-        self.pieces |= {i: name for name, i in self.normalized.items()}  # the library decodes the normalized name
+        self.pieces |= {i: name for name, i in self.normalized.items()}  # the name that the library decodes to
 
     def find_token(self, config: dict, key: str) -> int | None:
         name = config.get(key)

@@ -17,7 +17,8 @@ from family.bpe import BpeTokenizer
 from family.tokenizer_json import entry, read_steps
 
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-SECONDS = 5  # for one text: an expression that backtracks can take exponential time
+SECONDS = 5  # for one part of a text: a regular expression that backtracks can take for ever
+MOST_PATTERNS = 8
 
 # Byte -> letter: a printable byte of Latin-1 is its own letter; the others, in order, are U+0100, U+0101, ...
 PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
@@ -52,6 +53,8 @@ class ByteLevelTokenizer(BpeTokenizer):
         except (TimeoutError, MemoryError) as error:
             raise ValueError(f"{self.file}: its regular expression takes more than {SECONDS} seconds") from error
         cuts.append(len(text))
+        if cuts != sorted(cuts):
+            raise ValueError(f"{self.file}: the regular expression searches backwards")
         return [text[i:j] for i, j in pairwise(cuts) if i < j]
 
     def letters(self, word: str) -> list[str]:
@@ -81,6 +84,8 @@ def read_patterns(settings: dict) -> list[regex.Pattern]:
             if step.get("behavior") != "Isolated" or step.get("invert"):
                 raise ValueError("pre_tokenizer: Split is implemented for the behavior Isolated only")
             patterns.append(entry(entry(step, "pattern", dict), "Regex", str))
+    if len(patterns) > MOST_PATTERNS:
+        raise ValueError(f"pre_tokenizer: more than {MOST_PATTERNS} regular expressions")
     return [compile_pattern(pattern) for pattern in patterns]
 
 

@@ -2,10 +2,10 @@
 
 As in transformers, jinja2 renders it in a sandbox. The sandbox denies attributes such as `__class__`, but it bounds
 neither time nor memory: 'a' * 10**9 is one call into C, which no thread or Python signal handler can interrupt, and
-after `{% set n.x = [n.x, n.x] %}` 40 times the text of n.x has 2**40 characters, so checked operators do not suffice.
-Therefore a child process renders it, which the system ends when its CPU time is used up; on a busy machine even a
-harmless template takes long by the clock. The child is a new interpreter, which any thread can start, on macOS too; a
-fork may hang once PyTorch has threads. It takes 0.2 s, so the latest prompts are cached.
+after `{% set n.x = [n.x, n.x] %}` 40 times the text of n.x has 2**40 characters, so limits on operators are not enough.
+Therefore a child process renders it, which the system ends when its CPU time is used up. CPU time is limited, because
+on a busy machine a harmless template may take long. The child is a new interpreter, which any thread can start, on
+macOS too; a fork may hang once PyTorch has threads. It takes 0.2 s, so the latest prompts are cached.
 
 This file is also the child's program, and therefore imports hub/, and with it PyTorch, only inside functions. Not
 implemented: tools, documents, and named templates other than "default".
@@ -22,8 +22,9 @@ from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
 
-PROBE = "Which parts does it write?"
+PROBE = "Which parts does it write?"  # the text of a trial message
 MAX_PROMPT = 1_000_000  # characters
+MAX_WAIT = 20  # seconds by the clock
 MAX_SECONDS, MAX_BYTES = 2, 2**30  # of CPU time; of memory, which macOS does not enforce
 
 
@@ -66,7 +67,8 @@ class JinjaTemplate:
         try:
             return render_in_child(json.dumps(job, default=lambda x: f"<{type(x).__name__}>"))  # for pictures
         except (ValueError, subprocess.TimeoutExpired) as error:
-            raise ValueError(f"{self.file}: the chat template cannot be rendered: {error}") from error
+            why = error if isinstance(error, ValueError) else f"it takes more than {MAX_WAIT} seconds"
+            raise ValueError(f"{self.file}: the chat template cannot be rendered: {why}") from error
 
 
 def as_text(content: str | list[dict]) -> str:
@@ -80,7 +82,7 @@ def as_text(content: str | list[dict]) -> str:
 def render_in_child(job: str) -> str:
     """The prompt. `job` holds the arguments of render_in_sandbox as JSON."""
     command = [sys.executable, "-P", __file__]  # -P: nothing in this folder takes the place of a library
-    child = subprocess.run(command, input=job, capture_output=True, encoding="ascii", timeout=20)
+    child = subprocess.run(command, input=job, capture_output=True, encoding="ascii", timeout=MAX_WAIT)
     late = f"it takes more than {MAX_SECONDS} seconds" if child.returncode == -signal.SIGPROF else "its process failed"
     text, why = (None, late) if child.returncode else json.loads(child.stdout)
     if text is None:

@@ -31,7 +31,8 @@ class SentencePieceJsonTokenizer(BpeTokenizer):
         if self.space_in_front is None:
             return [text]
         text = text.replace(" ", SPACE)
-        if self.space_in_front in ("always", "first" if is_first else "always") and text[0] != SPACE:
+        has_space = self.space_in_front == "always" or (self.space_in_front == "first" and is_first)
+        if has_space and text[0] != SPACE:
             text = SPACE + text
         return [word for word in re.split(f"(?={SPACE})", text) if word] if self.splits else [text]
 

@@ -1,7 +1,7 @@
 """SigLIP's vision tower (Zhai et al. 2023, https://arxiv.org/abs/2303.15343).
 
 It is the Vision Transformer of CLIP with three differences: no class token, no norm in front of the first layer, and
-a bias of the matrix for patches. LLaVA takes the patches of its last layers, before post_layernorm. Its pixels are
+a bias of the matrix for patches. LLaVA uses the output of its last or second-to-last layer. Its pixels are
 resized to a square without keeping the ratio, and not cropped (hub/settings.py).
 """
 
@@ -40,7 +40,7 @@ class SiglipEmbeddings(nn.Module):
 
 
 class SiglipHead(nn.Module):
-    """The parameters of SigLIP's pooling, which compares a whole picture with a text. It is never run here."""
+    """SigLIP's pooling, which makes one vector of a picture, to be compared with a text's. It is never run here."""
 
     def __init__(self, config: SiglipVisionConfig):
         super().__init__()

@@ -4,8 +4,8 @@ Its parts are the five steps of encoding and their reverse. Added tokens such as
 normalizer rewrites each part between them; the pre_tokenizer splits a part into words; the model merges the letters of
 a word into pieces; the post_processor adds tokens around the ids, such as <s>; the decoder makes text of pieces.
 
-Not implemented: models other than BPE, dropout, added tokens that include the spaces around them, truncation. For these
-and for damaged files every function raises ValueError.
+Not implemented: models other than BPE, dropout, added tokens that include the spaces around them. For these and for
+damaged files every function raises ValueError. Settings for truncation and padding are ignored.
 """
 
 from hub.files import SPACE

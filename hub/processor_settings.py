@@ -28,7 +28,9 @@ def read_processor_settings(folder: Path) -> tuple[dict, str]:
     if not isinstance(settings, dict):
         raise ValueError(f"{file}: image_processor is not a JSON object")
     settings = {name: value for name, value in settings.items() if value is not None}
-    if str(settings.get("image_processor_type")).startswith("Siglip"):
+    tower = config.get("vision_config")
+    is_siglip = isinstance(tower, dict) and tower.get("model_type") == "siglip_vision_model"
+    if is_siglip or str(settings.get("image_processor_type")).startswith("Siglip"):
         half = [0.5, 0.5, 0.5]
         size = {"height": 224, "width": 224}
         settings = {"size": size, "image_mean": half, "image_std": half} | settings | {"do_center_crop": False}

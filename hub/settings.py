@@ -55,12 +55,15 @@ def decoder_settings(settings: dict) -> dict:
     factor = rope.get("factor", settings.get("rope_factor", 1.0))
     if kind == "llama3" and not rope.get("high_freq_factor", 4.0) > rope.get("low_freq_factor", 1.0):
         raise ValueError("text_config: high_freq_factor must be above low_freq_factor")
-    settings = DEFAULTS[family] | settings | rope | {"rope_theta": theta, "rope_factor": factor, "rope_type": kind}
-    return settings | qwen2_windows(settings) if family == "qwen2" else settings
+    llama3 = ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+    rope = {name: rope[name] for name in llama3 if kind == "llama3" and name in rope}
+    rope |= {"rope_theta": theta, "rope_factor": factor, "rope_type": kind}
+    settings = DEFAULTS[family] | settings | rope
+    return settings | (qwen2_windows(settings) if family == "qwen2" else {"layer_types": None})
 
 
 def qwen2_windows(settings: dict) -> dict:
-    """Which of Qwen2's layers have a sliding window: those from max_window_layers on, if it uses one at all."""
+    """Which of Qwen2's layers have a window, if it uses one: those in layer_types, or from max_window_layers on."""
     if not settings.get("use_sliding_window"):
         return {"sliding_window": None, "layer_types": None}
     n, first = settings.get("num_hidden_layers", 32), settings.get("max_window_layers", 28)

@@ -34,10 +34,7 @@ def save(model: nn.Module, processor, folder: str | Path, shard_bytes: float = 5
     transformers cannot open one that was loaded from LLaVA's authors' layout, because that has no embedding for
     <image>. Raises ValueError for a quantized model, which quantize.py writes, and for numbers that are not finite.
     """
-    if not all(tensor.is_floating_point() for tensor in model.parameters()):
-        raise ValueError("a quantized model cannot be saved: quantize.py writes its checkpoint")
-    if not hasattr(processor.tokenizer, "sp"):
-        raise ValueError("a model whose tokenizer is not a tokenizer.model cannot be saved: that is not implemented")
+    check_can_save(model, processor)
     check_finite(dict(model.named_parameters()))
     with replaced_files(Path(folder)) as scratch:
         weights = ((hub_name(name), tensor) for name, tensor in model.named_parameters())
@@ -49,6 +46,14 @@ def save(model: nn.Module, processor, folder: str | Path, shard_bytes: float = 5
         write_json(scratch / "generation_config.json", generation | model.generation_config)
         write_processor(processor, model.config, scratch)
         write_tokenizer(processor.tokenizer, scratch)
+
+
+def check_can_save(model: nn.Module, processor) -> None:
+    if not all(tensor.is_floating_point() for tensor in model.parameters()):
+        raise ValueError("a quantized model cannot be saved: quantize.py writes its checkpoint")
+    is_like_llava = hasattr(processor.tokenizer, "sp") and hasattr(processor.template, "system")
+    if not is_like_llava or model.config.vision_config.model_type != "clip_vision_model":
+        raise ValueError("only a model with CLIP, a tokenizer.model and LLaVA-1.5's prompts can be trained and saved")
 
 
 def check_finite(tensors: dict[str, Tensor]) -> None:
@@ -138,9 +143,16 @@ def write_tensors(tensors: dict[str, Tensor], file: Path) -> None:
 
 def config_json(config) -> dict:
     text = asdict(config.text_config)
-    text["rope_parameters"] = {"rope_type": "default", "rope_theta": text["rope_theta"]}
-    if (factor := text.pop("rope_factor")) != 1:
-        text["rope_parameters"] |= {"rope_type": "linear", "factor": factor}
+    kind, factor = text.pop("rope_type"), text.pop("rope_factor")
+    names = ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+    llama3 = {name: text.pop(name) for name in names}
+    text["rope_parameters"] = {"rope_type": kind, "rope_theta": text["rope_theta"]}
+    if kind != "default":
+        text["rope_parameters"] |= {"factor": factor} | (llama3 if kind == "llama3" else {})
+    if text.pop("qkv_bias"):  # Qwen2 in the reference, which has a flag for windows
+        text["use_sliding_window"] = text["sliding_window"] is not None
+    if text["layer_types"] is None:
+        del text["layer_types"]
     head = {"architectures": ["LlavaForConditionalGeneration"], "model_type": "llava"}
     return head | asdict(config) | {"text_config": text, "image_seq_length": config.image_seq_length}
 

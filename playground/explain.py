@@ -174,7 +174,7 @@ def rounded(ids: Tensor, *numbers: Tensor) -> list:
 
 
 def piece(tokenizer: Tokenizer, i: int) -> str:
-    """A token's text in the vocabulary."""
+    """A token's text, with ▁ for a space, and with bytes that are no text as <0x0A>."""
     text = tokenizer.piece(i, skip_special_tokens=False) or f"[{i}]"
     if isinstance(text, bytes):
         letters = text.decode(errors="replace")

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from hub.files import BUNDLED
-from hub.writer import save
+from hub.writer import check_can_save, save
 from llava import LlavaForConditionalGeneration, LlavaProcessor
 from training.conversations import IGNORED
 from training.emoji_world import load_sprites
@@ -72,6 +72,7 @@ def train_on_records(
     model = LlavaForConditionalGeneration.from_pretrained(checkpoint, torch.float32, place.device, kernels="torch")
     model.config.ignore_index = IGNORED
     processor = LlavaProcessor.from_pretrained(checkpoint)
+    check_can_save(model, processor)  # fails here, and not after hours
     longest = model.config.text_config.max_position_embeddings
     records = Records(data, images or data.parent, processor, longest)
     records.conversations(range(1))  # fails here if no picture can be opened

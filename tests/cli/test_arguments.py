@@ -45,6 +45,7 @@ pytestmark = pytest.mark.quick
         (["--chat", "--prompt", ""], "--chat reads its questions from standard input"),
         (["--images", "-", "--prompt", "-"], "standard input cannot be both the list and the prompt"),
         (["--describe", "x", "--json"], "--describe takes no other flag"),
+        (["--models", "--json"], "--models takes no other flag"),
         (["--image", "rocket.jpg", "--describe", "x"], "--describe takes no other flag"),
         (["--explain", "x.html", "--prompt", "x"], "--explain is for one answer about one picture"),
         (["--explain", "x.html", "--images", "images"], "--explain is for one answer about one picture"),

@@ -49,12 +49,21 @@ def llava(*arguments, script: str = "llava.py", **kwargs) -> subprocess.Complete
 @pytest.mark.parametrize("name", PICTURES)
 def test_it_says_what_is_in_the_picture(name, tmp_path):
     ground, things = PICTURES[name]
-    truth = {"ground": ground, "things": [{"name": thing, "x": i / 4} for i, thing in enumerate(things)]}
+    things = [{"name": thing, "x": i / 4, "y": 0.5, "size": 0.2} for i, thing in enumerate(things)]
+    truth = {"ground": ground, "things": things}
     done = llava("--image", ROOT / "images" / f"{name}.jpg", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert emoji_world.score("describe", done.stdout, truth), done.stdout
     assert done.stderr.count("knows only its small world") == 1
     assert done.stdout.count("\n") == 1
+
+
+def test_models_says_what_fits_into_memory(monkeypatch, capsys):
+    monkeypatch.setattr("cli.models.free_bytes", lambda device: 4e9)
+    assert cli.main(LlavaForConditionalGeneration, LlavaProcessor, ["--models"]) == 0
+    rows = {line.split()[0]: line for line in capsys.readouterr().out.splitlines() if "/" in line.split(" ")[0]}
+    assert rows["llava-hf/llava-interleave-qwen-0.5b-hf"].endswith(" bfloat16")
+    assert rows["llava-hf/llava-1.5-7b-hf"].endswith(" -") and " 14.9 " in rows["llava-hf/llava-1.5-7b-hf"]
 
 
 def test_it_answers_a_question_in_one_word():

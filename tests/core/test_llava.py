@@ -421,7 +421,7 @@ def test_the_default_configuration_is_llava_1_5_7b():
 def test_unknown_settings_are_plain_errors():
     with pytest.raises(ValueError, match="model_type must be llama or mistral or qwen2, not 'gpt2'"):
         LlavaConfig(text_config={"model_type": "gpt2"})
-    with pytest.raises(ValueError, match="rope_type must be default or linear, not 'yarn'"):
+    with pytest.raises(ValueError, match="rope_type must be default or linear or llama3, not 'yarn'"):
         LlavaConfig(text_config={"rope_parameters": {"rope_type": "yarn"}})
     known = "quick_gelu or gelu or gelu_pytorch_tanh"
     with pytest.raises(ValueError, match=f"projector_hidden_act must be {known}, not 'swish'"):

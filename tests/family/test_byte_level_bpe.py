@@ -277,7 +277,7 @@ DAMAGES = [
     (model({"a": 2**40}), "the id of 'a' must be a whole number"),
     (model({"a": -1}), "the id of 'a' must be a whole number"),
     (model({"a": 0, "b": 0}), "two pieces the same id"),
-    (model({"\ud800": 0}), "surrogates not allowed"),
+    (model({"\ud800": 0}), "half a surrogate pair"),
     (model({"a": 0, "b": 1}, [["a", "b"]]), "merge 0 has pieces that are not in vocab"),
     (model({"a": 0}, ["a b c"]), "merge 0 is not a pair"),
     (model({"a": 0, "": 1}, [["", "a"]]), "merge 0 is not a pair"),

@@ -13,7 +13,7 @@ from torch.testing import assert_close
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 import llava
-from cli.answer import render
+from cli.answer import end_ids, render
 from cli.chat import Chat
 from llava import AutoProcessor, AutoTokenizer, LlavaForConditionalGeneration
 from reference import reference_model
@@ -116,7 +116,10 @@ def test_a_prompt_begins_with_one_bos_and_a_template_for_text_gets_text(llama3):
     ids = model.generate(**inputs, max_new_tokens=8)
     theirs = reference.generate(**inputs, max_new_tokens=8, do_sample=False)
     assert ids.tolist() == theirs.tolist() and len(model.generation_config["eos_token_id"]) == 2
+    model.generation_config = {"eos_token_id": processor.tokenizer.bos_token_id}  # as some files have it
+    assert end_ids(model, processor, {}) == [processor.tokenizer.bos_token_id, processor.tokenizer.eos_token_id]
     chat = Chat(model, processor, "Be brief.", max_new_tokens=2)
+    assert processor.tokenizer.eos_token_id in chat.ends
     chat.pictures = [("a", pictures()[0])]
     assert chat.turn_ids("Which colours?") == inputs.input_ids[0].tolist()
 
