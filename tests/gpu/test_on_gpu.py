@@ -14,7 +14,6 @@ import threading
 import pytest
 import torch
 import torch.nn.functional as F
-from kernel_helpers import BF16, FP16, FP32, KINDS, make
 from torch import Tensor
 from torch.testing import assert_close
 
@@ -23,6 +22,7 @@ import llama
 from cli.chat import Chat
 from hub.files import BUNDLED
 from hub.pictures import open_image
+from kernel_helpers import BF16, FP16, FP32, KINDS, make
 from kernels import accelerate
 from kernels.attention import attention
 from kernels.decode_attention import decode_attention

@@ -7,14 +7,14 @@ from functools import partial
 
 import pytest
 import torch
-from kernel_helpers import FP16, FP32, FP64, KINDS, random
-from kernel_helpers import make as make_layers
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.testing import assert_close
 
 from hub.files import BUNDLED
 from hub.writer import write_shards
+from kernel_helpers import FP16, FP32, FP64, KINDS, random
+from kernel_helpers import make as make_layers
 from kernels import accelerate, why_triton_fails
 from llama import Llama
 from llava import LlavaForConditionalGeneration

@@ -7,11 +7,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_helpers import FP32, both, close, random
 from torch.testing import assert_close
 
 import clip
 import llama
+from kernel_helpers import FP32, both, close, random
 
 pytest.importorskip("triton")
 from kernels.attention import attention

@@ -9,10 +9,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from kernel_helpers import BF16, filled, make
 from torch import Tensor
 from torch.testing import assert_close
 
+from kernel_helpers import BF16, filled, make
 from kernels import accelerate
 from llama import KVCache
 

@@ -3,10 +3,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from kernel_helpers import FP32, both, close, random
 from torch.testing import assert_close
 
 import llama
+from kernel_helpers import FP32, both, close, random
 from quantize import quantize_linear
 
 pytest.importorskip("triton")

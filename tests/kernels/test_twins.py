@@ -5,10 +5,10 @@ import copy
 
 import pytest
 import torch
-from kernel_helpers import BF16, FP16, FP32, KINDS, answer, batch, make, random
 from torch import Tensor, nn
 from torch.testing import assert_close
 
+from kernel_helpers import BF16, FP16, FP32, KINDS, answer, batch, make, random
 from kernels import accelerate
 from kernels.cpu import AVX2, CpuInt4, CpuInt8, CpuLinear, FusedAttention, FusedMLP
 from llama import KVCache, rope_angles, visible_keys
