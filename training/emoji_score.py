@@ -3,7 +3,7 @@
 import re
 from collections import Counter
 
-from training.emoji_talk import SIDES, left_to_right, of_kind, on_side, relations
+from training.emoji_talk import SIDES, in_reading_order, of_kind, on_side, relations
 from training.emoji_things import GROUNDS, NUMBERS, OBJECTS, plural
 
 
@@ -44,7 +44,7 @@ def score(kind: str, answer: str, truth: dict) -> bool:
     text = re.sub(r"\b(left|right)[- ]hand\b", r"\1", text.replace("i saw", "i see"))
     text = re.sub(r"\b(none|zero|nothing|empty)\b", "no", text)
     family, *about = kind.split(":")
-    names, named = left_to_right(truth), named_things(text)
+    names, named = in_reading_order(truth), named_things(text)
     numbers = {to_number(word) for word in mentioned([*NUMBERS, *map(str, range(11))], text)}
     colours, no = mentioned(GROUNDS, text), bool(NO.search(text))
     if family == "ground":
@@ -74,7 +74,7 @@ def directions(text: str) -> set[str]:
 def verdict(family: str, about: list[str], text: str, truth: dict) -> bool:
     """Whether a yes or no is right, and the rest of the answer true."""
     if family == "exists":
-        right = about[0] in left_to_right(truth)
+        right = about[0] in in_reading_order(truth)
     else:
         side, one, other = about
         right = (one, side, other) in relations(truth)

@@ -6,6 +6,7 @@ A question that ends with SHORT, the line that LLaVA-1.5 uses, has a word or phr
 import random
 
 from training.emoji_things import KINDS, NUMBERS, OBJECTS, a, plural, there, things
+from training.outside import OUTSIDE
 
 SHORT = "\nAnswer the question using a single word or phrase."
 SIDES = {"left": "on the left", "right": "on the right", "top": "at the top", "bottom": "at the bottom",
@@ -23,18 +24,27 @@ QUESTIONS = {
     "is beside": ("Is the {name} {side} the {other}?",),
     **dict.fromkeys(SIDES, ("What is {side}?", "What is {side} of the picture?", "Which object is {side}?")),
 }
+WEIGHTS = {"describe": 2, "what": 2, "which": 2, "is beside": 2, "count": 0.5, "ground": 0.5}  # hard ones more often
+ROWS = 8  # of a picture, from which things are listed one after the other: the tiny model's rows of patches
 OPPOSITE = {"left": "right", "right": "left", "top": "bottom", "bottom": "top"}
 
 
 # --- What is true ----------------------------------------------------------------------------------------------------
 
 
-def left_to_right(truth: dict) -> list[str]:
-    return [thing["name"] for thing in sorted(truth["things"], key=lambda thing: thing["x"])]
+def in_reading_order(truth: dict) -> list[str]:
+    """The names by the row that a thing's upper edge is in, then from left to right.
+
+    The patches of a picture reach the decoder in this order, so it can list things while it goes through them once.
+    """
+    def place(thing: dict) -> tuple[int, float]:
+        return int(ROWS * (thing["y"] - thing["size"] / 2)), thing["x"]
+
+    return [thing["name"] for thing in sorted(truth["things"], key=place)]
 
 
 def of_kind(truth: dict, kind: str) -> list[str]:
-    return [name for name in left_to_right(truth) if name in KINDS[kind]]
+    return [name for name in in_reading_order(truth) if name in KINDS[kind]]
 
 
 def on_side(truth: dict, side: str) -> str | None:
@@ -59,7 +69,7 @@ def is_beside(thing: dict, side: str, other: dict) -> bool:
 
 def relations(truth: dict) -> list[tuple[str, str, str]]:
     """(one, side, other): one is to that side of the other. Only for things that occur once: "the cat" is clear."""
-    once = [t for t in truth["things"] if left_to_right(truth).count(t["name"]) == 1]
+    once = [t for t in truth["things"] if in_reading_order(truth).count(t["name"]) == 1]
     return [(t["name"], side, other["name"]) for t in once for other in once for side in BESIDE
             if is_beside(t, side, other)]
 
@@ -74,7 +84,7 @@ Fact = tuple[str, dict, str, str | None]
 
 def facts(truth: dict, rng: random.Random) -> list[Fact]:
     """All facts about a scene that are asked for, in the order of their kinds."""
-    names, ground = left_to_right(truth), truth["ground"]
+    names, ground = in_reading_order(truth), truth["ground"]
     n = len(names)
     found = [("describe", {}, f"The picture shows {things(names)} on {a(ground)} background.", None),
              ("what", {}, f"{there(names)} in the picture.", things(names)),
@@ -146,17 +156,21 @@ def wording(seed: int) -> random.Random:
     return random.Random(f"words {seed}")
 
 
-def conversation(truth: dict, rng: random.Random, turns: int = 3) -> list[dict[str, str]]:
-    """Up to `turns` questions and answers in LLaVA's JSON form. The first question begins with <image>."""
+def conversation(truth: dict, rng: random.Random, turns: int = 3, outside: bool = False) -> list[dict[str, str]]:
+    """Up to `turns` questions and answers in LLaVA's JSON form. The first question begins with <image>.
+
+    With `outside` the picture is no scene, and every answer is OUTSIDE.
+    """
     asked = questions(truth, rng)
-    spoken = [text for turn in rng.sample(asked, min(turns, len(asked))) for text in turn[1:]]
+    asked.sort(key=lambda turn: rng.random() ** (1 / WEIGHTS.get(turn[0].partition(":")[0], 1)), reverse=True)
+    spoken = [text for _, asks, says in asked[:turns] for text in (asks, OUTSIDE if outside else says)]
     spoken[0] = "<image>\n" + spoken[0]
     return [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(spoken)]
 
 
 def caption(truth: dict, rng: random.Random) -> str:
     """A phrase that names everything in the picture, for the alignment stage."""
-    what, ground = things(left_to_right(truth)), a(f"{truth['ground']} background")
+    what, ground = things(in_reading_order(truth)), a(f"{truth['ground']} background")
     if len(truth["things"]) == 2 and (known := relations(truth)):
         one, side, other = rng.choice(known)
         what = f"{a(one)} {BESIDE[side]} {a(other)}"

@@ -40,13 +40,14 @@ from training.emoji_talk import (
     SIDES,
     caption,
     conversation,
-    left_to_right,
+    in_reading_order,
     on_side,
     questions,
     relations,
     wording,
 )
 from training.emoji_things import GROUNDS, KINDS, NUMBERS, OBJECTS, a, plural, there, things
+from training.outside import OUTSIDE, load_photographs, make_outside
 
 __all__ = [
     "A_THING",
@@ -56,6 +57,7 @@ __all__ = [
     "KINDS",
     "NUMBERS",
     "OBJECTS",
+    "OUTSIDE",
     "SHORT",
     "SIDES",
     "SINGULAR",
@@ -63,9 +65,11 @@ __all__ = [
     "caption",
     "conversation",
     "draw_thing",
+    "in_reading_order",
     "kept_apart",
-    "left_to_right",
+    "load_photographs",
     "load_sprites",
+    "make_outside",
     "make_scene",
     "make_truth",
     "on_side",

@@ -11,13 +11,13 @@ from hub.files import BUNDLED
 from hub.writer import check_can_save, save
 from llava import LlavaForConditionalGeneration, LlavaProcessor
 from training.conversations import IGNORED
-from training.emoji_world import load_sprites
+from training.emoji_world import OUTSIDE, load_sprites
 from training.processes import rank, wait_for_all
 from training.progress import plot
 from training.records import Records
 from training.run_stage import Place, run_stage
 from training.stage_files import save_stage, snapshot
-from training.stages import STAGES, Stage
+from training.stages import STAGES, TUNE, Stage
 from training.tiny_model import new_model, new_processor, start_projector, train_tokenizer
 from training.world_data import World
 
@@ -43,8 +43,9 @@ def train_from_nothing(place: Place, quick: bool = False) -> None:
         run_stage(stage, model, partial(stage.data, world), place)
         after[stage.name] = snapshot(model)
     if rank() == 0:
+        model.generation_config["outside"] = OUTSIDE  # with which the command recognises it
         save(model.to(torch.bfloat16), processor, place.folder)
-        save_stage(before, after["tune"], place.folder / "stages" / "before-alignment.safetensors")
+        save_stage(before, after[stages[-1].name], place.folder / "stages" / "before-alignment.safetensors")
         save_stage(after["align"], before, place.folder / "stages" / "after-alignment.safetensors")
         plot(place.folder / "log.csv", place.folder / "log.png")
         print(f"saved to {place.folder}: python llava.py --model {place.folder} --image images/cat-and-apple.jpg")
@@ -78,7 +79,7 @@ def train_on_records(
     records.conversations(range(1))  # fails here if no picture can be opened
     place.source = f"{data} (sha256 {hashlib.sha256(data.read_bytes()).hexdigest()[:12]}), on {checkpoint}"
     steps = steps or -(-len(records.records) // batch)
-    stage = replace(STAGES[-1], steps=steps, batch=batch, lr=lr)
+    stage = replace(TUNE, steps=steps, batch=batch, lr=lr)
     if rank() == 0:
         for line in records.skipped:
             print(f"skipped: {line}")

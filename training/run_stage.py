@@ -18,6 +18,7 @@ from llava import LlavaForConditionalGeneration
 from training.attention import use_training_attention
 from training.loop import stop_if_diverged, train
 from training.losses import ContrastiveLoss
+from training.muon import Muon
 from training.processes import rank, world_size
 from training.progress import Log
 from training.stages import Stage
@@ -54,8 +55,8 @@ def run_stage(
     """Train one stage, or the rest of it. Saves to NAME.pt every 100 steps, and logs to log.csv every 20."""
     objective = stage.loss(model).to(place.device).train()
     use_training_attention(objective)
-    learning = choose_parameters(objective, stage.trainable)
-    optimizer = torch.optim.AdamW(learning, lr=stage.lr, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
+    choose_parameters(objective, stage.trainable)
+    optimizer = make_optimizer(objective, stage)
     saved = Saved(stage, objective, optimizer, place)
     first = saved.load()
     log = Log(stage, place.folder / "log.csv", first, quiet=rank() > 0)
@@ -73,12 +74,21 @@ def run_stage(
         log.add(done, loss)
 
 
-def choose_parameters(objective: nn.Module, trainable: tuple[str, ...]) -> list[nn.Parameter]:
+def choose_parameters(objective: nn.Module, trainable: tuple[str, ...]) -> None:
     """Freeze all parameters of the model but the trainable parts. The loss's own parameters always learn."""
     for name, parameter in objective.named_parameters():
         of_the_loss = not name.startswith("model.")
         parameter.requires_grad_(of_the_loss or name.removeprefix("model.").startswith(trainable))
-    return [parameter for parameter in objective.parameters() if parameter.requires_grad]
+
+
+def make_optimizer(objective: nn.Module, stage: Stage) -> torch.optim.Optimizer:
+    learning = {name: parameter for name, parameter in objective.named_parameters() if parameter.requires_grad}
+    adamw = {"lr": stage.lr, "betas": (0.9, 0.98), "weight_decay": 0.0, "fused": True}
+    if not stage.muon:
+        return torch.optim.AdamW(learning.values(), **adamw)
+    matrices = {name for name, parameter in learning.items() if parameter.ndim == 2 and ".layers." in name}
+    others = [parameter for name, parameter in learning.items() if name not in matrices]
+    return Muon(others, [learning[name] for name in learning if name in matrices], **adamw)
 
 
 class Saved:

@@ -1,13 +1,14 @@
-"""The recipe: a tiny LLaVA from nothing in four stages, on pictures and conversations of the emoji world.
+"""The recipe: a tiny LLaVA from nothing in five stages, on pictures and conversations of the emoji world.
 
     stage     what learns             from                              in LLaVA-1.5
     tower     the vision tower        the parts of pictures             CLIP, pretrained on pictures with captions
     decoder   decoder and head        texts, with pictures in words     Vicuna, pretrained on text and conversations
     align     only the projector      pictures with captions            558,000 captions, learning rate 1e-3
     tune      projector and decoder   conversations about pictures      665,000 conversations, learning rate 2e-5
+    finish    the same                more conversations, with Muon     -
 
-The last two are LLaVA's own stages (Liu et al. 2023, https://arxiv.org/abs/2304.08485, section 4.2). The first two take
-the place of the pretrained parts that LLaVA starts from, and differ from how those were trained: see losses.py.
+Align and tune are LLaVA's stages (Liu et al. 2023, https://arxiv.org/abs/2304.08485, section 4.2). The two before them
+take the place of the pretrained parts that LLaVA starts from, and are trained in another way: see losses.py.
 
 Pictures are drawn when they are needed. Sample n is the scene with seed n, so that no scene occurs twice in a stage,
 and a resumed run sees what an uninterrupted one would see. Seeds from 10^9 upwards belong to evaluation/.
@@ -33,6 +34,7 @@ class Stage:
     steps: int
     batch: int  # samples in a step
     lr: float  # the highest learning rate, after the warm-up
+    muon: bool = False  # whether muon.py updates the matrices of the layers
 
 
 STAGES = [
@@ -48,7 +50,18 @@ STAGES = [
         batch=16,
         lr=3e-4,
     ),
+    Stage(
+        "finish",
+        ("multi_modal_projector", "language_model", "lm_head"),
+        World.more_conversations,
+        NextTokenLoss,
+        steps=2800,
+        batch=16,
+        lr=1e-3,
+        muon=True,
+    ),
 ]
+TUNE = STAGES[3]  # LLaVA's second stage, which tunes any model on anybody's conversations
 
 
 def learning_rate(step: int, stage: Stage) -> float:

@@ -58,6 +58,11 @@ def test_it_says_what_is_in_the_picture(name, tmp_path):
     assert done.stdout.count("\n") == 1
 
 
+def test_it_knows_a_photograph_when_it_sees_one_and_names_larger_models():
+    done = llava("--image", ROOT / "images" / "photos" / "cat.jpg")
+    assert done.stdout == emoji_world.OUTSIDE + "\n" and "--models" in done.stderr
+
+
 def test_models_says_what_fits_into_memory(monkeypatch, capsys):
     monkeypatch.setattr("cli.models.free_bytes", lambda device: 4e9)
     assert cli.main(LlavaForConditionalGeneration, LlavaProcessor, ["--models"]) == 0

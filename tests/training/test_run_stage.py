@@ -13,7 +13,7 @@ from training.run_stage import Place
 from training.stage_files import snapshot
 from training.stages import STAGES
 
-TOWER, DECODER, ALIGN, TUNE = STAGES
+TOWER, DECODER, ALIGN, TUNE, FINISH = STAGES
 WORLD = tiny_world()
 
 
@@ -31,8 +31,9 @@ def test_a_stage_changes_its_own_parts_and_nothing_else(stage, tmp_path):
     assert {name.partition(".")[0] for name in changed} == set(stage.trainable)
 
 
-def test_a_resumed_run_has_the_losses_of_an_uninterrupted_one(tmp_path, monkeypatch):
-    stage = replace(TUNE, steps=8, batch=3)
+@pytest.mark.parametrize("stage", [TUNE, FINISH], ids=lambda stage: stage.name)
+def test_a_resumed_run_has_the_losses_of_an_uninterrupted_one(stage, tmp_path, monkeypatch):
+    stage = replace(stage, steps=8, batch=3)
     monkeypatch.setattr(run_stage, "SAVE_EVERY", 4)
     monkeypatch.setattr(progress, "REPORT_EVERY", 1)
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"

@@ -16,9 +16,8 @@ from hub.files import BUNDLED
 from llava import LlavaForConditionalGeneration, LlavaProcessor
 from tiny_world import ROOT, TURNS, logged_losses, tiny_world, write_records
 from training import emoji_world
-from training.stages import STAGES
+from training.stages import STAGES, TUNE
 
-TUNE = STAGES[-1]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
 
 
@@ -68,7 +67,7 @@ def test_a_llava_file_is_trained_on_and_what_is_broken_is_named(tmp_path):
     good = write_records(tmp_path)
     words = [turn | {"value": turn["value"].removeprefix("<image>\n")} for turn in TURNS]
     text_only = {"id": "words", "image": None, "conversations": words}
-    (tmp_path / "2.png").write_bytes((tmp_path / "2.png").read_bytes()[:300])  # cut short: seen when it is its turn
+    (tmp_path / "2.png").write_bytes((tmp_path / "2.png").read_bytes()[:300])  # truncated: found when it is read
     broken = {
         "no picture": good[0] | {"image": "gone.png"},
         "two for one": good[0] | {"conversations": [{"from": "human", "value": "<image><image>"}, TURNS[1]]},

@@ -13,7 +13,7 @@ from llava import LlavaForConditionalGeneration, LlavaProcessor
 from tiny_world import ROOT, tiny_world, untrained
 from training.run_stage import Place, run_stage
 from training.stage_files import STAGE_FILES, load_stage, save_stage, snapshot
-from training.stages import STAGES
+from training.stages import TUNE
 
 STAGES_FOLDER = ROOT / "checkpoints" / "stages"
 
@@ -43,7 +43,7 @@ def test_the_umask_decides_who_may_read_what_is_written(tmp_path, umask):
         save(model, processor, tmp_path / "shards", shard_bytes=5e6)
         save_stage(model.state_dict(), {name: -t for name, t in model.state_dict().items()},
                    tmp_path / "stages" / "stage.safetensors")  # fmt: skip
-        stage = replace(STAGES[-1], steps=1, batch=1)
+        stage = replace(TUNE, steps=1, batch=1)
         run_stage(stage, model, partial(stage.data, tiny_world()), Place(tmp_path / "run"))
     finally:
         os.umask(before)
