@@ -120,8 +120,6 @@ def answer_one(model, processor, images: list[Image.Image], args: Namespace) -> 
     streamer = None if args.json else lambda text: print(text, end="", flush=True)
     (answer,) = ask(model, processor, [(images, args.prompt)], args, streamer)
     print(to_json(args, args.image, args.prompt, answer) if args.json else "")
-    if answer["text"] == model.generation_config.get("outside"):  # what the tiny model says of other pictures
-        print("For photographs use a larger model: python llava.py --models lists some.", file=sys.stderr)
     if answer["finish_reason"] == "context":
         context = model.config.text_config.max_position_embeddings
         print(f"The answer stops here: the context of {context} tokens is full.", file=sys.stderr)

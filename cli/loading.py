@@ -38,7 +38,11 @@ def settle(args: Namespace) -> None:
 def load(Model: type, Processor: type, args: Namespace, rows: int, pictures: int) -> tuple:
     """The model and its processor, if memory is enough for batches of `rows` prompts with `pictures` pictures each."""
     if args.model == BUNDLED:
-        print("The bundled tiny model knows only its small world: emoji on plain backgrounds.", file=sys.stderr)
+        print(
+            "The bundled tiny model knows only its small world: emoji on plain backgrounds. "
+            "For photographs use a larger one: python llava.py --models lists some.",
+            file=sys.stderr,
+        )
     folder, dtype = find_checkpoint(args.model), getattr(torch, args.dtype)
     processor = Processor.from_pretrained(folder)
     if args.template in TEMPLATES:  # else the checkpoint's own, which the processor has

@@ -53,7 +53,9 @@ class JinjaTemplate:
             content = [{"type": "image"}, {"type": "text", "text": PROBE}]
             try:
                 written = self.run([{"role": "user", "content": content}], True)
-            except ValueError:
+            except ValueError as error:
+                if "it takes more than" in str(error):  # and would again
+                    raise
                 written = ""
             self.parts = written.count(PROBE) == written.count("<image>") == 1 and "{'type'" not in written
         return self.parts

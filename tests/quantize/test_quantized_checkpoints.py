@@ -340,7 +340,8 @@ def test_the_command_refuses_in_one_line_and_writes_nothing(packed, whole, tmp_p
     refused(broken, tmp_path / "new", "layout of LLaVA's authors")
     if how == "int4":
         refused(whole, tmp_path / "new", "groups of 128 do not fit", "--group", "128")
-    (broken / "tokenizer.model").unlink()
+    for name in ("tokenizer.model", "tokenizer.json"):
+        (broken / name).unlink()
     (broken / "config.json").write_text(json.dumps(config))
     refused(broken, tmp_path / "new", "tokenizer.model")
     assert sorted(os.listdir(tmp_path)) == ["broken", "link", "old"]
