@@ -147,7 +147,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # three (B, H, T, d) 
 
 
 class CLIPAttention(nn.Module):
-    attention = staticmethod(attention)  # an attribute, so that training/ can replace it
+    attention = staticmethod(attention)  # an attribute, so that a faster function can replace it
 
     def __init__(self, config: CLIPVisionConfig):
         super().__init__()

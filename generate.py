@@ -116,7 +116,7 @@ def generate(
     eos = torch.tensor(config.eos_ids, device=device)
     finished = torch.zeros(batch, dtype=torch.bool, device=device)
     for next_ids in islice(tokens, n_new):
-        next_ids = next_ids.masked_fill(finished, config.pad_id)  # only in the result: `tokens` goes on with its own
+        next_ids = next_ids.masked_fill(finished, config.pad_id)  # only in the result: `tokens` continues with its own
         input_ids = torch.cat([input_ids, next_ids[:, None]], dim=1)
         finished = finished | torch.isin(next_ids, eos)
         if watchers:

@@ -54,7 +54,7 @@ class JinjaTemplate:
             try:
                 written = self.run([{"role": "user", "content": content}], True)
             except ValueError as error:
-                if "it takes more than" in str(error):  # and would again
+                if "it takes more than" in str(error):  # seconds, and would again
                     raise
                 written = ""
             self.parts = written.count(PROBE) == written.count("<image>") == 1 and "{'type'" not in written

@@ -1,6 +1,7 @@
 """Every available tokenizer, each with the reference's: the bundled one, a real one, and $LLAVA_CHECKPOINT's."""
 
 import os
+import random
 import tempfile
 from functools import cache
 from pathlib import Path
@@ -25,3 +26,11 @@ def tokenizers(name: str):
         return Tokenizer.from_pretrained(scratch), AutoTokenizer.from_pretrained(scratch)
     folder = os.environ["LLAVA_CHECKPOINT"] if name == "checkpoint" else BUNDLED
     return Tokenizer.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+
+
+def long_text(kind: str) -> str:
+    """100,000 characters: words of several scripts, one word of random letters, or one letter again and again."""
+    rng, pieces = random.Random(0), [" the", " cat's", "12", "\n\n", "生活", "🤗", ", ", "é"]
+    if kind == "letter":
+        return "a" * 100_000
+    return "".join(rng.choices(pieces if kind == "mixed" else "etaoinshrdlu", k=100_000))[:100_000]

@@ -77,9 +77,9 @@ def test_the_answers_are_those_without_a_cache(talk, model):
             show(talk, PICTURES[i // 2])
         prompt = talk.ids + talk.turn_ids(text)
         _, said = say(talk, text)
-        anew = model.generate(input_ids=torch.tensor([prompt]), pixel_values=pixels, max_new_tokens=8)[0]
-        assert talk.ids == anew.tolist()
-        assert said == talk.processor.tokenizer.decode(anew[len(prompt) :])
+        afresh = model.generate(input_ids=torch.tensor([prompt]), pixel_values=pixels, max_new_tokens=8)[0]
+        assert talk.ids == afresh.tolist()
+        assert said == talk.processor.tokenizer.decode(afresh[len(prompt) :])
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
@@ -168,8 +168,8 @@ def test_ctrl_c_stops_the_answer_not_the_conversation(model, monkeypatch, capsys
     prompt = talk.ids + talk.turn_ids("go on")
     say(talk, "go on")
     pixels = talk.processor.image_processor([open_image(PICTURES[0])])
-    anew = model.generate(input_ids=torch.tensor([prompt]), pixel_values=pixels, max_new_tokens=8)[0]
-    assert talk.ids == anew.tolist()
+    afresh = model.generate(input_ids=torch.tensor([prompt]), pixel_values=pixels, max_new_tokens=8)[0]
+    assert talk.ids == afresh.tolist()
 
 
 class Interrupted:

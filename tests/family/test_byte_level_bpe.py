@@ -18,6 +18,7 @@ from tokenizers import Tokenizer as Library
 from family.byte_level_bpe import LETTERS, ByteLevelTokenizer
 from folders import edit_json
 from hub.text_watcher import TextWatcher
+from tokenizers_at_hand import long_text
 
 QWEN2 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -222,12 +223,7 @@ def test_merges_as_texts_and_as_lists(folder):
 @pytest.mark.parametrize("text", ["mixed", "word", "letter"])
 def test_long_texts_take_little_time(pair, text):
     ours, theirs = pair
-    rng = random.Random(0)
-    long = {
-        "mixed": "".join(rng.choice([" the", " cat's", "12", "\n\n", "生活", "🤗", ", ", "é"]) for _ in range(50_000)),
-        "word": "".join(rng.choices("etaoinshrdlu", k=100_000)),
-        "letter": "a" * 100_000,
-    }[text][:100_000]
+    long = long_text(text)
     start = time.perf_counter()
     ids = ours.encode(long)
     assert time.perf_counter() - start < 5

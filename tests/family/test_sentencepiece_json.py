@@ -15,7 +15,7 @@ from hub.files import BUNDLED
 from hub.text_watcher import TextWatcher
 from hub.writer import write_tokenizer
 from tokenizer import Tokenizer
-from tokenizers_at_hand import NAMES, tokenizers
+from tokenizers_at_hand import NAMES, long_text, tokenizers
 
 ODD = ["  ", "\n", "\t", "\0", "\x7f", "\r\n", "\u00a0", "\u2581", "\u2581\u2581", "e\u0301", "ﬁ", "🤗"]
 ODD += ["한국", "生活", "<0x41>"]
@@ -141,12 +141,7 @@ def test_a_stream_shows_what_decoding_gives(folder):
 @pytest.mark.parametrize("text", ["mixed", "word", "letter"])
 def test_long_texts_take_little_time(folder, text):
     ours, theirs = SentencePieceJsonTokenizer.from_pretrained(folder), Library.from_file(str(folder / "tokenizer.json"))
-    rng = random.Random(0)
-    long = {
-        "mixed": "".join(rng.choice([" the", " cat's", "12", "\n\n", "生活", "🤗", ", ", "é"]) for _ in range(50_000)),
-        "word": "".join(rng.choices("etaoinshrdlu", k=100_000)),
-        "letter": "a" * 100_000,
-    }[text][:100_000]
+    long = long_text(text)
     start = time.perf_counter()
     ids = ours.encode(long)
     assert time.perf_counter() - start < 5
