@@ -75,14 +75,14 @@ def new_folder(folder: Path) -> Iterator[Path]:
     scratch = folder.with_name(f".unfinished-{os.getpid()}")
     missing = [parent for parent in folder.parents if not parent.exists()]
     try:
-        scratch.mkdir(parents=True)
-    except OSError as error:
-        raise ValueError(f"{folder} cannot be written ({error.strerror}): choose another --out") from error
-    try:
+        try:
+            scratch.mkdir(parents=True)
+        except OSError as error:
+            raise ValueError(f"{folder} cannot be written ({error.strerror}): choose another --out") from error
         yield scratch
         scratch.rename(folder)
-    except BaseException:
-        shutil.rmtree(scratch)
+    except BaseException:  # Ctrl-C too, which may come as soon as the folder is there
+        shutil.rmtree(scratch, ignore_errors=True)
         with suppress(OSError):  # one that is not empty stays
             for parent in missing:
                 parent.rmdir()
