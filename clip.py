@@ -124,7 +124,7 @@ class ImageProcessor:
                 new_size = tuple(edge if side == short else int(edge * side / short) for side in image.size)
             else:
                 new_size = self.size["width"], self.size["height"]
-            from hub.strips import resize  # Image.resize, except that a huge result is cropped early
+            from hub.strips import resize  # as Image.resize; of a very long picture only what the crop keeps
             image = resize(image, new_size, self.resample, (width, height) if self.do_center_crop else None)
         if self.do_center_crop:
             left, top = (image.width - width) // 2, (image.height - height) // 2
@@ -142,7 +142,7 @@ def eager_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # three (B, H, 
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # three (B, H, T, d) -> (B, H, T, d)
-    """The same by one PyTorch function, which does not store the weights. The model uses this one."""
+    """eager_attention by one PyTorch function, which need not store the weights. The model uses this one."""
     return F.scaled_dot_product_attention(q, k, v)
 
 

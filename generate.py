@@ -60,7 +60,7 @@ def prefill(model, input_ids: Tensor, attention_mask: Tensor, cache: KVCache, pi
 
     `pixel_values` are the pictures of that part only.
     """
-    position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)  # position 0: the first token that is not padding
+    position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)  # 0 is the first token after the padding
     new, position_ids = input_ids[:, cache.length :], position_ids[:, cache.length :]
     return model(new, pixel_values, attention_mask, position_ids, cache, logits_to_keep=1).logits[:, -1]
 
@@ -99,13 +99,13 @@ def generate(
     `options` are the fields of GenerationConfig (hub/generation.py; by default greedy, 20 new tokens); the checkpoint's
     generation_config.json supplies the others. `streamer` (one row only) gets each new piece of text; it and
     `stop_strings` need `tokenizer`. A row ends with an eos token or a stop string, which stay in the result; padding
-    follows. The same `seed` gives the same samples. ValueError for unknown or bad options; a warning for idle ones.
+    follows. The same `seed` gives the same samples. ValueError for unknown or bad options; a warning for useless ones.
     """
     config = GenerationConfig.merged(model.generation_config, options | {"seed": seed})  # warns if seed has no effect
     attention_mask = check_left_padding(input_ids, attention_mask)
     (batch, T), device = input_ids.shape, input_ids.device
     n_new = config.new_tokens(T)
-    watchers = []
+    watchers = []  # one per row: it passes text on to `streamer`, and tells when a stop string has appeared
     if streamer or stop_strings:
         from hub.text_watcher import text_watchers
         watchers = text_watchers(batch, tokenizer, streamer, stop_strings)
@@ -116,7 +116,7 @@ def generate(
     eos = torch.tensor(config.eos_ids, device=device)
     finished = torch.zeros(batch, dtype=torch.bool, device=device)
     for next_ids in islice(tokens, n_new):
-        next_ids = next_ids.masked_fill(finished, config.pad_id)  # only in the result: `tokens` continues with its own
+        next_ids = next_ids.masked_fill(finished, config.pad_id)  # only in the result: the model gets its own tokens
         input_ids = torch.cat([input_ids, next_ids[:, None]], dim=1)
         finished = finished | torch.isin(next_ids, eos)
         if watchers:

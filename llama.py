@@ -36,16 +36,16 @@ class LlamaConfig:
     max_position_embeddings: int = 2048  # the longest context it was trained on, in tokens
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0  # base of RoPE's frequencies
-    rope_type: str = "default"  # "linear" and "llama3" reach positions beyond the context of the first training
+    rope_type: str = "default"  # "linear" and "llama3" extend the context that the model was first trained on
     rope_factor: float = 1.0  # frequencies are divided by it, in "llama3" only the low ones
-    low_freq_factor: float = 1.0  # "llama3": up to this many turns in the old context, a frequency is divided in full,
-    high_freq_factor: float = 4.0  # and from this many on not at all
+    low_freq_factor: float = 1.0  # "llama3": a frequency with at most so many turns in the old context is divided;
+    high_freq_factor: float = 4.0  # one with at least so many is not; between the two, interpolated
     original_max_position_embeddings: int = 8192  # "llama3": the old context, in tokens
     attention_bias: bool = False  # q, k, v and o have a bias
     qkv_bias: bool = False  # Qwen2: q, k and v have a bias, o has none
     mlp_bias: bool = False
     sliding_window: int | None = None  # a token attends to this many tokens, itself included; None means all
-    layer_types: list[str] | None = None  # per layer "full_attention" or "sliding_attention"; None: all the latter
+    layer_types: list[str] | None = None  # per layer "full_attention" or "sliding_attention", which uses sliding_window
     tie_word_embeddings: bool = False
     model_type: str = "llama"  # or "mistral", "qwen2": the same decoder with other defaults (hub/settings.py)
 
@@ -77,13 +77,13 @@ def rope_angles(config: LlamaConfig, position_ids: Tensor) -> Tensor:  # (B, T) 
     """The angles of rotary position embedding: position / rope_theta^(2i / d) for pair i = 0 ... d / 2 - 1.
 
     RoPE takes the place of position vectors. In each layer, pair i of the numbers in each query and key is rotated by
-    this angle, which grows more slowly for larger i. The product q . k then depends on the distance between the two
-    tokens, not on their positions (Su et al. 2021, section 3.2.2).
+    this angle, which grows more slowly for larger i. The product q . k then depends on the positions of the two tokens
+    only through their distance (Su et al. 2021, section 3.2.2).
     """
     exponents = torch.arange(0, config.head_dim, 2, device=position_ids.device).float() / config.head_dim
     frequencies = 1.0 / config.rope_theta**exponents  # radians per token
     scaled = frequencies / config.rope_factor
-    if config.rope_type == "llama3":  # pairs that turn often tell near tokens apart, and keep their frequency
+    if config.rope_type == "llama3":  # high frequencies encode short distances, and stay
         turns = frequencies * config.original_max_position_embeddings / (2 * math.pi)
         kept = (turns - config.low_freq_factor) / (config.high_freq_factor - config.low_freq_factor)
         scaled = torch.lerp(scaled, frequencies, kept.clamp(0, 1))
@@ -104,7 +104,8 @@ def visible_keys(attention_mask: Tensor | None, past: int, T: int, window: int |
 
     `attention_mask` is (B, S), False at padding, or None. Returns None where `attention` needs no mask: there is no
     padding, S fits the window, and either all tokens are new (each attends to itself and those before it) or only one
-    is (it attends to all). A query at padding may see no key: its output gets weight 0 later, so it must be finite.
+    is (it attends to all). A query at padding may see no key. Its output must be finite all the same: later layers give
+    its key and value weight 0, but 0 * NaN is NaN.
     """
     S = past + T
     if attention_mask is None and (T == 1 or past == 0) and (window is None or S <= window):
@@ -136,7 +137,7 @@ def eager_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """The output of eager_attention, by a PyTorch function that never stores the weights. It may differ at padding.
+    """The output of eager_attention, by a PyTorch function that need not store the weights. It may differ at padding.
 
     Without a mask T must be 1 or S, as visible_keys ensures: is_causal lets query t see keys 0 to t, whatever S is.
     """
@@ -148,7 +149,7 @@ class KVCache:
     """The keys and values of all tokens so far, so that only new tokens go through the layers.
 
     `k[layer]` and `v[layer]` are (B, K, capacity, d); the first `length` places are filled, padding included. Made by
-    Llama.new_cache. `attention_mask`: the last mask passed, False at padding; None without any. Later tokens are real.
+    Llama.new_cache. `attention_mask` (B, tokens): False at padding; None without any. Later tokens are not padding.
     """
 
     def __init__(self, config: LlamaConfig, batch: int, capacity: int, dtype: torch.dtype, device):
@@ -245,7 +246,7 @@ class Llama(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(LlamaLayer(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        kinds = config.layer_types or ["sliding_attention"] * config.num_hidden_layers  # of the layers
+        kinds = config.layer_types or ["sliding_attention"] * config.num_hidden_layers
         self.windows = [config.sliding_window if kind == "sliding_attention" else None for kind in kinds]
 
     def new_cache(self, batch: int, capacity: int) -> KVCache:

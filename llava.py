@@ -5,14 +5,14 @@
     prompt  -> tokenizer.py -> (T,) ids -> embedding -> (T, 4096) vectors      /
 
 LlavaProcessor repeats the prompt's <image> token once per patch, and the merge replaces the embeddings of these tokens
-by the projected patches. From there on the decoder treats patches and words alike. LLaVA: Liu et al. 2023,
-https://arxiv.org/abs/2304.08485; LLaVA-1.5: Liu et al. 2023, https://arxiv.org/abs/2310.03744.
+by the projected patches. To the decoder, patches are like words: they have consecutive positions and the causal mask.
+LLaVA: Liu et al. 2023, https://arxiv.org/abs/2304.08485; LLaVA-1.5: Liu et al. 2023, https://arxiv.org/abs/2310.03744.
 
     B batch    T tokens    D width of the decoder    P patches of a picture    V vocabulary
 
-`python llava.py --image x.jpg` describes a picture. Classes and arguments have the names of the reference's.
-hub/ holds what is not the model: reading settings, checking arguments, error messages. It can be skipped. Not
-implemented: gradient checkpointing, and input sizes other than the tower's own.
+`python llava.py --image x.jpg` describes a picture. Classes and arguments are named as in the reference, transformers.
+The folder hub/ holds what is not the model: reading settings, checking arguments, error messages. It can be skipped.
+Not implemented: gradient checkpointing, and input sizes other than the tower's own.
 """
 
 import signal
@@ -95,7 +95,12 @@ class LlavaMultiModalProjector(nn.Module):
 
 
 class LlavaForConditionalGeneration(nn.Module):
-    """The whole model: tower, projector, decoder, head."""
+    """The whole model: tower, projector, decoder, head. Without options it computes
+
+        features = multi_modal_projector(vision_tower(pixel_values)[-2][:, 1:])     (pictures, P, D)
+        x = language_model.embed_tokens(input_ids), at <image> tokens features      (B, T, D)
+        logits = lm_head(language_model(x))                                         (B, T, V)
+    """
 
     def __init__(self, config: LlavaConfig):
         super().__init__()
@@ -127,11 +132,11 @@ class LlavaForConditionalGeneration(nn.Module):
         return self.language_model.embed_tokens(input_ids)
 
     def merge(self, input_ids: Tensor, image_features: Tensor) -> Tensor:  # (B, T), (pictures * P, D) -> (B, T, D)
-        """Embed a prompt and replace the embeddings of its <image> tokens by the projected patches, row by row."""
+        """Embed a prompt and replace the embeddings of its <image> tokens by the projected patches, in order."""
         is_image = input_ids == self.config.image_token_index  # (B, T)
         interface.check_image_tokens(is_image, image_features)
-        x = self.embed(input_ids.masked_fill(is_image, 0))  # the table may have no row for <image>
-        return x.masked_scatter(is_image[..., None], image_features.to(x.dtype))
+        x = self.embed(input_ids.masked_fill(is_image, 0))  # any id: the table may have no row for <image>
+        return x.masked_scatter(is_image[..., None], image_features.to(x.dtype))  # the n-th True gets the n-th patch
 
     def forward(
         self,
@@ -166,7 +171,7 @@ class LlavaForConditionalGeneration(nn.Module):
         hidden_states = [] if output_hidden_states else None
         attentions = [] if output_attentions else None
         x = self.language_model(x, attention_mask, position_ids, cache, hidden_states, attentions)
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep  # -0 is 0: all
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep  # 0: slice(0, None)
         logits = self.lm_head(x[:, kept])
         out = interface.LlavaCausalLMOutputWithPast(
             loss=None if labels is None else self.loss(logits, labels),
@@ -306,4 +311,4 @@ AutoProcessor = LlavaProcessor
 if __name__ == "__main__":
     import cli
 
-    raise SystemExit(cli.main(LlavaForConditionalGeneration, LlavaProcessor))
+    raise SystemExit(cli.main(LlavaForConditionalGeneration, LlavaProcessor))  # cli never imports this file

@@ -1,13 +1,13 @@
 """Checkpoints: from the files in a folder to a model's parameters.
 
+The same tensor has different names in the hub's files, in those of newer releases of transformers and in those of
+LLaVA's authors; RENAME turns all of them into ours. Loading is strict: a tensor that is missing, unknown, given twice,
+of another shape or of the wrong dtype is an error that names it. hub/writer.py goes the other way.
+
 A safetensors file is 8 bytes with the length of a header, the header (JSON: dtype, shape and place of each tensor), and
 then the numbers. It is mapped into memory: a tensor is a view of the file, read from the disk when it is first used.
 Changing a parameter does not change the file. But changing the file changes the parameters, and truncating it crashes
 the process: to replace a checkpoint, rename new files over the old ones.
-
-The same tensor has different names in the hub's files, in those of newer releases of transformers and in those of
-LLaVA's authors; RENAME turns all of them into ours. Loading is strict: a tensor that is missing, unknown, given twice,
-of another shape or of the wrong kind of numbers is an error that names it. hub/writer.py goes the other way.
 """
 
 from collections.abc import Iterator
@@ -34,7 +34,7 @@ RENAME = [
     ("vision_tower.vision_model.", "vision_tower."),  # in the files of the hub and of the authors
     ("vision_model.", "vision_tower."),  # a CLIP on its own
 ]
-IGNORE = (".position_ids", ".inv_freq", ".weight_shape")  # not parameters of the model: computed from config.json
+IGNORE = (".position_ids", ".inv_freq", ".weight_shape")  # positions, frequencies, shapes: known from config.json
 
 
 def our_name(name: str) -> str:
@@ -61,7 +61,7 @@ def stored_tensors(folder: Path) -> Iterator[tuple[str, str, Tensor]]:
 
 
 def mismatch(tensor: Tensor, parameter: nn.Parameter) -> str | None:
-    """What keeps a tensor from becoming this parameter, or None if it fits."""
+    """Why a tensor does not fit a parameter, or None if it does."""
     real = parameter.is_floating_point()  # other parameters hold numbers packed by quantize.py
     if tensor.dtype not in (DTYPES if real else [parameter.dtype]):
         return f"is {tensor.dtype}, not {'floating-point numbers' if real else parameter.dtype}"
@@ -99,7 +99,5 @@ def load(model: nn.Module, folder: Path) -> None:
     if mismatches:
         more = f" ({len(mismatches)} tensors do not fit)" if len(mismatches) > 1 else ""
         raise ValueError(mismatches[0] + more)
-    for name, tensor in found.items():
-        parent, _, leaf = name.rpartition(".")
-        parameter = nn.Parameter(tensor.contiguous(), requires_grad=tensor.is_floating_point())
-        setattr(model.get_submodule(parent), leaf, parameter)  # a meta parameter has no memory to copy into
+    found = {name: tensor.contiguous() for name, tensor in found.items()}
+    model.load_state_dict(found, strict=False, assign=True)  # assign: a meta parameter has no memory to copy into

@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from hub.files import SPACE, open_sentencepiece
+from hub.files import open_sentencepiece
 from hub.interface import parse_messages
 
 
@@ -61,19 +61,18 @@ class Tokenizer:
         return ids
 
     def encode_text(self, text: str, is_first: bool = True) -> list[int]:
-        """The ids of a text without special tokens. `is_first` matters in family/sentencepiece_json.py only."""
+        """The ids of a text without special tokens. `is_first`: nothing precedes it, which matters in family/ only."""
         return self.sp.encode(text)
 
     def decode(self, ids: list[int] | Tensor, skip_special_tokens=False, clean_up_tokenization_spaces=None) -> str:
-        """Ids to text, without the space that encoding puts in front. Ids beyond the vocabulary are skipped."""
-        # clean_up_tokenization_spaces has no effect with this vocabulary, in the reference too
+        """Ids to text, without the space that encoding added. The last argument has no effect, as in the reference."""
         return self.join(ids, skip_special_tokens).removeprefix(self.first_space)
 
     def batch_decode(self, batch, skip_special_tokens=False, clean_up_tokenization_spaces=None) -> list[str]:
         return [self.decode(ids, skip_special_tokens) for ids in batch]
 
     def join(self, ids: list[int] | Tensor, skip_special_tokens: bool) -> str:
-        """The text of ids, first space included. Consecutive byte tokens are decoded together."""
+        """The text of ids, first space included. Byte tokens are decoded together: a character may take several."""
         text, pending_bytes = "", b""
         for i in map(int, ids):
             piece = self.piece(i, skip_special_tokens)
@@ -92,7 +91,7 @@ class Tokenizer:
             return ""
         if self.sp.is_byte(i):
             return bytes([int(self.sp.id_to_piece(i)[3:5], 16)])  # "<0xE7>"
-        return self.sp.id_to_piece(i).replace(SPACE, " ")
+        return self.sp.id_to_piece(i).replace("▁", " ")
 
     def pad(self, batch: list[list[int]]) -> tuple[Tensor, Tensor]:  # -> two (B, T)
         """Fill rows up to the longest with the pad token. Returns ids, and the attention mask: 0 on padding, else 1."""
@@ -152,7 +151,7 @@ class Template:
 
 
 TEMPLATES = {
-    # llava-hf's checkpoints on the hub. (Their own template omits the space after a message without text.)
+    # llava-hf's checkpoints on the hub
     "hub": Template(user="USER: ", user_end=" ", assistant="ASSISTANT: ", assistant_end=" "),
     # LLaVA-1.5 and the tiny model were trained with this one: that of Vicuna, the fine-tuned Llama inside LLaVA-1.5
     "v1": Template(
