@@ -25,6 +25,8 @@ from torch import Tensor
 from kernels.attention import LOG2E, key_bounds, online_softmax
 from kernels.checks import check_attention, check_int32, check_shape
 
+MOST_SPLITS = 64  # of the keys of a head
+
 
 @triton.jit(do_not_specialize=["capacity", "window"])  # one compiled kernel for caches of all sizes
 def decode_kernel(
@@ -101,7 +103,7 @@ def decode_attention(
     if not (k.is_contiguous() and v.is_contiguous()):
         raise ValueError("k and v must be contiguous: pass the whole cache")
     # About 512 programs occupy the largest GPUs. In a short cache some have no keys, and end at once.
-    SPLITS = min(triton.next_power_of_2(triton.cdiv(512, B * K)), 64)
+    SPLITS = min(triton.next_power_of_2(triton.cdiv(512, B * K)), MOST_SPLITS)
     m, l = torch.empty(2, B, H, SPLITS, dtype=torch.float32, device=q.device)
     acc = torch.empty(B, H, SPLITS, d, dtype=torch.float32, device=q.device)
     out = torch.empty(B, H, 1, d, dtype=q.dtype, device=q.device)

@@ -47,15 +47,14 @@ def llava(*arguments, script: str = "llava.py", **kwargs) -> subprocess.Complete
 
 
 @pytest.mark.parametrize("name", PICTURES)
-def test_it_says_what_is_in_the_picture(name, tmp_path):
+def test_it_says_what_is_in_the_picture(name, ask):
     ground, things = PICTURES[name]
     things = [{"name": thing, "x": i / 4, "y": 0.5, "size": 0.2} for i, thing in enumerate(things)]
     truth = {"ground": ground, "things": things}
-    done = llava("--image", ROOT / "images" / f"{name}.jpg", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert emoji_world.score("describe", done.stdout, truth), done.stdout
-    assert done.stderr.count("knows only its small world") == 1 and "--models" in done.stderr
-    assert done.stdout.count("\n") == 1
+    code, out, err = ask("--image", ROOT / "images" / f"{name}.jpg")
+    assert code == 0 and emoji_world.score("describe", out, truth), (out, err)
+    assert err.count("knows only its small world") == 1 and "--models" in err
+    assert out.count("\n") == 1
 
 
 def test_models_says_what_fits_into_memory(monkeypatch, capsys):
@@ -72,9 +71,9 @@ def test_it_answers_a_question_in_one_word():
     assert done.stdout == "cat\n"
 
 
-def test_it_answers_in_int8_too():
-    done = llava("--image", ROOT / "images" / "cat-and-apple.jpg", "--quantize", "int8")
-    assert done.stdout == llava("--image", ROOT / "images" / "cat-and-apple.jpg").stdout
+def test_it_answers_in_int8_too(ask):
+    picture = ("--image", ROOT / "images" / "cat-and-apple.jpg")
+    assert ask(*picture, "--quantize", "int8")[:2] == ask(*picture)[:2]
 
 
 def test_the_answer_is_streamed():
@@ -98,12 +97,14 @@ def test_the_first_word_takes_less_time_than_importing_transformers():
         start = time.monotonic()
         subprocess.run(theirs, check=True)
         ratios.append(ours / (time.monotonic() - start))
-    assert sorted(ratios)[1] < 1, ratios
+        if sum(ratio < 1 for ratio in ratios) == 2:  # so the median of three is
+            return
+    raise AssertionError(ratios)
 
 
-def test_sampling_with_a_seed_repeats():
+def test_sampling_with_a_seed_repeats(ask):
     arguments = ["--image", ROOT / "images" / "rocket.jpg", "--temperature", 3, "--seed"]
-    first, again, other = (llava(*arguments, seed).stdout for seed in (1, 1, 2))
+    first, again, other = (ask(*arguments, seed)[1] for seed in (1, 1, 2))
     assert first == again != other
 
 

@@ -14,6 +14,7 @@ import llama
 from kernel_helpers import FP32, both, close, random
 
 pytest.importorskip("triton")
+import kernels.decode_attention
 from kernels.attention import attention
 from kernels.decode_attention import decode_attention
 
@@ -137,6 +138,13 @@ def test_one_token_after_every_length(past, dtype):
 def test_one_token_after_every_padding(dtype):
     check_decode(9, 2, 2, 8, 20, 32, dtype, first_key=list(range(9)))
     check_decode(3, 2, 2, 199, 256, 32, dtype, first_key=[0, 130, 199], window=90)
+
+
+@pytest.mark.parametrize("past", [0, 40, 3000])
+def test_one_token_with_as_many_ranges_as_on_a_gpu(past, monkeypatch):
+    """Most of them empty in a short cache; several steps in each of a long one."""
+    monkeypatch.setattr(kernels.decode_attention, "MOST_SPLITS", 64)
+    check_decode(2, 4, 2, past, 3100, 32, FP32, first_key=[0, min(past, 9)])
 
 
 @SOME
