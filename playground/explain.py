@@ -5,7 +5,8 @@
 A token is predicted by the position before it, so the page shows that position's attention as what the model looked at
 when it chose the token. Beside it are the five likeliest tokens, and the prediction after each layer: the final norm
 and the head applied to the hidden state there (the logit lens, nostalgebraist 2020,
-https://www.lesswrong.com/posts/AcKRB8wDpdaN6v6ru/interpreting-gpt-the-logit-lens).
+https://www.lesswrong.com/posts/AcKRB8wDpdaN6v6ru/interpreting-gpt-the-logit-lens). A second forward, with the picture
+hidden, tells which words the picture was needed for: their probability falls.
 
     T tokens of prompt and answer    N tokens of the answer    P patches    W = T - P words: all tokens but patches
     L layers    H heads    V vocabulary    M maps: means over heads or layers, and single heads
@@ -28,8 +29,10 @@ from PIL import Image
 from torch import Tensor
 
 from generate import generate
+from hub.files import SPACE
 from hub.writer import write_whole
-from tokenizer import SPACE, Tokenizer
+from playground.interventions import blind
+from tokenizer import Tokenizer
 
 USUAL_BYTES = 1_500_000  # attention in a page, before base64 adds a third: as many heads are kept as fit
 FEWEST_HEADS = 8  # kept even where they do not fit into USUAL_BYTES
@@ -162,6 +165,13 @@ def guesses(model, found: Study, chosen: Tensor) -> tuple[list, list]:
     return [rounded(*pair) for pair in zip(top.indices, top.values, strict=True)], lens
 
 
+def without_picture(run: Recorder) -> list[float]:
+    """The probability of each token of the answer if no word can attend to the picture."""
+    answer = run.ids[0, run.prompt_length :]
+    probabilities = blind(run.model, {"input_ids": run.ids})[0, run.prompt_length - 1 : -1]  # (N, V)
+    return [round(x, 4) for x in probabilities.gather(1, answer[:, None])[:, 0].tolist()]
+
+
 def nearest_words(model, features: Tensor, V: int) -> list:
     """For each patch, as the decoder reads it, the five tokens with the nearest embeddings: P x 5 (id, cosine)."""
     words = F.normalize(model.language_model.embed_tokens.weight[:V].float(), dim=-1)
@@ -203,7 +213,8 @@ def page_data(run: Recorder, processor, image: Image.Image, names: tuple[str, st
     on_picture = found.attentions[..., found.patches].sum(-1, dtype=torch.float32).mean(-1)
     maps = maps_to_keep(on_picture, found.attentions[0, 0].numel())
     likeliest, lens = guesses(run.model, found, ids[run.prompt_length :])
-    near = nearest_words(run.model, run.features[0, -len(found.patches) :], tokenizer.vocab_size)
+    features = run.features[0, -len(found.patches) :]  # without the class token
+    near = nearest_words(run.model, features, tokenizer.vocab_size)
     words = ids[found.words].tolist()
     shown = {i for table in (likeliest, lens, near) for row in table for i, *_ in row}.union(words)
     patch = run.model.config.vision_config.patch_size
@@ -223,7 +234,9 @@ def page_data(run: Recorder, processor, image: Image.Image, names: tuple[str, st
         **pack(found, maps),
         "likeliest": likeliest,
         "lens": lens,
+        "without_picture": without_picture(run),
         "near": near,
+        "norms": [round(x, 4) for x in features.float().norm(dim=-1).tolist()],  # how long each patch's vector is
         "stages": stages(run),
         "seconds": run.seconds[2:],  # the first two are the tower's and the projector's
     }

@@ -3,10 +3,10 @@
 import torch
 
 from clip import ImageProcessor
-from hub.files import BUNDLED
+from hub.files import BUNDLED, SPACE
 from llava import LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
 from reference import TEXT, VISION
-from tokenizer import SPACE, Tokenizer
+from tokenizer import Tokenizer
 
 
 def small(context: int = 200, template: str = "hub", **text) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:

@@ -154,8 +154,14 @@ def test_the_numbers_are_the_references(family, tmp_path):
         numbers = torch.stack([guess.amax(-1), guess[range(9), ids[0, T:]]], -1)
         assert np.allclose([row[1:] for row in layer], numbers.detach(), atol=1e-3)
         assert [i for i, *_ in layer] == guess.argmax(-1).tolist()
+    features = watch.features[0, -(data["side"] ** 2) :]
+    assert np.allclose(data["norms"], features.norm(dim=-1), atol=1e-3)
+    hidden = torch.ones_like(ids).masked_fill(ids == TOKENIZER.image_token_id, 0)
+    with torch.no_grad():
+        blind = theirs(input_ids=ids, attention_mask=hidden, pixel_values=inputs.pixel_values).logits[0].softmax(-1)
+    assert np.allclose(data["without_picture"], blind[range(T - 1, T + 8), ids[0, T:]], atol=1e-3)
     near, word = data["near"][3][0]
-    patch, words = watch.features[0, -(data["side"] ** 2) :][3], ours.language_model.embed_tokens.weight
+    patch, words = features[3], ours.language_model.embed_tokens.weight
     cosines = torch.cosine_similarity(patch[None], words[: TOKENIZER.sp.vocab_size()])
     assert int(cosines.argmax()) == near and abs(cosines.max().item() - word) < 1e-4
 
