@@ -7,7 +7,7 @@ The weights 0.50, -0.21, 0.03, 0.36 with the scale -0.0625, for example, become 
 the sign that makes the largest of them -8.
 
     int8    q from -127 to 127 in a byte, one group per row. Answers hardly change.
-    int4    q from -8 to 7 in half a byte, groups of 32 to 128. notebooks/11_few_bits.ipynb measures the loss.
+    int4    q from -8 to 7 in half a byte, groups of 32 to 128. notebooks/15_few_bits.ipynb measures the loss.
 
 Decoding a token reads all of these weights once, which takes most of the time, so fewer bits make it faster: on a CPU
 (kernels/cpu.py), and in int8 on a GPU. In the other cases (int4 on a GPU, and prompts) a matrix is first expanded to

@@ -1,7 +1,6 @@
 """Quantized checkpoints: written by quantize.py, opened here and in transformers, and refused where they do not fit."""
 
 import json
-import multiprocessing
 import os
 import shutil
 import signal
@@ -140,22 +139,19 @@ def test_a_command_that_is_stopped_leaves_nothing(tmp_path, number):
         assert load(tmp_path / "four").dtype == torch.float32
 
 
-def answer_in_a_process(folder: str, queue) -> None:
-    model, processor = load(folder), LlavaProcessor.from_pretrained(folder)
-    ids = processor(text=["USER: Why? ASSISTANT:"]).input_ids
-    queue.put(model.generate(ids, max_new_tokens=8).tolist())
+ANSWER = """
+import sys
+from llava import LlavaForConditionalGeneration, LlavaProcessor
+model, processor = (each.from_pretrained(sys.argv[1]) for each in (LlavaForConditionalGeneration, LlavaProcessor))
+print(model.generate(processor(text=["USER: Why? ASSISTANT:"]).input_ids, max_new_tokens=8).tolist())
+"""
 
 
 def test_two_processes_run_one_folder(packed):
-    context, folder = multiprocessing.get_context("spawn"), packed[0]
-    queue = context.Queue()
-    processes = [context.Process(target=answer_in_a_process, args=(str(folder), queue)) for _ in range(2)]
-    for process in processes:
-        process.start()
-    answers = [queue.get(timeout=120) for _ in processes]
-    for process in processes:
-        process.join()
-    assert answers[0] == answers[1]
+    command = [sys.executable, "-c", ANSWER, packed[0]]
+    processes = [subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    first, second = [process.communicate(timeout=120)[0] for process in processes]
+    assert first == second and first.startswith("[[1, ")
 
 
 def test_a_deleted_folder_keeps_working(packed, tmp_path):
