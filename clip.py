@@ -8,8 +8,8 @@ caption. LLaVA drops it and uses the output of the second-to-last layer, `hidden
 the last layer represents more global and abstract properties of a picture, and the layer before it more local ones,
 which help with details (Liu et al. 2023, https://arxiv.org/abs/2304.08485, section 5.2).
 
-In the six core files "the reference" is Hugging Face transformers, "the hub" is huggingface.co, and shapes use these
-letters:
+In the six core files "the reference" is Hugging Face transformers and "the hub" is huggingface.co; the folder hub/ is
+ours, and can be skipped. Shapes use these letters:
 
     B batch    T tokens    D width    H heads    K key/value heads    d head width    P patches    V vocabulary
 
@@ -56,7 +56,7 @@ class CLIPVisionConfig:
     patch_size: int = 32  # side of a patch, in pixels
     hidden_act: str = "quick_gelu"
     layer_norm_eps: float = 1e-5
-    model_type: str = field(default="clip_vision_model", init=False)  # for family.vision_classes
+    model_type: str = field(default="clip_vision_model", init=False)  # family/ chooses the tower's class by it
 
     def __post_init__(self) -> None:
         if self.hidden_size % self.num_attention_heads:
@@ -124,7 +124,7 @@ class ImageProcessor:
                 new_size = tuple(edge if side == short else int(edge * side / short) for side in image.size)
             else:
                 new_size = self.size["width"], self.size["height"]
-            from hub.strips import resize  # as Image.resize; of a very long picture only what the crop keeps
+            from hub.strips import resize  # Image.resize; computes only what the crop keeps if all is huge
             image = resize(image, new_size, self.resample, (width, height) if self.do_center_crop else None)
         if self.do_center_crop:
             left, top = (image.width - width) // 2, (image.height - height) // 2
@@ -142,7 +142,7 @@ def eager_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # three (B, H, 
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # three (B, H, T, d) -> (B, H, T, d)
-    """eager_attention by one PyTorch function, which need not store the weights. The model uses this one."""
+    """eager_attention by one PyTorch function, which need not store the weights. The model uses it; tests compare."""
     return F.scaled_dot_product_attention(q, k, v)
 
 

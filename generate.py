@@ -50,7 +50,7 @@ def sample(logits: Tensor, seen: Tensor, config: GenerationConfig, generator: to
 
 
 def tokens_seen(input_ids: Tensor, attention_mask: Tensor, V: int) -> Tensor:  # two (B, T) -> (B, V + 1)
-    """Which of the V tokens each row contains. Column V, which `sample` ignores, is for padding and ids >= V."""
+    """Which of the V tokens each row contains. Column V, which `sample` ignores, is for left padding and ids >= V."""
     ids = input_ids.masked_fill(attention_mask.cumsum(-1) == 0, V).clamp(max=V)
     return torch.zeros(len(ids), V + 1, dtype=torch.bool, device=ids.device).scatter(1, ids, True)
 
@@ -116,7 +116,7 @@ def generate(
     eos = torch.tensor(config.eos_ids, device=device)
     finished = torch.zeros(batch, dtype=torch.bool, device=device)
     for next_ids in islice(tokens, n_new):
-        next_ids = next_ids.masked_fill(finished, config.pad_id)  # only in the result: the model gets its own tokens
+        next_ids = next_ids.masked_fill(finished, config.pad_id)  # in the result; the model continues with its own
         input_ids = torch.cat([input_ids, next_ids[:, None]], dim=1)
         finished = finished | torch.isin(next_ids, eos)
         if watchers:

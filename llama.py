@@ -10,7 +10,7 @@ biases to q, k and v: Yang et al. 2024, https://arxiv.org/abs/2407.10671.
     B batch    T new tokens    S all tokens so far, new ones included    D width    H heads    K key/value heads
     d head width
 
-Not implemented: dropout, RoPE scaling other than linear and Llama 3.1's, shrinking the cache to the window.
+Not implemented: dropout, RoPE scaling other than linear and Llama 3.1's, removing keys that left the window.
 """
 
 import math
@@ -38,14 +38,14 @@ class LlamaConfig:
     rope_theta: float = 10000.0  # base of RoPE's frequencies
     rope_type: str = "default"  # "linear" and "llama3" extend the context that the model was first trained on
     rope_factor: float = 1.0  # frequencies are divided by it, in "llama3" only the low ones
-    low_freq_factor: float = 1.0  # "llama3": a frequency with at most so many turns in the old context is divided;
-    high_freq_factor: float = 4.0  # one with at least so many is not; between the two, interpolated
+    low_freq_factor: float = 1.0  # "llama3": frequencies of at most so many turns over the old context
+    high_freq_factor: float = 4.0  # are divided, those of at least so many are not, and between, interpolated
     original_max_position_embeddings: int = 8192  # "llama3": the old context, in tokens
     attention_bias: bool = False  # q, k, v and o have a bias
     qkv_bias: bool = False  # Qwen2: q, k and v have a bias, o has none
     mlp_bias: bool = False
     sliding_window: int | None = None  # a token attends to this many tokens, itself included; None means all
-    layer_types: list[str] | None = None  # per layer "full_attention" or "sliding_attention", which uses sliding_window
+    layer_types: list[str] | None = None  # "full_attention" or "sliding_attention" per layer; None: all sliding
     tie_word_embeddings: bool = False
     model_type: str = "llama"  # or "mistral", "qwen2": the same decoder with other defaults (hub/settings.py)
 
@@ -149,7 +149,7 @@ class KVCache:
     """The keys and values of all tokens so far, so that only new tokens go through the layers.
 
     `k[layer]` and `v[layer]` are (B, K, capacity, d); the first `length` places are filled, padding included. Made by
-    Llama.new_cache. `attention_mask` (B, tokens): False at padding; None without any. Later tokens are not padding.
+    Llama.new_cache. `attention_mask` (B, tokens): False at padding, None if there is none. Later tokens are text.
     """
 
     def __init__(self, config: LlamaConfig, batch: int, capacity: int, dtype: torch.dtype, device):

@@ -10,8 +10,8 @@ LLaVA: Liu et al. 2023, https://arxiv.org/abs/2304.08485; LLaVA-1.5: Liu et al. 
 
     B batch    T tokens    D width of the decoder    P patches of a picture    V vocabulary
 
-`python llava.py --image x.jpg` describes a picture. Classes and arguments are named as in the reference, transformers.
-The folder hub/ holds what is not the model: reading settings, checking arguments, error messages. It can be skipped.
+`python llava.py --image x.jpg` describes a picture. Classes and arguments are named as in transformers.
+hub/ holds what is not the model: reading settings, checking arguments, error messages.
 Not implemented: gradient checkpointing, and input sizes other than the tower's own.
 """
 
@@ -95,7 +95,7 @@ class LlavaMultiModalProjector(nn.Module):
 
 
 class LlavaForConditionalGeneration(nn.Module):
-    """The whole model: tower, projector, decoder, head. Without options it computes
+    """The whole model: tower, projector, decoder, head. With the default config it computes
 
         features = multi_modal_projector(vision_tower(pixel_values)[-2][:, 1:])     (pictures, P, D)
         x = language_model.embed_tokens(input_ids), at <image> tokens features      (B, T, D)
@@ -311,4 +311,4 @@ AutoProcessor = LlavaProcessor
 if __name__ == "__main__":
     import cli
 
-    raise SystemExit(cli.main(LlavaForConditionalGeneration, LlavaProcessor))  # cli never imports this file
+    raise SystemExit(cli.main(LlavaForConditionalGeneration, LlavaProcessor))  # importing llava would run it again

@@ -61,7 +61,7 @@ class Tokenizer:
         return ids
 
     def encode_text(self, text: str, is_first: bool = True) -> list[int]:
-        """The ids of a text without special tokens. `is_first`: nothing precedes it, which matters in family/ only."""
+        """The ids of a text without special tokens. sentencepiece needs no `is_first`; tokenizers in family/ do."""
         return self.sp.encode(text)
 
     def decode(self, ids: list[int] | Tensor, skip_special_tokens=False, clean_up_tokenization_spaces=None) -> str:
