@@ -24,7 +24,7 @@ from kernels.rms_norm import add_rms_norm, rms_norm
 from kernels.rope import rope_into_cache
 from kernels.swiglu import swiglu
 from kernels.twins import FusedLinears, adopt
-from llama import KVCache, Llama, LlamaConfig, rope_angles
+from llama import KVCache, Llama, LlamaConfig, RMSNorm, rope_angles
 from quantize import Int8Linear
 
 
@@ -123,15 +123,23 @@ class FastLlama(Llama):
         if position_ids is None:
             position_ids = torch.arange(cache.length, cache.length + T, device=x.device)[None]
         angles = rope_angles(self.config, position_ids)[:, None]  # (B, 1, T, d / 2)
-        rope, eps = (angles.cos().to(x.dtype), angles.sin().to(x.dtype)), self.config.rms_norm_eps
+        rope = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+        added = None  # what the last sublayer adds to x: the next norm adds it, in the same kernel
         for layer, (qkv, gate_up) in zip(self.layers, self.fused, strict=True):
             attn, mlp = layer.self_attn, layer.mlp
-            y = rms_norm(x, layer.input_layernorm.weight, eps)
-            y = attn.o_proj(self.attend(*qkv(y), rope, cache, attn.layer))
-            x, y = add_rms_norm(x, y, layer.post_attention_layernorm.weight, eps)
-            x = x + mlp.down_proj(swiglu(*gate_up(y)))
+            x, y = self.add_and_norm(x, added, layer.input_layernorm)
+            added = attn.o_proj(self.attend(*qkv(y), rope, cache, attn.layer))
+            x, y = self.add_and_norm(x, added, layer.post_attention_layernorm)
+            added = mlp.down_proj(swiglu(*gate_up(y)))
         cache.length += T
-        return rms_norm(x, self.norm.weight, eps)
+        return self.add_and_norm(x, added, self.norm)[1]
+
+    @staticmethod
+    def add_and_norm(x: Tensor, added: Tensor | None, norm: RMSNorm) -> tuple[Tensor, Tensor]:
+        """x + added and its norm, in one launch."""
+        if added is None:
+            return x, rms_norm(x, norm.weight, norm.eps)
+        return add_rms_norm(x, added, norm.weight, norm.eps)
 
     def attend(self, q, k, v, rope: tuple[Tensor, Tensor], cache: FastCache, layer: int) -> Tensor:
         """RoPE, the cache's update and attention: q (B, T, H * d), k and v (B, T, K * d) -> (B, T, H * d)."""
