@@ -19,7 +19,7 @@ Liu et al. 2024, https://llava-vl.github.io/blog/2024-01-30-llava-next/; the til
 
 import math
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 
 import torch
@@ -76,6 +76,21 @@ def margins(height: int, width: int, rows: int, columns: int) -> tuple[int, int]
     return 0, (columns - kept) // 2
 
 
+def count_tokens(height: int, width: int, config) -> int:
+    """How many <image> tokens a picture of this size takes: p * p + h * w + h."""
+    side, p = config.vision_config.image_size, patches_on_a_side(config)
+    H, W = best_grid(height, width, config.image_grid_pinpoints)
+    rows, columns = H // side * p, W // side * p
+    above, left = margins(height, width, rows, columns)
+    h, w = rows - 2 * above, columns - 2 * left
+    return p * p + h * w + h
+
+
+def most_tokens(config) -> int:
+    """The <image> tokens of a picture that fills the largest grid."""
+    return max(count_tokens(*grid, config) for grid in config.image_grid_pinpoints)
+
+
 # --- Pictures to tiles ------------------------------------------------------------------------------------------------
 
 
@@ -83,8 +98,7 @@ def margins(height: int, width: int, rows: int, columns: int) -> tuple[int, int]
 class LlavaNextImageProcessor(ImageProcessor):
     """A picture to tiles, each of which becomes pixels as a picture of LLaVA-1.5's does."""
 
-    image_grid_pinpoints: list = field(default_factory=list)  # (H, W) each
-    p: int = 24  # patches on a side of a tile
+    config: object = None  # a LlavaConfig, which has the grids
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -97,16 +111,12 @@ class LlavaNextImageProcessor(ImageProcessor):
         side = config.vision_config.image_size
         if plain.crop_size != {"height": side, "width": side}:
             raise ValueError(f"crop_size must be {side} x {side}, the size of a tile, not {plain.crop_size}")
-        return cls(**vars(plain), image_grid_pinpoints=config.image_grid_pinpoints, p=patches_on_a_side(config))
-
-    @property
-    def side(self) -> int:
-        return self.crop_size["height"]
+        return cls(**vars(plain), config=config)
 
     def tiles(self, image: Image.Image) -> list[Image.Image]:
         """The whole picture as a square, and the tiles of its grid, black where the picture does not reach."""
-        image, side = image.convert("RGB"), self.side
-        H, W = best_grid(image.height, image.width, self.image_grid_pinpoints)
+        image, side = image.convert("RGB"), self.config.vision_config.image_size
+        H, W = best_grid(image.height, image.width, self.config.image_grid_pinpoints)
         scale_w, scale_h = W / image.width, H / image.height
         if scale_w < scale_h:
             w, h = W, min(math.ceil(image.height * scale_w), H)
@@ -123,18 +133,6 @@ class LlavaNextImageProcessor(ImageProcessor):
         pictures = [super(LlavaNextImageProcessor, self).__call__(self.tiles(image)) for image in images]
         return nn.utils.rnn.pad_sequence(pictures, batch_first=True)
 
-    def tokens(self, height: int, width: int) -> int:
-        """How many <image> tokens a picture of this size takes."""
-        H, W = best_grid(height, width, self.image_grid_pinpoints)
-        rows, columns = H // self.side * self.p, W // self.side * self.p
-        above, left = margins(height, width, rows, columns)
-        h, w = rows - 2 * above, columns - 2 * left
-        return self.p * self.p + h * w + h
-
-    @property
-    def most_tokens(self) -> int:  # of a picture that has the shape of its grid
-        return max(self.tokens(*grid) for grid in self.image_grid_pinpoints)
-
 
 # --- The subclasses ---------------------------------------------------------------------------------------------------
 
@@ -143,11 +141,12 @@ class NextProcessor:
     """What a LlavaProcessor does differently."""
 
     def __init__(self, image_processor: LlavaNextImageProcessor, tokenizer, image_seq_length: int, template="hub"):
-        super().__init__(image_processor, tokenizer, image_processor.most_tokens, template)
+        super().__init__(image_processor, tokenizer, most_tokens(image_processor.config), template)
 
     def expand(self, prompts: list[str], pictures: list[Image.Image]) -> list[str]:
         """Repeat each <image> token as often as its picture has vectors. Tokens and pictures have one order."""
-        counts = iter([self.image_processor.tokens(picture.height, picture.width) for picture in pictures])
+        config = self.image_processor.config
+        counts = iter([count_tokens(picture.height, picture.width, config) for picture in pictures])
         return [re.sub("<image>", lambda _: "<image>" * next(counts), prompt) for prompt in prompts]
 
     def encode_pictures(self, pictures: list[Image.Image]) -> Inputs:
@@ -161,6 +160,7 @@ class NextModel:
     def __init__(self, config):
         check_grids(config)
         super().__init__(config)
+        self.most_image_tokens = most_tokens(config)
         self.image_newline = nn.Parameter(torch.zeros(config.text_config.hidden_size))
 
     def get_image_features(

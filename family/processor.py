@@ -21,6 +21,8 @@ def read_parts(folder: Path, config, tokenizer: Tokenizer) -> tuple[ImageProcess
         from family.llava_next import LlavaNextImageProcessor
 
         image_processor = LlavaNextImageProcessor.of(image_processor, config)
+        if settings.get("image_grid_pinpoints", config.image_grid_pinpoints) != config.image_grid_pinpoints:
+            raise ValueError(f"{folder}: image_grid_pinpoints differ between config.json and the processor's settings")
     return image_processor, find_template(folder, template)
 
 
