@@ -34,7 +34,7 @@ def activation_bytes(config, dtype: torch.dtype) -> int:
         return 0
     vision, text = config.vision_config, config.text_config
     tower = 4 * vision.hidden_size + 2 * vision.intermediate_size  # a picture has about as many patches as tokens
-    return max(tower, 4 * text.hidden_size + 3 * text.intermediate_size) * dtype.itemsize
+    return max(tower, 6 * text.hidden_size + 3 * text.intermediate_size) * dtype.itemsize
 
 
 def weight_bytes(model: nn.Module, dtype: torch.dtype, mapped: Callable[[str], bool] = lambda name: False) -> int:

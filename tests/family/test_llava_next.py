@@ -23,6 +23,7 @@ from hub.files import BUNDLED
 from hub.ranges import GRIDS
 from hub.writer import save
 from llava import LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
+from load_weights import our_name
 from quantize import quantize_model
 from reference import DECODERS, TEXT, VISION
 from training.run import train_on_records
@@ -238,6 +239,19 @@ def test_every_parameter_gets_the_references_gradient(pair):
     close(model.multi_modal_projector.linear_1.weight.grad, reference.model.multi_modal_projector.linear_1.weight.grad)
     reference.zero_grad()
     model.zero_grad()
+
+
+def test_older_and_newer_layouts_open(folder, tmp_path):
+    older = shutil.copytree(folder, tmp_path / "older")  # the settings of pictures in a file of their own
+    settings = json.loads((older / "processor_config.json").read_text())["image_processor"]
+    for name in ("size", "crop_size"):
+        settings[name] = {side: number for side, number in settings[name].items() if number is not None}
+    (older / "preprocessor_config.json").write_text(json.dumps(settings | {"do_pad": True}))
+    (older / "processor_config.json").unlink()
+    inputs = asked(LlavaProcessor.from_pretrained(folder), (57, 56), (20, 300))
+    found = asked(LlavaProcessor.from_pretrained(older), (57, 56), (20, 300))
+    assert all(torch.equal(found[name], inputs[name]) for name in inputs)
+    assert our_name("image_newline") == our_name("model.image_newline") == "image_newline"
 
 
 # --- Inputs and settings that do not fit ------------------------------------------------------------------------------
