@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from clip import ImageProcessor
 from hub.interface import Inputs
 
-MOST_TILES = 100  # in a grid; the published checkpoints have up to 4
+MOST_TILES = 100  # in a grid; in the 7B up to 4
 MOST_GRIDS = 1000
 
 

@@ -416,6 +416,25 @@ def test_a_chat_has_the_tokens_of_the_rendered_conversation(folder):
     assert chat.ids[before:].count(image) == added and chat.cache.length in (len(chat.ids), len(chat.ids) - 1)
 
 
+INST = (  # of llava-v1.6-mistral-7b-hf, in short
+    "{% for message in messages %}{% if message['role'] == 'user' %}{{ '[INST] ' }}"
+    "{% for part in message['content'] if part['type'] == 'image' %}{{ '<image>\n' }}{% endfor %}"
+    "{% for part in message['content'] if part['type'] == 'text' %}{{ part['text'] + ' [/INST]' }}{% endfor %}"
+    "{% else %}{{ ' ' + message['content'][0]['text'] + eos_token }}{% endif %}{% endfor %}"
+)
+
+
+def test_the_template_of_mistral_is_the_checkpoints_own(damaged):
+    (damaged / "chat_template.jinja").write_text(INST)
+    model, processor = open_both(damaged)
+    question = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is it?"}]}]
+    prompt = processor.apply_chat_template(question, add_generation_prompt=True)
+    assert prompt == "[INST] <image>\nWhat is it? [/INST]"
+    chat = Chat(model, processor, max_new_tokens=2)
+    chat.pictures = [("a", noise(31, 90))]
+    assert chat.turn_ids("What is it?") == processor(text=prompt, images=noise(31, 90)).input_ids[0].tolist()
+
+
 def test_explain_training_and_saving_say_that_they_do_not(folder, pictures, capsys, tmp_path):
     page = tmp_path / "page.html"
     code, _, err = run(capsys, "--model", folder, "--image", pictures / "a.png", "--explain", page)
@@ -438,6 +457,15 @@ def test_memory_of_tiles_and_long_prompts_is_checked_before_a_run(folder, pictur
     monkeypatch.setattr(LlavaForConditionalGeneration, "from_pretrained", lambda *_: pytest.fail("it was loaded"))
     code, _, err = run(capsys, *asks)
     assert code == 2 and "this model needs" in err and err.count("\n") == 1
+
+
+def test_a_long_wait_is_announced(folder, pictures, capsys, monkeypatch):
+    monkeypatch.setattr(loading, "LARGE", 0)
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    asks = ("--model", folder, "--prompt", "x", "--max-new-tokens", 1)
+    words = "A picture becomes up to 88 tokens: reading it takes up to 6 times as long as with LLaVA-1.5.\n"
+    assert words in run(capsys, *asks, "--image", pictures / "a.png")[2]
+    assert words not in run(capsys, *asks)[2]
 
 
 def test_the_class_is_a_llava(folder):
