@@ -109,7 +109,7 @@ class LlavaNextImageProcessor(ImageProcessor):
         """The settings of a checkpoint's files and its LlavaConfig together. Raises ValueError if they do not fit."""
         check_grids(config)
         side = config.vision_config.image_size
-        if plain.crop_size != {"height": side, "width": side}:
+        if (plain.crop_size["height"], plain.crop_size["width"]) != (side, side):
             raise ValueError(f"crop_size must be {side} x {side}, the size of a tile, not {plain.crop_size}")
         return cls(**vars(plain), config=config)
 
@@ -178,13 +178,14 @@ class NextModel:
         """Each picture's (H, W) in pixels, and its grid's (rows, columns) of tiles. ValueError if they do not fit."""
         if image_sizes is None:
             raise ValueError("LLaVA-1.6 needs image_sizes beside pixel_values: the height and width of each picture")
-        sizes, side = torch.as_tensor(image_sizes).tolist(), self.config.vision_config.image_size
-        if pixel_values.ndim != 5 or torch.as_tensor(image_sizes).shape != (len(pixel_values), 2):
-            shapes = f"{list(pixel_values.shape)} and {list(torch.as_tensor(image_sizes).shape)}"
+        image_sizes, side = torch.as_tensor(image_sizes), self.config.vision_config.image_size
+        if pixel_values.ndim != 5 or image_sizes.shape != (len(pixel_values), 2):
+            shapes = f"{list(pixel_values.shape)} and {list(image_sizes.shape)}"
             wanted = f"[pictures, tiles, 3, {side}, {side}] and [pictures, 2]"
             raise ValueError(f"pixel_values and image_sizes are {shapes}, not {wanted}")
-        if not all(number >= 1 for size in sizes for number in size):
-            raise ValueError(f"image_sizes must be at least 1, not {sizes}")
+        sizes = image_sizes.tolist()
+        if image_sizes.is_floating_point() or min(map(min, sizes)) < 1:
+            raise ValueError(f"image_sizes must be whole numbers of at least 1, not {sizes}")
         pinpoints = self.config.image_grid_pinpoints
         grids = [tuple(n // side for n in best_grid(*size, pinpoints)) for size in sizes]
         if (most := max(1 + rows * columns for rows, columns in grids)) > pixel_values.shape[1]:

@@ -267,6 +267,7 @@ def test_inputs_that_do_not_fit_are_refused(folder):
         ({"image_sizes": sizes.repeat(2, 1)}, "pixel_values and image_sizes are"),
         ({"image_sizes": torch.tensor([[0, 5]])}, "at least 1"),
         ({"image_sizes": torch.tensor([[-3, 5]])}, "at least 1"),
+        ({"image_sizes": torch.tensor([[torch.inf, 5]])}, "whole numbers"),
         ({"image_sizes": torch.tensor([[10**12, 1]])}, "do not match"),
         ({"pixel_values": pixels[0]}, "pixel_values and image_sizes are"),
         ({"pixel_values": pixels[:, :3]}, "have 3 tiles"),
