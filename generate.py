@@ -55,23 +55,21 @@ def tokens_seen(input_ids: Tensor, attention_mask: Tensor, V: int) -> Tensor:  #
     return torch.zeros(len(ids), V + 1, dtype=torch.bool, device=ids.device).scatter(1, ids, True)
 
 
-def prefill(model, input_ids: Tensor, attention_mask: Tensor, cache: KVCache, pixel_values: Tensor | None) -> Tensor:
-    """Run the part of the prompt (B, T) that is not in the cache; returns scores (B, V) for the first new token.
-
-    `pixel_values` are the pictures of that part only.
-    """
+def prefill(model, input_ids, attention_mask, cache: KVCache, pixel_values=None, image_sizes=None) -> Tensor:
+    """Run the part of a prompt (B, T) that the cache lacks, with its pictures; returns the first scores (B, V)."""
     position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)  # 0 is the first token after the padding
     new, position_ids = input_ids[:, cache.length :], position_ids[:, cache.length :]
-    return model(new, pixel_values, attention_mask, position_ids, cache, logits_to_keep=1).logits[:, -1]
+    out = model(new, pixel_values, attention_mask, position_ids, cache, image_sizes=image_sizes, logits_to_keep=1)
+    return out.logits[:, -1]
 
 
 @torch.inference_mode()
-def generate_tokens(model, input_ids, attention_mask, cache, pixel_values, config, generator) -> Iterator[Tensor]:
-    """Yields the next token of every row, (B,), without end. The arguments are those of `prefill` and `sample`.
+def generate_tokens(model, input_ids, attention_mask, cache, pictures, config, generator) -> Iterator[Tensor]:
+    """Yields the next token of every row, (B,), without end. `pictures` are prefill's last two arguments, by name.
 
     The cache keeps the prompt's mask. A token's keys and values enter it when the next token is requested.
     """
-    logits = prefill(model, input_ids, attention_mask, cache, pixel_values)
+    logits = prefill(model, input_ids, attention_mask, cache, **pictures)
     seen = tokens_seen(input_ids, attention_mask, logits.shape[1])
     position_ids = attention_mask.sum(-1, keepdim=True)  # (B, 1): padding is not counted
     while True:
@@ -88,6 +86,7 @@ def generate(
     pixel_values: Tensor | None = None,
     attention_mask: Tensor | None = None,
     *,
+    image_sizes: Tensor | None = None,
     tokenizer: Tokenizer | None = None,
     streamer: Callable[[str], None] | None = None,
     stop_strings: str | list[str] | None = None,
@@ -111,7 +110,8 @@ def generate(
         watchers = text_watchers(batch, tokenizer, streamer, stop_strings)
     generator = None if seed is None else torch.Generator(device).manual_seed(seed)
     cache = model.language_model.new_cache(batch, T + n_new)
-    tokens = generate_tokens(model, input_ids, attention_mask, cache, pixel_values, config, generator)
+    pictures = {"pixel_values": pixel_values, "image_sizes": image_sizes}
+    tokens = generate_tokens(model, input_ids, attention_mask, cache, pictures, config, generator)
 
     eos = torch.tensor(config.eos_ids, device=device)
     finished = torch.zeros(batch, dtype=torch.bool, device=device)

@@ -10,8 +10,7 @@ LLaVA: Liu et al. 2023, https://arxiv.org/abs/2304.08485; LLaVA-1.5: Liu et al. 
 
     B batch    T tokens    D width of the decoder    P patches of a picture    V vocabulary
 
-`python llava.py --image x.jpg` describes a picture. Classes and arguments are named as in transformers.
-hub/ holds what is not the model: reading settings, checking arguments, error messages.
+`python llava.py --image x.jpg` describes a picture. Names are those of transformers; hub/ holds what is not the model.
 Not implemented: gradient checkpointing, and input sizes other than the tower's own.
 """
 
@@ -30,7 +29,7 @@ from torch import Tensor, nn
 
 import generate
 from clip import ACTIVATIONS, CLIPVisionConfig, ImageProcessor
-from family import AutoTokenizer, find_template, vision_classes
+from family import AutoTokenizer, llava_class, vision_classes
 from hub import interface
 from hub.files import find_checkpoint
 from hub.generation import read_generation_settings
@@ -57,6 +56,7 @@ class LlavaConfig:
     vocab_size: int = 32000  # always text_config's; files that transformers wrote have it here too
     multimodal_projector_bias: bool = True
     tie_word_embeddings: bool = False  # the head shares the embedding's matrix
+    image_grid_pinpoints: list | None = None  # LLaVA-1.6 only: how it cuts pictures into tiles (family/llava_next.py)
 
     def __post_init__(self) -> None:
         if self.vision_config is None:
@@ -74,7 +74,7 @@ class LlavaConfig:
         require("projector_hidden_act", self.projector_hidden_act, ACTIVATIONS)
 
     @property
-    def image_seq_length(self) -> int:  # tokens a picture takes in the prompt
+    def image_seq_length(self) -> int:  # tokens a picture takes in the prompt, or a tile of it
         return self.vision_config.num_positions - (self.vision_feature_select_strategy == "default")
 
 
@@ -114,7 +114,7 @@ class LlavaForConditionalGeneration(nn.Module):
         self.tie_weights()
 
     def get_image_features(
-        self, pixel_values: Tensor, vision_feature_layer=None, vision_feature_select_strategy: str | None = None
+        self, pixel_values: Tensor, vision_feature_layer=None, vision_feature_select_strategy=None, image_sizes=None
     ) -> Tensor:  # (pictures, 3, image_size, image_size) -> (pictures, P, D), or P + 1 if the strategy is "full"
         """Encode and project pictures. The tower runs only up to the deepest layer that is used."""
         layers = self.config.vision_feature_layer if vision_feature_layer is None else vision_feature_layer
@@ -154,13 +154,14 @@ class LlavaForConditionalGeneration(nn.Module):
         output_hidden_states: bool = False,
         return_dict: bool = True,
         logits_to_keep: int | Tensor = 0,  # positions that get logits: the last n (0: all), or a tensor (n,)
+        image_sizes: Tensor | None = None,  # (pictures, 2), height and width in pixels; only LLaVA-1.6 needs them
     ) -> interface.LlavaCausalLMOutputWithPast | tuple:
         """Scores for the next token at each position. With a cache, only the new tokens are passed."""
         interface.check_one_prompt(input_ids, inputs_embeds)
         features = None
-        if pixel_values is not None:
-            features = self.get_image_features(pixel_values, vision_feature_layer, vision_feature_select_strategy)
-            features = features.flatten(0, 1)  # (pictures, P, D) -> (pictures * P, D)
+        if pixel_values is not None and len(pixel_values):
+            options = vision_feature_layer, vision_feature_select_strategy, image_sizes
+            features = torch.cat(list(self.get_image_features(pixel_values, *options)))  # (pictures * P, D)
         if inputs_embeds is not None:
             x = inputs_embeds if features is None else interface.merge_embedded(self, inputs_embeds, features)
         else:
@@ -184,10 +185,8 @@ class LlavaForConditionalGeneration(nn.Module):
         return out if return_dict else out.to_tuple()
 
     def step(self, input_ids: Tensor, position_ids: Tensor, cache: KVCache) -> Tensor:
-        """Run one new token per row: ids (B,) at position_ids (B, 1). Returns scores (B, V) for the token after it.
-
-        A method of its own, because on a GPU a CUDA graph takes its place (kernels/graph.py).
-        """
+        """Run one new token per row: ids (B,) at position_ids (B, 1). Returns scores (B, V) for the token after it."""
+        # a method of its own, because on a GPU a CUDA graph takes its place (kernels/graph.py)
         return self(input_ids[:, None], position_ids=position_ids, past_key_values=cache).logits[:, -1]
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:  # (B, T, V), (B, T) -> one number
@@ -198,8 +197,6 @@ class LlavaForConditionalGeneration(nn.Module):
     def generate(self, input_ids: Tensor, pixel_values: Tensor | None = None, **options) -> Tensor:
         """Prompt and answer as ids (B, T + new). The arguments are those of generate.generate."""
         return generate.generate(self, input_ids, pixel_values, **options)
-
-    # Loading and settings
 
     def tie_weights(self) -> None:
         if self.config.tie_word_embeddings:
@@ -237,7 +234,8 @@ class LlavaForConditionalGeneration(nn.Module):
     def without_weights(cls, settings: dict) -> "LlavaForConditionalGeneration":
         """The model that a config.json describes, on the meta device: shapes without memory, for `load` to fill."""
         with as_value_error(), no_weights():
-            return cls(LlavaConfig(**known_fields(LlavaConfig, settings)))
+            config = LlavaConfig(**known_fields(LlavaConfig, settings))
+            return llava_class(cls, config)(config)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -263,19 +261,13 @@ class LlavaProcessor:
     @classmethod
     def from_pretrained(cls, path: str | Path) -> "LlavaProcessor":
         """Read the settings of a checkpoint: a folder or a hub id. Errors as for the model."""
-        from hub.processor_settings import read_processor_settings
+        from family.processor import read_parts
         folder = find_checkpoint(path)
         with as_value_error():
             config = LlavaConfig(**known_fields(LlavaConfig, read_config(folder)))
         tokenizer = AutoTokenizer.from_pretrained(folder)
-        ours, theirs = tokenizer.image_token_id, config.image_token_index
-        if ours != theirs:
-            raise ValueError(f"{folder}: <image> is token {ours} for the tokenizer and token {theirs} in config.json")
-        settings, template = read_processor_settings(folder)
-        side = config.vision_config.image_size
-        settings = {"size": {"shortest_edge": side}, "crop_size": side} | settings
-        image_processor = ImageProcessor(**known_fields(ImageProcessor, settings))
-        return cls(image_processor, tokenizer, config.image_seq_length, find_template(folder, template))
+        image_processor, template = read_parts(folder, config, tokenizer)
+        return llava_class(cls, config)(image_processor, tokenizer, config.image_seq_length, template)
 
     def __call__(
         self,
@@ -292,13 +284,20 @@ class LlavaProcessor:
         texts, pictures = interface.as_lists(text, images, return_tensors)
         inputs = interface.Inputs()
         if texts:
-            ids = [self.tokenizer.encode(t.replace("<image>", "<image>" * self.image_seq_length)) for t in texts]
+            ids = [self.tokenizer.encode(prompt) for prompt in self.expand(texts, pictures)]
             if len(set(map(len, ids))) > 1 and not padding:
                 raise ValueError("The prompts differ in length: pass padding=True to fill the shorter ones up")
             inputs["input_ids"], inputs["attention_mask"] = self.tokenizer.pad(ids)
         if pictures:
-            inputs["pixel_values"] = self.image_processor(pictures)
+            inputs.update(self.encode_pictures(pictures))
         return inputs
+
+    def expand(self, prompts: list[str], pictures: list[Image.Image]) -> list[str]:
+        """Repeat each <image> token once per patch of its picture."""
+        return [prompt.replace("<image>", "<image>" * self.image_seq_length) for prompt in prompts]
+
+    def encode_pictures(self, pictures: list[Image.Image]) -> interface.Inputs:
+        return interface.Inputs(pixel_values=self.image_processor(pictures))
 
     def apply_chat_template(self, messages: list[dict], add_generation_prompt: bool = False) -> str:
         """A conversation as a prompt in the checkpoint's template. Messages: see tokenizer.Template."""

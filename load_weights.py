@@ -30,6 +30,7 @@ RENAME = [
     ("model.multi_modal_projector.", "multi_modal_projector."),
     ("language_model.lm_head.", "lm_head."),  # the hub's files
     ("language_model.model.", "language_model."),
+    ("model.image_newline", "image_newline"),  # LLaVA-1.6
     ("model.", "language_model."),  # the decoder in LLaVA's authors' files, or on its own
     ("vision_tower.vision_model.", "vision_tower."),  # in the files of the hub and of the authors
     ("vision_model.", "vision_tower."),  # a CLIP on its own

@@ -71,7 +71,8 @@ class Chat:
         if special := special.intersection(tokenizer.encode_text(text)):
             name = tokenizer.special_names[min(special)]
             raise ValueError(f"{name} is a control token of this model and cannot be in a message: change its spelling")
-        opening = "".join(before).replace("<image>", "<image>" * self.processor.image_seq_length)
+        opening = "".join(before)
+        (opening,) = self.processor.expand([opening], [picture for _, picture in self.pictures])
         opening = opening.removeprefix(tokenizer.special_names.get(tokenizer.bos_token_id, ""))  # encode adds it
         return [*tokenizer.encode(opening, not self.ids), *ids, *tokenizer.encode("".join(after), False)]
 
@@ -111,10 +112,10 @@ class Chat:
         why = "context" if limit == room else "length"
         self.grow(T + limit)
         pictures = [picture for _, picture in self.pictures]
-        pixels = self.processor.image_processor(pictures).to(device) if pictures else None
+        inputs = self.processor.encode_pictures(pictures).to(device) if pictures else {}
         ids = torch.tensor([prompt], device=device)
         mask = torch.ones_like(ids)
-        tokens = generate_tokens(self.model, ids, mask, self.cache, pixels, self.config, self.generator)
+        tokens = generate_tokens(self.model, ids, mask, self.cache, inputs, self.config, self.generator)
         watcher = TextWatcher(self.processor.tokenizer, streamer, self.stop_strings)
         try:
             for token in map(int, islice(tokens, limit)):

@@ -23,12 +23,15 @@ def describe(Model: type, folder: Path) -> str:
     dtypes = sorted(kinds.get(dtype, str(dtype).removeprefix("torch.")) for dtype in {t.dtype for t in found.values()})
     if kinds:
         unpack(model, bits)
+    name, tokens = "LLaVA", config.image_seq_length
+    if config.image_grid_pinpoints:
+        name, tokens = "LLaVA-1.6", f"up to {model.most_image_tokens}"
     fp32, half = (f"{weight_bytes(model, dtype) / 1e9:.3g} GB" for dtype in (torch.float32, torch.bfloat16))
     cache = cache_bytes(config, torch.bfloat16)
     return f"""\
-family      LLaVA: {vision.model_type} and {text.model_type}
+family      {name}: {vision.model_type} and {text.model_type}
 tower       {vision.num_hidden_layers} layers of width {vision.hidden_size}, {vision.num_attention_heads} heads, \
-{vision.image_size} pixels in patches of {vision.patch_size}: {config.image_seq_length} tokens per picture
+{vision.image_size} pixels in patches of {vision.patch_size}: {tokens} tokens per picture
 decoder     {text.num_hidden_layers} layers of width {text.hidden_size}, {text.num_attention_heads} heads \
 on {text.num_key_value_heads} key/value heads, a vocabulary of {text.vocab_size}
 weights     {len(found)} tensors, {n:,} numbers, {" ".join(dtypes)}

@@ -26,7 +26,10 @@ def settle(args: Namespace) -> None:
     if torch.device(args.device).type == "cuda":
         torch.cuda.set_device(args.device)  # kernels run on the current device only
     folder = find_checkpoint(args.model)
-    packed = read_config(folder).get("quantization_config")
+    config = read_config(folder)
+    if args.explain is not None and config["image_grid_pinpoints"]:
+        raise ValueError("--explain does not work with LLaVA-1.6: the page shows one picture of patches, not tiles")
+    packed = config.get("quantization_config")
     args.bits = args.quantize or (f"int{read_scheme(packed, folder / 'config.json').bits}" if packed else None)
     if args.dtype == "auto":
         # PyTorch's products for quantized weights are fast in bfloat16 on every CPU.
@@ -60,4 +63,8 @@ def load(Model: type, Processor: type, args: Namespace, rows: int, pictures: int
         is_converted = args.quantize or settings["dtype"] != dtype
         how = f" and converting them to {args.quantize or args.dtype}, which takes a while" if is_converted else ""
         print(f"Loading {size / 1e9:.3g} GB of weights{how}.", file=sys.stderr)
+        if pictures and model.config.image_grid_pinpoints:
+            most, tile = processor.image_seq_length, model.config.image_seq_length
+            times = f"reading it takes up to {most / tile:.0f} times as long as with LLaVA-1.5"
+            print(f"A picture becomes up to {most} tokens: {times}.", file=sys.stderr)
     return Model.from_pretrained(folder, dtype, args.device, args.quantize, args.kernels), processor

@@ -1,6 +1,7 @@
 """Whether a model fits into memory, checked before its weights are read, so that an error comes at once.
 
     needed = the weights in the dtype and form they will have + the KV cache + OVERHEAD
+             + for LLaVA-1.6 the activations of up to 2,928 tokens a picture
 
 Weights mapped from a file count too: the system can drop their pages, but every token reads all of them again, which
 is slow. So a model that does not fit runs if it is mapped, with a warning.
@@ -27,6 +28,15 @@ def cache_bytes(config, dtype: torch.dtype) -> int:
     return 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * dtype.itemsize
 
 
+def activation_bytes(config, dtype: torch.dtype) -> int:
+    """LLaVA-1.6: what a token of a prompt takes in a layer while the prompt runs. LLaVA-1.5's are within OVERHEAD."""
+    if not config.image_grid_pinpoints:
+        return 0
+    vision, text = config.vision_config, config.text_config
+    tower = 4 * vision.hidden_size + 2 * vision.intermediate_size  # a picture has about as many patches as tokens
+    return max(tower, 6 * text.hidden_size + 3 * text.intermediate_size) * dtype.itemsize
+
+
 def weight_bytes(model: nn.Module, dtype: torch.dtype, mapped: Callable[[str], bool] = lambda name: False) -> int:
     """The parameters of a model that will run in `dtype`, without those that are mapped from a file."""
     kept = [parameter for name, parameter in model.named_parameters() if not mapped(name)]
@@ -48,7 +58,8 @@ def needed_bytes(
     if quantize:
         model = copy.deepcopy(model)
         quantize_model(model, quantize)
-    needed = weight_bytes(model, dtype, mapped) + tokens * cache_bytes(model.config, dtype) + OVERHEAD
+    token = cache_bytes(model.config, dtype) + activation_bytes(model.config, dtype)
+    needed = weight_bytes(model, dtype, mapped) + tokens * token + OVERHEAD
     if device != "cpu":  # one matrix at a time is dequantized
         sizes = [m.in_features * m.out_features for m in model.modules() if isinstance(m, QuantizedLinear)]
         needed += max(sizes, default=0) * dtype.itemsize

@@ -5,7 +5,7 @@ from pathlib import Path
 from clip import CLIPVisionConfig, CLIPVisionModel
 from hub.files import find_checkpoint, read_json
 from hub.settings import require
-from tokenizer import TEMPLATES, Tokenizer
+from tokenizer import Tokenizer
 
 
 def vision_classes(model_type: str) -> tuple[type, type]:
@@ -16,6 +16,14 @@ def vision_classes(model_type: str) -> tuple[type, type]:
         from family.siglip import SiglipVisionConfig, SiglipVisionModel
         return SiglipVisionConfig, SiglipVisionModel
     return CLIPVisionConfig, CLIPVisionModel
+
+
+def llava_class(Plain: type, config) -> type:
+    """`Plain`, the class of a model or processor, or for LLaVA-1.6 its subclass."""
+    if config.image_grid_pinpoints is None:
+        return Plain
+    from family.llava_next import next_class
+    return next_class(Plain)
 
 
 class AutoTokenizer:
@@ -37,12 +45,3 @@ class AutoTokenizer:
         except ModuleNotFoundError as error:
             raise ValueError(f"{file} needs {error.name}: pip install -r requirements-family.txt") from error
         return Kind.from_settings(settings, read_json(folder / "tokenizer_config.json"), file)
-
-
-def find_template(folder: Path, name: str):
-    """The checkpoint's own chat template for the name "own", else an entry of tokenizer.TEMPLATES."""
-    if name != "own":
-        return TEMPLATES[name]
-    from family.chat_template import JinjaTemplate
-    from hub.chat_template import find_chat_template, special_tokens
-    return JinjaTemplate(find_chat_template(folder), folder, **special_tokens(folder))

@@ -40,11 +40,11 @@ def read_processor_settings(folder: Path) -> tuple[dict, str]:
             check_ranges({"height": size}, file)  # an older file's single number
         elif not ({"height", "width"} <= set(size) or (name == "size" and "shortest_edge" in size)):
             raise ValueError(f"{file}: {name} has no height and width")
-    if 0 in (settings.get("image_std") or []):
+    if 0 in check_ranges(settings, file).get("image_std", []):
         raise ValueError(f"{file}: image_std must not be 0")
     # The chat templates of LLaVA-1.5 need no interpreter: tokenizer.py has the same ones.
     name = "v1" if VICUNA in template else "hub" if "ASSISTANT:" in template or not template else "own"
-    return check_ranges(settings, file), name
+    return settings, name
 
 
 def read_tokenizer_settings(folder: Path) -> tuple[dict[str, int], str]:

@@ -35,6 +35,13 @@ RANGES = {
 THREE = {"image_mean", "image_std"}  # one for each colour
 ONE_OR_MORE = {"vision_feature_layer", "eos_token_id"}
 MAY_BE_NULL = {"num_key_value_heads", "head_dim", "sliding_window", "eos_token_id", "pad_token_id"}
+GRIDS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]  # LLaVA-1.6's default
+
+
+def read_grids(config: dict) -> list | None:
+    """LLaVA-1.6's image_grid_pinpoints, which family/llava_next.py checks; None for other models."""
+    grids = config.get("image_grid_pinpoints")
+    return (GRIDS if grids is None else grids) if config.get("model_type") == "llava_next" else None
 
 
 def check_ranges(settings: dict, file: Path) -> dict:

@@ -94,11 +94,12 @@ def read_config(folder: Path) -> dict:
     for part in ("vision_config", "text_config"):
         if not isinstance(config.get(part, {}), dict):
             raise ValueError(f"{folder / 'config.json'}: {part} is not a JSON object")
-    if config.get("model_type", "llava") != "llava":
-        raise ValueError(f"{folder / 'config.json'} describes a model of type {config['model_type']!r}, not a LLaVA")
+    if (kind := config.get("model_type", "llava")) not in ("llava", "llava_next"):
+        raise ValueError(f"{folder / 'config.json'} describes a model of type {kind!r}, not a LLaVA")
     if "text_config" not in config:
         raise ValueError(f"{folder / 'config.json'} has no text_config")
-    from hub.ranges import check_ranges
+    from hub.ranges import check_ranges, read_grids
 
     check_ranges(config, folder / "config.json")
+    config["image_grid_pinpoints"] = read_grids(config)
     return config | {"dtype": DTYPE_NAMES.get(str(config.get("dtype") or config.get("torch_dtype")))}

@@ -25,6 +25,7 @@ HUB = [
     ("lm_head.", "language_model.lm_head."),
     ("vision_tower.", "vision_tower.vision_model."),
     ("multi_modal_projector.", "multi_modal_projector."),
+    ("image_newline", "image_newline"),
 ]
 
 
@@ -52,8 +53,10 @@ def check_can_save(model: nn.Module, processor) -> None:
     if not all(tensor.is_floating_point() for tensor in model.parameters()):
         raise ValueError("a quantized model cannot be saved: quantize.py writes its checkpoint")
     is_like_llava = hasattr(processor.tokenizer, "sp") and hasattr(processor.template, "system")
-    if not is_like_llava or model.config.vision_config.model_type != "clip_vision_model":
-        raise ValueError("only a model with CLIP, a tokenizer.model and LLaVA-1.5's prompts can be trained and saved")
+    is_clip = model.config.vision_config.model_type == "clip_vision_model" and not model.config.image_grid_pinpoints
+    if not is_like_llava or not is_clip:
+        parts = "with CLIP, a tokenizer.model, and LLaVA-1.5's prompts and pictures"
+        raise ValueError(f"only a model {parts} can be trained and saved")
 
 
 def check_finite(tensors: dict[str, Tensor]) -> None:
@@ -154,7 +157,8 @@ def config_json(config) -> dict:
     if text["layer_types"] is None:
         del text["layer_types"]
     head = {"architectures": ["LlavaForConditionalGeneration"], "model_type": "llava"}
-    return head | asdict(config) | {"text_config": text, "image_seq_length": config.image_seq_length}
+    settings = {name: value for name, value in asdict(config).items() if name != "image_grid_pinpoints"}
+    return head | settings | {"text_config": text, "image_seq_length": config.image_seq_length}
 
 
 def write_processor(processor, config, folder: Path) -> None:
