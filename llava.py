@@ -37,7 +37,7 @@ from hub.generation import read_generation_settings
 from hub.settings import as_value_error, decoder_settings, known_fields, read_config, require
 from hub.tensors import as_dtype, no_weights
 from llama import KVCache, Llama, LlamaConfig
-from load_weights import load
+from load_weights import load, our_name
 from tokenizer import TEMPLATES, Tokenizer
 
 EXTRA_CAPACITY = 512  # tokens that fit into a cache made by `forward`, beyond those it was called with
@@ -207,14 +207,15 @@ class LlavaForConditionalGeneration(nn.Module):
 
     @classmethod
     def from_pretrained(
-        cls, path: str | Path, dtype=None, device="cpu", quantize=None, kernels="auto", torch_dtype=None
+        cls, path: str | Path, dtype=None, device="cpu", quantize=None, kernels="auto", torch_dtype=None, adapter=None
     ) -> "LlavaForConditionalGeneration":
         """Load a checkpoint from a folder or a hub id.
 
         `dtype` (old name `torch_dtype`) is a torch.dtype or its name; None or "auto" means config.json's, or else that
         of the weights. `quantize="int8"` or "int4" stores the decoder's matrices in 8 or 4 bits (quantize.py).
         `kernels="torch"` runs the plain model, "auto" swaps in faster modules with the same results up to rounding, and
-        "triton" insists on Triton's (kernels/__init__.py). Raises FileNotFoundError or ValueError for bad checkpoints.
+        "triton" insists on Triton's (kernels/__init__.py). `adapter` is the folder of a LoRA, which is merged into the
+        matrices (hub/adapter.py). Raises FileNotFoundError or ValueError for bad checkpoints.
         """
         folder = find_checkpoint(path)
         settings = read_config(folder)
@@ -228,6 +229,9 @@ class LlavaForConditionalGeneration(nn.Module):
         dtype = as_dtype(dtype or torch_dtype) or settings["dtype"] or model.dtype
         model.to(device=device, dtype=dtype).eval()
         model.generation_config = read_generation_settings(folder)
+        if adapter is not None:
+            from hub.adapter import apply_adapter
+            apply_adapter(model, adapter, our_name)
         if kernels != "torch":
             from kernels import accelerate
             accelerate(model, kernels)
@@ -263,17 +267,13 @@ class LlavaProcessor:
     @classmethod
     def from_pretrained(cls, path: str | Path) -> "LlavaProcessor":
         """Read the settings of a checkpoint: a folder or a hub id. Errors as for the model."""
-        from hub.processor_settings import read_processor_settings
+        from hub.processor_settings import check_image_token, read_processor_settings
         folder = find_checkpoint(path)
         with as_value_error():
             config = LlavaConfig(**known_fields(LlavaConfig, read_config(folder)))
         tokenizer = AutoTokenizer.from_pretrained(folder)
-        ours, theirs = tokenizer.image_token_id, config.image_token_index
-        if ours != theirs:
-            raise ValueError(f"{folder}: <image> is token {ours} for the tokenizer and token {theirs} in config.json")
-        settings, template = read_processor_settings(folder)
-        side = config.vision_config.image_size
-        settings = {"size": {"shortest_edge": side}, "crop_size": side} | settings
+        check_image_token(folder, tokenizer.image_token_id, config.image_token_index)
+        settings, template = read_processor_settings(folder, config.vision_config.image_size)
         image_processor = ImageProcessor(**known_fields(ImageProcessor, settings))
         return cls(image_processor, tokenizer, config.image_seq_length, find_template(folder, template))
 

@@ -37,7 +37,7 @@ def settle(args: Namespace) -> None:
 
 def load(Model: type, Processor: type, args: Namespace, rows: int, pictures: int) -> tuple:
     """The model and its processor, if memory is enough for batches of `rows` prompts with `pictures` pictures each."""
-    if args.model == BUNDLED:
+    if args.model == BUNDLED and args.adapter is None:
         print(
             "The bundled tiny model knows only its small world: emoji on plain backgrounds. "
             "For photographs use a larger one: python llava.py --models lists some.",
@@ -54,10 +54,12 @@ def load(Model: type, Processor: type, args: Namespace, rows: int, pictures: int
     context = model.config.text_config.max_position_embeddings
     tokens = rows * min(pictures * processor.image_seq_length + args.max_new_tokens, context)
     mapped = args.device == "cpu" and not args.quantize and settings["dtype"] == dtype
+    mapped = mapped and (args.adapter is None or "quantization_config" in settings)  # merged matrices are copies
     check_memory(model, dtype, args.device, args.quantize, tokens, mapped)
     size = sum(file.stat().st_size for file in weight_files(folder))
     if size > LARGE and sys.stderr.isatty():
         is_converted = args.quantize or settings["dtype"] != dtype
         how = f" and converting them to {args.quantize or args.dtype}, which takes a while" if is_converted else ""
         print(f"Loading {size / 1e9:.3g} GB of weights{how}.", file=sys.stderr)
-    return Model.from_pretrained(folder, dtype, args.device, args.quantize, args.kernels), processor
+    how = {"quantize": args.quantize, "kernels": args.kernels, "adapter": args.adapter}
+    return Model.from_pretrained(folder, dtype, args.device, **how), processor

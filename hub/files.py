@@ -43,7 +43,7 @@ def open_sentencepiece(model: bytes) -> tuple[SentencePieceProcessor, dict[str, 
     return sp, special
 
 
-def find_checkpoint(path: str | Path) -> Path:
+def find_checkpoint(path: str | Path, download: bool = True) -> Path:
     """The folder of a checkpoint, given as a folder or as a hub id such as llava-hf/llava-1.5-7b-hf.
 
     A hub id is looked up in the local hub cache, or downloaded if huggingface_hub is installed; else FileNotFoundError.
@@ -58,6 +58,8 @@ def find_checkpoint(path: str | Path) -> Path:
         snapshot = cache / "snapshots" / (cache / "refs" / "main").read_text().strip()
         if (snapshot / "config.json").is_file():
             return snapshot
+    if not download:
+        raise FileNotFoundError(f"{path} is not in the hub cache")
     try:
         from huggingface_hub import snapshot_download
 

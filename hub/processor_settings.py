@@ -10,8 +10,17 @@ from hub.ranges import check_ranges
 VICUNA = "A chat between a curious user and an artificial intelligence assistant."
 
 
-def read_processor_settings(folder: Path) -> tuple[dict, str]:
-    """The image processor's settings, and the name of the prompt template: "own" or one of tokenizer.TEMPLATES."""
+def check_image_token(folder: Path, tokenizers: int | None, configs: int) -> None:
+    if tokenizers != configs:
+        ids = f"token {tokenizers} for the tokenizer and token {configs} in config.json"
+        raise ValueError(f"{folder}: <image> is {ids}")
+
+
+def read_processor_settings(folder: Path, side: int = 336) -> tuple[dict, str]:
+    """The image processor's settings, and the name of the prompt template: "own" or one of tokenizer.TEMPLATES.
+
+    `side` is that of the pictures, in pixels, where the files do not say it.
+    """
     config = read_json(folder / "config.json")
     if "mm_vision_tower" in config:
         from hub.authors import tower_folder
@@ -44,7 +53,7 @@ def read_processor_settings(folder: Path) -> tuple[dict, str]:
         raise ValueError(f"{file}: image_std must not be 0")
     # The chat templates of LLaVA-1.5 need no interpreter: tokenizer.py has the same ones.
     name = "v1" if VICUNA in template else "hub" if "ASSISTANT:" in template or not template else "own"
-    return check_ranges(settings, file), name
+    return {"size": {"shortest_edge": side}, "crop_size": side} | check_ranges(settings, file), name
 
 
 def read_tokenizer_settings(folder: Path) -> tuple[dict[str, int], str]:

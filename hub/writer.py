@@ -71,9 +71,11 @@ def replaced_files(folder: Path) -> Iterator[Path]:
         files = sorted(Path(scratch).iterdir())
         for file in files:
             os.replace(file, folder / file.name)
-        for old in (*folder.glob("model-*-of-*.safetensors"), *folder.glob("model.safetensors*")):
-            if old.name not in {file.name for file in files}:  # shards of what was here before
-                old.unlink()
+        names = {file.name for file in files}
+        if any(name.startswith("model") for name in names):  # new weights, and not an adapter beside the old ones
+            for old in (*folder.glob("model-*-of-*.safetensors"), *folder.glob("model.safetensors*")):
+                if old.name not in names:  # shards of what was here before
+                    old.unlink()
 
 
 def write_whole(path: str | Path, text: str) -> None:
