@@ -227,11 +227,11 @@ class LlavaForConditionalGeneration(nn.Module):
             load(model, folder)
         model.tie_weights()
         dtype = as_dtype(dtype or torch_dtype) or settings["dtype"] or model.dtype
-        model.to(device=device, dtype=dtype).eval()
-        model.generation_config = read_generation_settings(folder)
         if adapter is not None:
             from hub.adapter import apply_adapter
-            apply_adapter(model, adapter, our_name)
+            apply_adapter(model, adapter, our_name, device, dtype)
+        model.to(device=device, dtype=dtype).eval()
+        model.generation_config = read_generation_settings(folder)
         if kernels != "torch":
             from kernels import accelerate
             accelerate(model, kernels)

@@ -52,7 +52,6 @@ def add_first_options(parser: argparse.ArgumentParser) -> None:
     add("--images", type=Path, metavar="PATH", help="a folder, or a list of pictures in a file (- standard input)")
     add("--out", type=Path, metavar="FILE", help="write the answers of --images to a file, or resume it")
     add("--model", metavar="PATH", help="checkpoint folder or hub id (default: the bundled tiny one)")
-    add("--adapter", metavar="DIR", help="a LoRA for the model (without --model: for the one that it names)")
     add("--max-new-tokens", type=number(int, 1, 10**9), default=256, metavar="N", help="longest answer (default: 256)")
     how = "0 (default): always the likeliest token; 1: sample from the model's own distribution"
     add("--temperature", type=number(float, 1e-6, 1e4, or_zero=True), default=0.0, metavar="T", help=how)
@@ -63,6 +62,7 @@ def add_first_options(parser: argparse.ArgumentParser) -> None:
 def add_other_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("the rest").add_argument
     own = "(default: the checkpoint's)"
+    add("--adapter", metavar="DIR", help="a LoRA for the model (without --model: for the one that it names)")
     add("--device", default="auto", help="auto, cpu, cuda or mps (default: auto, the fastest here)")
     add("--top-p", type=number(float, 1e-9, 1), metavar="P", help=f"sample among tokens with P together {own}")
     add("--top-k", type=number(int, 0, 10**9), metavar="K", help=f"sample among K tokens, 0 for all {own}")

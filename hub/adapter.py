@@ -92,9 +92,9 @@ def read_config(folder: str | Path) -> dict:
         raise ValueError(f"the adapter {folder} needs {name} {str(value)[:80]!r}, which is not implemented")
     rank, alpha = settings.get("r"), settings.setdefault("lora_alpha", 8)
     if type(rank) is not int or not 1 <= rank <= 2**16:
-        raise ValueError(f"the adapter {folder} has the rank {rank!r}: r must be a whole number of at least 1")
+        raise ValueError(f"the adapter {folder} has the rank {str(rank)[:80]}: r must be a whole number of at least 1")
     if type(alpha) not in (int, float) or not math.isfinite(alpha):
-        raise ValueError(f"the adapter {folder} has the lora_alpha {alpha!r}, which is not a number")
+        raise ValueError(f"the adapter {folder} has the lora_alpha {str(alpha)[:80]}, which is not a number")
     return settings
 
 
@@ -147,7 +147,7 @@ def base_of(folder: str | Path) -> str:
     """The base that adapter_config.json names: a folder, or a hub id in the local cache. Nothing is downloaded."""
     name = read_config(folder).get("base_model_name_or_path")
     try:
-        find_checkpoint(name if isinstance(name, str) else "", download=False)
+        find_checkpoint(name if isinstance(name, str) and name else "?", download=False)
     except (OSError, ValueError) as error:
         raise FileNotFoundError(f"the adapter {folder} is for {name!r}, which is not here: give --model") from error
     return name
@@ -157,26 +157,28 @@ def base_of(folder: str | Path) -> str:
 
 
 @torch.no_grad()
-def apply_adapter(model: nn.Module, folder: str | Path, our_name: Callable[[str], str]) -> None:
-    """Merge an adapter into a loaded model, before kernels.accelerate. Beside quantized matrices it stays a module."""
+def apply_adapter(model: nn.Module, folder: str | Path, our_name: Callable[[str], str], device, dtype) -> None:
+    """Merge an adapter into a loaded model that moves to `device` and `dtype` next: the sum is rounded once.
+
+    Beside a quantized matrix it stays a module.
+    """
     adapter = read_adapter(folder, our_name)
     untie(model, adapter)
+    unpack_replaced(model, adapter)
     check_fits(model, adapter)
     for name, tensor in adapter.whole.items():
-        parameter = model.get_parameter(name)
-        parameter.data = tensor.to(parameter.device, parameter.dtype, copy=True)
+        owner, _, last = name.rpartition(".")
+        setattr(model.get_submodule(owner), last, nn.Parameter(tensor))
     for name, (A, B) in adapter.pairs.items():
         linear = model.get_submodule(name)
-        if not isinstance(linear, nn.Linear):
+        if isinstance(linear, nn.Linear):
+            precise = torch.promote_types(linear.weight.dtype, torch.float32)
+            W, A, B = (tensor.to(device, precise) for tensor in (linear.weight, A, B))
+            linear.weight = nn.Parameter((W + adapter.scale * B @ A).to(dtype))
+        else:
             beside = AdaptedLinear(linear, adapter.rank, adapter.scale)
-            beside.lora_A.weight.data, beside.lora_B.weight.data = A, B
-            beside.lora_A.to(model.device, model.dtype), beside.lora_B.to(model.device, model.dtype)
-            model.set_submodule(name, beside.requires_grad_(False).train(linear.training))
-            continue
-        W = linear.weight
-        precise = torch.promote_types(W.dtype, torch.float32)
-        A, B = A.to(W.device, precise), B.to(W.device, precise)
-        linear.weight.data = (W.to(precise) + adapter.scale * B @ A).to(W.dtype)
+            beside.lora_A.weight, beside.lora_B.weight = nn.Parameter(A), nn.Parameter(B)
+            model.set_submodule(name, beside.requires_grad_(False))
 
 
 def untie(model: nn.Module, adapter: Adapter) -> None:
@@ -185,6 +187,16 @@ def untie(model: nn.Module, adapter: Adapter) -> None:
     if model.config.tie_word_embeddings and tied & {*adapter.pairs, *adapter.whole}:
         model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
         model.config.tie_word_embeddings = model.config.text_config.tie_word_embeddings = False
+
+
+def unpack_replaced(model: nn.Module, adapter: Adapter) -> None:
+    """Make a quantized matrix that the adapter replaces whole an nn.Linear again, for instance the head."""
+    for name in adapter.whole:
+        linear = dict(model.named_modules()).get(name.removesuffix(".weight"))
+        if name.endswith(".weight") and hasattr(linear, "dequantize"):
+            plain = nn.Linear(linear.in_features, linear.out_features, bias=False)
+            plain.bias = linear.bias
+            model.set_submodule(name.removesuffix(".weight"), plain)
 
 
 def check_fits(model: nn.Module, adapter: Adapter) -> None:

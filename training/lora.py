@@ -5,8 +5,8 @@
 A starts random and B at zero, so training starts from the base's own answers. W may be in bfloat16 or quantized: it
 needs no gradient and no optimizer state, which are what full fine-tuning needs most memory for. A, B and the projector,
 which learns whole, and their optimizer state are in float32; the products are in bfloat16 where that is fast.
-hub/adapter.py has the formula as a module, and PEFT's files. https://arxiv.org/abs/2106.09685; on a quantized base it is
-QLoRA: Dettmers et al. 2023, https://arxiv.org/abs/2305.14314.
+hub/adapter.py has the formula as a module, and PEFT's files. https://arxiv.org/abs/2106.09685; on a quantized base it
+is QLoRA: Dettmers et al. 2023, https://arxiv.org/abs/2305.14314.
 
     B batch    T tokens    r rank
 """

@@ -54,7 +54,7 @@ STAGES = [
 
 
 def learning_rate(step: int, stage: Stage, highest: float | None = None) -> float:
-    """Rises linearly over the first 3 % of the steps, then falls to zero along half a cosine. `highest`: default, lr."""
+    """Rises linearly over the first 3 % of the steps, then falls to zero along half a cosine. `highest`: stage.lr."""
     highest = stage.lr if highest is None else highest
     warm_up = max(1, round(0.03 * stage.steps))
     if step < warm_up:
