@@ -11,6 +11,7 @@
 import argparse
 import math
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -143,6 +144,9 @@ def find_lora(args: argparse.Namespace) -> Lora:
 def main() -> None:
     args = parse_arguments()
     if args.merge:
+        for name in ("SIGTERM", "SIGHUP"):  # end it like Ctrl-C: nothing half-written is left
+            if hasattr(signal, name):
+                signal.signal(getattr(signal, name), signal.default_int_handler)
         merge(args.model, args.adapter, args.out)
         return print(f"saved to {args.out}")
     check_device(args.device)

@@ -18,6 +18,8 @@ from hub.adapter import TARGETS, read_adapter
 from hub.files import BUNDLED
 from llava import LlavaForConditionalGeneration, LlavaProcessor
 from load_weights import our_name
+from quantize import quantize_model
+from small import small
 from tiny_world import ROOT, logged_losses, write_records
 from training import progress, run_stage, tune_adapter
 from training.lora import Lora, LoraLoss, Masks, add_lora, matrices
@@ -129,6 +131,34 @@ def test_the_file_of_an_interrupted_run_holds_only_what_learns(written):
     assert all("lora_" in name or "projector" in name for name in state["objective"])
     fast, slow = state["optimizer"]["param_groups"]
     assert (fast["highest"], slow["highest"], len(slow["params"])) == (1e-2, 2e-5, 4)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("bits", [None, "int8"])
+def test_in_bfloat16_the_gradients_are_in_float32_and_those_of_float32_up_to_rounding(bits):
+    """Frozen weights in bfloat16 or int8, products in bfloat16; what learns stays in float32."""
+    results = []
+    for dtype in (torch.float32, torch.bfloat16):
+        model, _ = small()
+        with torch.no_grad():
+            for parameter in model.language_model.layers.parameters():
+                parameter.mul_(0.3)
+        if bits:
+            quantize_model(model, bits)
+        model.to(dtype)
+        objective = LoraLoss(model, add_lora(model, Lora(4, 8, dropout=0.1))).train()
+        ids = torch.arange(5, 45).reshape(2, 20)
+        with torch.no_grad():
+            for i, linear in enumerate(matrices(model).values()):
+                linear.lora_B.weight.normal_(0, 0.05, generator=torch.Generator().manual_seed(i))
+        objective({"input_ids": ids, "labels": ids, "samples": torch.arange(2)}).backward()
+        frozen = {p.dtype for p in model.parameters() if not p.requires_grad}
+        assert frozen <= {dtype, torch.int8}
+        learning = [p for name, p in model.named_parameters() if "lora_" in name]
+        assert {p.dtype for p in learning} == {p.grad.dtype for p in learning} == {torch.float32}
+        results.append(torch.cat([p.grad.flatten() for p in learning]))
+    exact, rounded = results
+    assert torch.cosine_similarity(exact, rounded, dim=0) > 0.95
 
 
 # --- Quantized bases -------------------------------------------------------------------------------------------------
