@@ -4,7 +4,7 @@
 
 A starts random and B at zero, so training starts from the base's own answers. W may be in bfloat16 or quantized: it
 needs no gradient and no optimizer state, which are what full fine-tuning needs most memory for. A, B and the projector,
-which learns whole, and their optimizer state are in float32; the products are in bfloat16 where that is fast.
+which learns whole, and their optimizer state are in float32; the products are in bfloat16 where the device has these.
 hub/adapter.py has the formula as a module, and PEFT's files. https://arxiv.org/abs/2106.09685; on a quantized base it
 is QLoRA: Dettmers et al. 2023, https://arxiv.org/abs/2305.14314.
 
@@ -16,6 +16,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hub.adapter import PROJECTOR, AdaptedLinear, Adapter, check_fits, scale_of
@@ -41,7 +42,7 @@ class Lora:
 
 
 class LoraLinear(AdaptedLinear):
-    """AdaptedLinear to train: a first A and B, dropout, and a quantized base that gradients pass through."""
+    """AdaptedLinear to train: a first A and B, dropout, and a base in few bits that gradients pass through."""
 
     def __init__(self, base: nn.Module, lora: Lora, masks: "Masks", number: int):
         super().__init__(base, lora.rank, lora.scale)
@@ -50,7 +51,7 @@ class LoraLinear(AdaptedLinear):
         nn.init.zeros_(self.lora_B.weight)
 
     def forward(self, x: Tensor) -> Tensor:  # (B, T, in) -> (B, T, out)
-        y = QuantizedProduct.apply(x, self.base) if isinstance(self.base, QuantizedLinear) else self.base(x)
+        y = FrozenProduct.apply(x, self.base)
         if self.training and self.masks.dropout:
             x = x * self.masks.keep(x, self.number) / (1 - self.masks.dropout)
         return y + self.scale * self.lora_B(self.lora_A(x))
@@ -60,20 +61,26 @@ def random_of(seed: int, number: int) -> torch.Generator:
     return torch.Generator().manual_seed((seed * 1_000_003 + number) % 2**63)
 
 
-class QuantizedProduct(torch.autograd.Function):
-    """x W^T for a quantized W. Only q and the scales are kept for the backward pass, which dequantizes W again.
+class FrozenProduct(torch.autograd.Function):
+    """W x for a frozen W, which is stored in fewer bits than it is multiplied in. Only what is stored is kept.
 
-    Without it PyTorch would keep W itself, in 16 bits, and for every layer.
+    Without it PyTorch would keep the converted W of every layer for the backward pass, which here converts it again.
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, base: QuantizedLinear) -> Tensor:  # (..., in) -> (..., out)
+    def forward(ctx, x: Tensor, base: nn.Module) -> Tensor:  # (..., in) -> (..., out)
         ctx.base, kind = base, x.device.type
-        return base(x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x)
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        bias = None if base.bias is None else base.bias.to(dtype)
+        return F.linear(x.to(dtype), stored_matrix(base, dtype), bias)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:  # (..., out) -> (..., in)
-        return grad @ ctx.base.dequantize(grad.dtype), None
+        return grad @ stored_matrix(ctx.base, grad.dtype), None
+
+
+def stored_matrix(base: nn.Module, dtype: torch.dtype) -> Tensor:  # (out, in)
+    return base.dequantize(dtype) if isinstance(base, QuantizedLinear) else base.weight.to(dtype)
 
 
 # --- Dropout ---------------------------------------------------------------------------------------------------------
@@ -105,7 +112,7 @@ def mixed(x: Tensor) -> Tensor:
 
 
 class LoraLoss(NextTokenLoss):
-    """NextTokenLoss with the products in bfloat16 if the base is. A batch also has `samples`, for dropout."""
+    """NextTokenLoss with products in bfloat16, if the embedding is. A batch also has `samples`, for dropout."""
 
     def __init__(self, model: LlavaForConditionalGeneration, masks: Masks):
         super().__init__(model)
@@ -126,6 +133,14 @@ def matrices(model: LlavaForConditionalGeneration) -> dict[str, nn.Module]:
     """The seven matrices of each layer of the decoder, by their names."""
     modules = model.language_model.layers.named_modules(prefix="language_model.layers")
     return {name: module for name, module in modules if name.endswith(MATRICES)}
+
+
+def multiply_in_float32(model: LlavaForConditionalGeneration) -> None:
+    """For a device whose products in bfloat16 are slow: all is in float32, except the decoder's stored matrices."""
+    stored = {id(parameter) for linear in matrices(model).values() for parameter in linear.parameters()}
+    for parameter in model.parameters():
+        if id(parameter) not in stored and parameter.is_floating_point():
+            parameter.data = parameter.data.float()
 
 
 def add_lora(model: LlavaForConditionalGeneration, lora: Lora, adapter: Adapter | None = None) -> Masks:

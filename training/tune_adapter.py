@@ -16,7 +16,7 @@ from hub.settings import read_config
 from hub.writer import check_finite, hub_name, replaced_files, save, write_json, write_shards
 from llava import LlavaForConditionalGeneration, LlavaProcessor
 from load_weights import our_name
-from training.lora import Lora, LoraLoss, add_lora
+from training.lora import Lora, LoraLoss, add_lora, multiply_in_float32
 from training.processes import rank
 from training.run import run_on_records
 from training.run_stage import Place
@@ -40,18 +40,20 @@ def train_adapter(
 ) -> None:
     """LLaVA's finetune_lora on a file of conversations. Writes PEFT's two files to the folder of `place`."""
     before = None if adapter is None else read_adapter(adapter, our_name)  # fails before the model is loaded
-    # On a CPU without products in bfloat16 the frozen weights are in float32: there bfloat16 is ten times slower.
-    dtype = torch.bfloat16 if fast_dtype(place.device) == torch.bfloat16 else torch.float32
-    model = LlavaForConditionalGeneration.from_pretrained(checkpoint, dtype, place.device, quantize, kernels="torch")
+    model = LlavaForConditionalGeneration.from_pretrained(
+        checkpoint, torch.bfloat16, place.device, quantize, kernels="torch"
+    )
     processor = LlavaProcessor.from_pretrained(checkpoint)
     if not hasattr(processor.template, "system"):
         raise ValueError("only a model with LLaVA-1.5's prompts can be trained, with an adapter too")
     masks = add_lora(model, lora, before)
+    if fast_dtype(place.device) != torch.bfloat16:
+        multiply_in_float32(model)
     stage = replace(
         STAGES[-1], name="lora", trainable=("multi_modal_projector", ".lora_"), loss=partial(LoraLoss, masks=masks),
         steps=steps or 0, batch=batch, lr=lr, projector_lr=projector_lr, saves_frozen=False,
     )  # fmt: skip
-    how = f"on {checkpoint} in {quantize or '16 or 32 bits'} from {adapter or 'new matrices'}, {lora}, {projector_lr}"
+    how = f"on {checkpoint} in {quantize or 'bfloat16'} from {adapter or 'new matrices'}, {lora}, {projector_lr}"
     run_on_records(place, stage, model, processor, data, images, how, numbered)
     if rank() == 0:
         base = str(Path(checkpoint).resolve()) if Path(checkpoint).is_dir() else str(checkpoint)
