@@ -36,7 +36,7 @@ from hub.generation import read_generation_settings
 from hub.settings import as_value_error, decoder_settings, known_fields, read_config, require
 from hub.tensors import as_dtype, no_weights
 from llama import KVCache, Llama, LlamaConfig
-from load_weights import load
+from load_weights import load, our_name
 from tokenizer import TEMPLATES, Tokenizer
 
 EXTRA_CAPACITY = 512  # tokens that fit into a cache made by `forward`, beyond those it was called with
@@ -198,20 +198,22 @@ class LlavaForConditionalGeneration(nn.Module):
         """Prompt and answer as ids (B, T + new). The arguments are those of generate.generate."""
         return generate.generate(self, input_ids, pixel_values, **options)
 
+    # Loading and settings
+
     def tie_weights(self) -> None:
         if self.config.tie_word_embeddings:
             self.lm_head.weight = self.language_model.embed_tokens.weight
 
     @classmethod
     def from_pretrained(
-        cls, path: str | Path, dtype=None, device="cpu", quantize=None, kernels="auto", torch_dtype=None
+        cls, path: str | Path, dtype=None, device="cpu", quantize=None, kernels="auto", torch_dtype=None, adapter=None
     ) -> "LlavaForConditionalGeneration":
         """Load a checkpoint from a folder or a hub id.
 
-        `dtype` (old name `torch_dtype`) is a torch.dtype or its name; None or "auto" means config.json's, or else that
-        of the weights. `quantize="int8"` or "int4" stores the decoder's matrices in 8 or 4 bits (quantize.py).
-        `kernels="torch"` runs the plain model, "auto" swaps in faster modules with the same results up to rounding, and
-        "triton" insists on Triton's (kernels/__init__.py). Raises FileNotFoundError or ValueError for bad checkpoints.
+        `dtype` (old name `torch_dtype`): a torch.dtype or its name; None or "auto": config.json's, or else the weights'.
+        `quantize`: "int8" or "int4" for the decoder's matrices (quantize.py). `adapter`: a LoRA's folder (hub/adapter.py).
+        `kernels`: "torch" is the plain model, "auto" swaps in faster modules with the same results up to rounding,
+        "triton" insists on Triton's (kernels/__init__.py). FileNotFoundError or ValueError for bad checkpoints.
         """
         folder = find_checkpoint(path)
         settings = read_config(folder)
@@ -223,6 +225,9 @@ class LlavaForConditionalGeneration(nn.Module):
             load(model, folder)
         model.tie_weights()
         dtype = as_dtype(dtype or torch_dtype) or settings["dtype"] or model.dtype
+        if adapter is not None:
+            from hub.adapter import apply_adapter
+            apply_adapter(model, adapter, our_name, device, dtype)
         model.to(device=device, dtype=dtype).eval()
         model.generation_config = read_generation_settings(folder)
         if kernels != "torch":
@@ -237,13 +242,8 @@ class LlavaForConditionalGeneration(nn.Module):
             config = LlavaConfig(**known_fields(LlavaConfig, settings))
             return llava_class(cls, config)(config)
 
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.language_model.embed_tokens.weight.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self.language_model.embed_tokens.weight.device
+    dtype = property(lambda self: self.language_model.embed_tokens.weight.dtype)
+    device = property(lambda self: self.language_model.embed_tokens.weight.device)
 
 
 # --- Prompts and pictures to the model's inputs ----------------------------------------------------------------------

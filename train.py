@@ -3,12 +3,15 @@
     python train.py                         all stages of the recipe; an interrupted run is resumed
     python train.py --quick                 a few steps of each stage, in a minute (the model learns next to nothing)
     python train.py --data my.json --images DIR --out DIR      tune the bundled model on your own conversations
+    python train.py --data my.json --lora 16 --out DIR         the same with a LoRA: little memory, a small file
+    python train.py --merge --model M --adapter DIR --out DIR  write the model with a LoRA merged into it
     torchrun --nproc-per-node=2 train.py    the same steps, each shared between two processes
 """
 
 import argparse
 import math
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -17,17 +20,24 @@ os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
 
 import torch
 
+from hub.adapter import base_of, read_config
 from hub.device import check_device
 from hub.files import BUNDLED
 from training import processes
+from training.lora import Lora
 from training.run import train_from_nothing, train_on_records
 from training.run_stage import Place
+from training.tune_adapter import merge, train_adapter
 
-ONLY_FROM_NOTHING = ("quick", "seed")
-ONLY_WITH_DATA = ("images", "model", "steps", "batch", "lr")
+ONLY_FROM_NOTHING = ("quick", "seed")  # and seed with --lora
+ONLY_WITH_LORA = ("alpha", "dropout", "rslora", "projector_lr", "quantize")
+ONLY_WITH_DATA = ("images", "model", "steps", "batch", "lr", "lora", "adapter")
+FOR_MERGING = ("merge", "model", "adapter", "out")
 DEFAULTS = {
     **{"out": None, "quick": False, "accumulate": 1, "compile": False, "seed": 0},
-    **{"data": None, "images": None, "model": BUNDLED, "steps": None, "batch": 16, "lr": 2e-5},
+    **{"data": None, "images": None, "model": None, "steps": None, "batch": 16, "lr": None},
+    **{"lora": None, "alpha": None, "dropout": 0.0, "rslora": False, "projector_lr": 2e-5, "quantize": None},
+    **{"adapter": None, "merge": False},
     "device": "cuda" if torch.cuda.is_available() else "cpu",
 }
 
@@ -45,6 +55,12 @@ def rate(text: str) -> float:
     return number
 
 
+def share(text: str) -> float:
+    if not 0 <= float(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a share from 0 to below 1")
+    return float(text)
+
+
 def parse_arguments() -> argparse.Namespace:
     """The flags of one command. Raises ValueError for flags that do not go together and for files that do not exist."""
     about = "Train the tiny LLaVA, or tune one on your own conversations."
@@ -57,11 +73,12 @@ def parse_arguments() -> argparse.Namespace:
     add("--model", type=Path, help="with --data: the checkpoint to start from (default: the bundled one)")
     add("--steps", type=positive, help="with --data (default: once through the file)")
     add("--batch", type=positive, help="with --data: conversations in a step (default: 16)")
-    add("--lr", type=rate, help="with --data: the highest learning rate (default: 2e-5)")
+    add("--lr", type=rate, help="with --data: the highest learning rate (default: 2e-5; with --lora 2e-4)")
     add("--accumulate", type=positive, help="pieces of a step, to save memory (default: 1)")
     add("--compile", action="store_true", help="torch.compile: faster steps after minutes of compiling")
     add("--seed", type=int, help="of the recipe's first weights (default: 0)")
     add("--device", help="cpu or cuda (default: cuda where there is a GPU)")
+    add_lora_options(parser)
     given = vars(parser.parse_args())
     check_together(given)
     args = argparse.Namespace(**DEFAULTS | given)
@@ -69,13 +86,38 @@ def parse_arguments() -> argparse.Namespace:
         raise ValueError(f"there is no folder {args.images}: --images is the folder of the pictures that --data names")
     if args.data and not args.data.is_file():
         raise ValueError(f"there is no file {args.data}: --data is a JSON file of conversations")
+    if args.model is None:
+        args.model = BUNDLED if args.adapter is None else base_of(args.adapter)
+    args.lr = args.lr if args.lr is not None else 2e-4 if args.lora else 2e-5
     return args
 
 
+def add_lora_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("LoRA: thin matrices learn, and the model stays as it is").add_argument
+    add("--lora", type=positive, metavar="R", help="with --data: train an adapter of this rank and the projector")
+    add("--alpha", type=rate, help="the adapter is scaled by alpha / R (default: 2 R)")
+    add("--dropout", type=share, help="share of the adapter's inputs that are set to zero (default: 0)")
+    add("--rslora", action="store_true", help="scale by alpha / sqrt(R)")
+    add("--projector-lr", type=rate, help="the projector's highest learning rate (default: 2e-5)")
+    add("--quantize", choices=["int8", "int4"], help="the frozen matrices in 8 or 4 bits instead of 16")
+    add("--adapter", type=Path, metavar="DIR", help="an adapter to start from, or to merge")
+    add("--merge", action="store_true", help="write --model with --adapter merged into it to --out")
+
+
 def check_together(given: dict) -> None:
-    """Raise ValueError for flags of the other command."""
+    """Raise ValueError for flags of another command."""
+    if "merge" in given:
+        if wrong := [flag for flag in given if flag not in FOR_MERGING]:
+            raise ValueError(f"--{wrong[0]} does not go with --merge")
+        if not {"adapter", "out"} <= given.keys():
+            raise ValueError("--merge needs --adapter and --out")
+        return
+    if "lora" in given and "compile" in given:
+        raise ValueError("--compile does not go with --lora")
     for flag in given:
-        if "data" in given and flag in ONLY_FROM_NOTHING:
+        if "lora" not in given and flag in ONLY_WITH_LORA:
+            raise ValueError(f"--{flag.replace('_', '-')} needs --lora")
+        if "data" in given and flag in ONLY_FROM_NOTHING and not (flag == "seed" and "lora" in given):
             raise ValueError(f"--{flag} does not go with --data: it is for training from nothing")
         if "data" not in given and flag in ONLY_WITH_DATA:
             raise ValueError(f"--{flag} needs --data: the recipe's own values are in training/stages.py")
@@ -91,13 +133,31 @@ def find_place(args: argparse.Namespace) -> Place:
     return place
 
 
+def find_lora(args: argparse.Namespace) -> Lora:
+    """The settings of --lora. An adapter that is continued keeps its own alpha."""
+    own = {} if args.adapter is None else read_config(args.adapter)
+    alpha = args.alpha if args.alpha is not None else own.get("lora_alpha", 2 * args.lora)
+    rslora = args.rslora or bool(own.get("use_rslora"))
+    return Lora(args.lora, int(alpha) if alpha == int(alpha) else alpha, args.dropout, rslora, args.seed)
+
+
 def main() -> None:
     args = parse_arguments()
+    if args.merge:
+        for name in ("SIGTERM", "SIGHUP"):  # end it like Ctrl-C: nothing half-written is left
+            if hasattr(signal, name):
+                signal.signal(getattr(signal, name), signal.default_int_handler)
+        merge(args.model, args.adapter, args.out)
+        return print(f"saved to {args.out}")
     check_device(args.device)
     torch.manual_seed(args.seed)
     place = find_place(args)
-    if args.data:
-        train_on_records(place, args.data, args.images, args.model, args.steps, args.batch, args.lr)
+    records = args.data, args.images, args.model, args.steps, args.batch, args.lr
+    if args.lora:
+        lora = find_lora(args)
+        train_adapter(place, *records, args.projector_lr, lora, args.quantize, args.adapter)
+    elif args.data:
+        train_on_records(place, *records, args.adapter)
     else:
         train_from_nothing(place, args.quick)
     processes.leave()

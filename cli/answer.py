@@ -103,7 +103,8 @@ def find_end(row: list[int], eos: list[int], tokenizer, stop: list[str] | None) 
 def settings(args: Namespace) -> dict:
     """The flags that determine an answer, with the dtype and template in effect (see loading.settle)."""
     names = "temperature top_p top_k seed repetition_penalty max_new_tokens stop dtype template system"
-    return {name: getattr(args, name) for name in names.split()} | {"quantize": args.bits}
+    adapter = {} if args.adapter is None else {"adapter": str(args.adapter)}
+    return {name: getattr(args, name) for name in names.split()} | {"quantize": args.bits} | adapter
 
 
 def to_json(args: Namespace, paths: list[str], prompt: str, answer: dict) -> str:

@@ -51,7 +51,7 @@ def add_first_options(parser: argparse.ArgumentParser) -> None:
     add("--chat", action="store_true", help="a conversation, about the pictures of --image or others you add there")
     add("--images", type=Path, metavar="PATH", help="a folder, or a list of pictures in a file (- standard input)")
     add("--out", type=Path, metavar="FILE", help="write the answers of --images to a file, or resume it")
-    add("--model", default=BUNDLED, metavar="PATH", help="checkpoint folder or hub id (default: the bundled tiny one)")
+    add("--model", metavar="PATH", help="checkpoint folder or hub id (default: the bundled tiny one)")
     add("--max-new-tokens", type=number(int, 1, 10**9), default=256, metavar="N", help="longest answer (default: 256)")
     how = "0 (default): always the likeliest token; 1: sample from the model's own distribution"
     add("--temperature", type=number(float, 1e-6, 1e4, or_zero=True), default=0.0, metavar="T", help=how)
@@ -62,6 +62,7 @@ def add_first_options(parser: argparse.ArgumentParser) -> None:
 def add_other_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("the rest").add_argument
     own = "(default: the checkpoint's)"
+    add("--adapter", metavar="DIR", help="a LoRA for the model (without --model: for the one that it names)")
     add("--device", default="auto", help="auto, cpu, cuda or mps (default: auto, the fastest here)")
     add("--top-p", type=number(float, 1e-9, 1), metavar="P", help=f"sample among tokens with P together {own}")
     add("--top-k", type=number(int, 0, 10**9), metavar="K", help=f"sample among K tokens, 0 for all {own}")
@@ -110,8 +111,17 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     if not (args.image or args.images or args.chat or args.prompt is not None):
         parser.print_usage(sys.stderr)
         parser.error("there is nothing to answer: give --image, --images, --chat or --prompt")
+    args.model = default_model(args.adapter) if args.model is None else args.model
     args.prompt = None if args.chat else read_prompt(args.prompt)
     return args
+
+
+def default_model(adapter: str | None) -> str | Path:
+    if adapter is None:
+        return BUNDLED
+    from hub.adapter import base_of
+
+    return base_of(adapter)
 
 
 def read_prompt(given: str | None) -> str:

@@ -40,7 +40,7 @@ def settle(args: Namespace) -> None:
 
 def load(Model: type, Processor: type, args: Namespace, rows: int, pictures: int) -> tuple:
     """The model and its processor, if memory is enough for batches of `rows` prompts with `pictures` pictures each."""
-    if args.model == BUNDLED:
+    if args.model == BUNDLED and args.adapter is None:
         print(
             "The bundled tiny model knows only its small world: emoji on plain backgrounds. "
             "For photographs use a larger one: python llava.py --models lists some.",
@@ -57,6 +57,7 @@ def load(Model: type, Processor: type, args: Namespace, rows: int, pictures: int
     context = model.config.text_config.max_position_embeddings
     tokens = rows * min(pictures * processor.image_seq_length + args.max_new_tokens, context)
     mapped = args.device == "cpu" and not args.quantize and settings["dtype"] == dtype
+    mapped = mapped and (args.adapter is None or "quantization_config" in settings)  # merged matrices are copies
     check_memory(model, dtype, args.device, args.quantize, tokens, mapped)
     size = sum(file.stat().st_size for file in weight_files(folder))
     if size > LARGE and sys.stderr.isatty():
@@ -67,4 +68,5 @@ def load(Model: type, Processor: type, args: Namespace, rows: int, pictures: int
             most, tile = processor.image_seq_length, model.config.image_seq_length
             times = f"reading it takes up to {most / tile:.0f} times as long as with LLaVA-1.5"
             print(f"A picture becomes up to {most} tokens: {times}.", file=sys.stderr)
-    return Model.from_pretrained(folder, dtype, args.device, args.quantize, args.kernels), processor
+    how = {"quantize": args.quantize, "kernels": args.kernels, "adapter": args.adapter}
+    return Model.from_pretrained(folder, dtype, args.device, **how), processor

@@ -2,7 +2,9 @@
 
 from pathlib import Path
 
-from hub.files import find_checkpoint, read_json
+from safetensors import safe_open
+
+from hub.files import file_errors_as_value_error, find_checkpoint, read_json, read_pickle
 
 
 def hub_config(config: dict, folder: Path) -> dict:
@@ -30,3 +32,11 @@ def tower_folder(config: dict, folder: Path) -> Path:
     if not isinstance(tower, str):
         raise ValueError(f"{folder / 'config.json'}: mm_vision_tower is not the path of a vision tower")
     return folder / tower if (folder / tower).is_dir() else find_checkpoint(tower)
+
+
+def names_in(file: Path) -> list[str]:
+    """The names of the tensors in a weight file."""
+    if file.suffix == ".bin":
+        return list(read_pickle(file))
+    with file_errors_as_value_error(file), safe_open(file, framework="pt") as tensors:
+        return list(tensors.keys())

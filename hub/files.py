@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from sentencepiece import SentencePieceProcessor
 from torch import Tensor
 
@@ -43,7 +43,7 @@ def open_sentencepiece(model: bytes) -> tuple[SentencePieceProcessor, dict[str, 
     return sp, special
 
 
-def find_checkpoint(path: str | Path) -> Path:
+def find_checkpoint(path: str | Path, download: bool = True) -> Path:
     """The folder of a checkpoint, given as a folder or as a hub id such as llava-hf/llava-1.5-7b-hf.
 
     A hub id is looked up in the local hub cache, or downloaded if huggingface_hub is installed; else FileNotFoundError.
@@ -58,6 +58,8 @@ def find_checkpoint(path: str | Path) -> Path:
         snapshot = cache / "snapshots" / (cache / "refs" / "main").read_text().strip()
         if (snapshot / "config.json").is_file():
             return snapshot
+    if not download:
+        raise FileNotFoundError(f"{path} is not in the hub cache")
     try:
         from huggingface_hub import snapshot_download
 
@@ -94,19 +96,13 @@ def tensor_files(folder: Path) -> list[tuple[Path, str]]:
     """
     files = [(file, "") for file in weight_files(folder)]
     config = read_json(folder / "config.json")
-    is_whole = "mm_vision_tower" not in config
-    if is_whole or any(".vision_tower." in name for file, _ in files for name in names_in(file)):
+    if "mm_vision_tower" not in config:
         return files
-    from hub.authors import tower_folder
+    from hub.authors import names_in, tower_folder
 
+    if any(".vision_tower." in name for file, _ in files for name in names_in(file)):
+        return files
     return files + [(file, "vision_model.") for file in weight_files(tower_folder(config, folder))]
-
-
-def names_in(file: Path) -> list[str]:
-    if file.suffix == ".bin":
-        return list(read_pickle(file))
-    with file_errors_as_value_error(file), safe_open(file, framework="pt") as tensors:
-        return list(tensors.keys())
 
 
 def read_pickle(file: Path) -> dict[str, Tensor]:

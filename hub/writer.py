@@ -10,7 +10,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -68,14 +68,27 @@ def check_finite(tensors: dict[str, Tensor]) -> None:
 @contextmanager
 def replaced_files(folder: Path) -> Iterator[Path]:
     """A scratch folder whose files are moved into `folder` when the block ends, or deleted if it fails."""
+    is_new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".unfinished-") as scratch:
-        yield Path(scratch)
-        files = sorted(Path(scratch).iterdir())
-        for file in files:
-            os.replace(file, folder / file.name)
+    try:
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".unfinished-") as scratch:
+            yield Path(scratch)
+            move_files(Path(scratch), folder)
+    except BaseException:
+        if is_new:
+            with suppress(OSError):  # one that is not empty stays
+                folder.rmdir()
+        raise
+
+
+def move_files(scratch: Path, folder: Path) -> None:
+    files = sorted(scratch.iterdir())
+    for file in files:
+        os.replace(file, folder / file.name)
+    names = {file.name for file in files}
+    if any(name.startswith("model") for name in names):  # new weights, and not an adapter beside the old ones
         for old in (*folder.glob("model-*-of-*.safetensors"), *folder.glob("model.safetensors*")):
-            if old.name not in {file.name for file in files}:  # shards of what was here before
+            if old.name not in names:  # shards of what was here before
                 old.unlink()
 
 

@@ -22,7 +22,7 @@ def train(
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for step, batch in enumerate(data, first):
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, stage)
+            group["lr"] = learning_rate(step, stage, group.get("highest"))
         optimizer.zero_grad()
         loss = backward(batch)
         norm = nn.utils.clip_grad_norm_(parameters, LARGEST_NORM)

@@ -1,6 +1,7 @@
 """Whole runs: the tiny model from nothing, or any LLaVA on somebody's conversations."""
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -67,23 +68,41 @@ def train_on_records(
     steps: int | None = None,
     batch: int = 16,
     lr: float = 2e-5,
+    adapter: Path | None = None,
 ) -> None:
-    """LLaVA's second stage on a file of conversations, from any checkpoint. `steps`: default, once through the file."""
-    model = LlavaForConditionalGeneration.from_pretrained(checkpoint, torch.float32, place.device, kernels="torch")
-    model.config.ignore_index = IGNORED
+    """LLaVA's second stage on a file of conversations, from any checkpoint, or from one and an adapter."""
+    model = LlavaForConditionalGeneration.from_pretrained(
+        checkpoint, torch.float32, place.device, kernels="torch", adapter=adapter
+    )
     processor = LlavaProcessor.from_pretrained(checkpoint)
     check_can_save(model, processor)  # fails here, and not after hours
-    longest = model.config.text_config.max_position_embeddings
-    records = Records(data, images or data.parent, processor, longest)
-    records.conversations(range(1))  # fails here if no picture can be opened
-    place.source = f"{data} (sha256 {hashlib.sha256(data.read_bytes()).hexdigest()[:12]}), on {checkpoint}"
-    steps = steps or -(-len(records.records) // batch)
-    stage = replace(STAGES[-1], steps=steps, batch=batch, lr=lr)
-    if rank() == 0:
-        for line in records.skipped:
-            print(f"skipped: {line}")
-        print(f"{len(records.records)} conversations, {steps} steps of {batch}")
-    run_stage(stage, model, records.conversations, place)
+    stage = replace(STAGES[-1], steps=steps or 0, batch=batch, lr=lr)
+    start = f"on {checkpoint}" + (f" with {adapter}" if adapter else "")
+    run_on_records(place, stage, model, processor, data, images, start)
     if rank() == 0:
         save(model.to(torch.bfloat16), processor, place.folder)
         print(f"saved to {place.folder}")
+
+
+def run_on_records(
+    place: Place,
+    stage: Stage,  # with steps=0: once through the file
+    model: LlavaForConditionalGeneration,
+    processor: LlavaProcessor,
+    data: Path,
+    images: Path | None,
+    start: str,  # what the run starts from: it is resumed only from the same
+    batches: Callable = lambda conversations, samples: conversations(samples),
+) -> None:
+    """One stage on a file of conversations."""
+    model.config.ignore_index = IGNORED
+    longest = model.config.text_config.max_position_embeddings
+    records = Records(data, images or data.parent, processor, longest)
+    records.conversations(range(1))  # fails here if no picture can be opened
+    place.source = f"{data} (sha256 {hashlib.sha256(data.read_bytes()).hexdigest()[:12]}), {start}"
+    stage = replace(stage, steps=stage.steps or -(-len(records.records) // stage.batch))
+    if rank() == 0:
+        for line in records.skipped:
+            print(f"skipped: {line}")
+        print(f"{len(records.records)} conversations, {stage.steps} steps of {stage.batch}")
+    run_stage(stage, model, partial(batches, records.conversations), place)

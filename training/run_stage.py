@@ -55,7 +55,7 @@ def run_stage(
     objective = stage.loss(model).to(place.device).train()
     use_training_attention(objective)
     learning = choose_parameters(objective, stage.trainable)
-    optimizer = torch.optim.AdamW(learning, lr=stage.lr, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
+    optimizer = torch.optim.AdamW(groups(learning, stage), lr=stage.lr, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
     saved = Saved(stage, objective, optimizer, place)
     first = saved.load()
     log = Log(stage, place.folder / "log.csv", first, quiet=rank() > 0)
@@ -73,19 +73,30 @@ def run_stage(
         log.add(done, loss)
 
 
-def choose_parameters(objective: nn.Module, trainable: tuple[str, ...]) -> list[nn.Parameter]:
+def choose_parameters(objective: nn.Module, trainable: tuple[str, ...]) -> dict[str, nn.Parameter]:
     """Freeze all parameters of the model but the trainable parts. The loss's own parameters always learn."""
     for name, parameter in objective.named_parameters():
         of_the_loss = not name.startswith("model.")
-        parameter.requires_grad_(of_the_loss or name.removeprefix("model.").startswith(trainable))
-    return [parameter for parameter in objective.parameters() if parameter.requires_grad]
+        parameter.requires_grad_(of_the_loss or any(part in name for part in trainable))
+    return {name: parameter for name, parameter in objective.named_parameters() if parameter.requires_grad}
+
+
+def groups(learning: dict[str, nn.Parameter], stage: Stage) -> list[dict]:
+    """The parameters that learn at the stage's rate, and those that learn at the projector's own."""
+    if stage.projector_lr is None:
+        return [{"params": list(learning.values())}]
+    projector = [name for name in learning if "multi_modal_projector" in name]
+    rates = (stage.lr, [name for name in learning if name not in projector]), (stage.projector_lr, projector)
+    return [{"params": [learning[name] for name in names], "highest": rate} for rate, names in rates]
 
 
 class Saved:
-    """The file NAME.pt of a stage: how many steps were taken, and all weights and the optimizer after them."""
+    """The file NAME.pt of a stage: how many steps were taken, and the weights and the optimizer after them."""
 
     def __init__(self, stage: Stage, objective: nn.Module, optimizer: torch.optim.Optimizer, place: Place):
         self.stage, self.objective, self.optimizer, self.device = stage, objective, optimizer, place.device
+        learning = {name for name, parameter in objective.named_parameters() if parameter.requires_grad}
+        self.left_out = set() if stage.saves_frozen else objective.state_dict().keys() - learning
         self.file = place.folder / f"{stage.name}.pt"
         self.settings = f"{stage.steps} steps of {stage.batch} at {stage.lr}, from {place.source}"
         place.folder.mkdir(parents=True, exist_ok=True)
@@ -101,7 +112,8 @@ class Saved:
         try:
             state = torch.load(self.file, map_location=self.device, weights_only=True)
             if (settings := state["settings"]) == self.settings:
-                self.objective.load_state_dict(state["objective"])
+                frozen = {name: self.objective.state_dict()[name] for name in self.left_out}
+                self.objective.load_state_dict(state["objective"] | frozen)
                 self.optimizer.load_state_dict(state["optimizer"])
         except (RuntimeError, ValueError, LookupError, TypeError, EOFError, pickle.UnpicklingError) as error:
             raise ValueError(f"{self.file} cannot be resumed ({type(error).__name__}): {remedy}") from error
@@ -111,11 +123,14 @@ class Saved:
             print(f"{self.stage.name}: resumes after step {state['step']} of {self.stage.steps}, from {self.file}")
         return state["step"]
 
+    def weights(self) -> dict[str, Tensor]:
+        return {name: p for name, p in self.objective.state_dict().items() if name not in self.left_out}
+
     def save(self, step: int) -> None:
         """Replace the file. Raises ValueError, and keeps the old one, if a number is not finite."""
         moments = [tensor for state in self.optimizer.state.values() for tensor in state.values()]
-        stop_if_diverged(self.stage, step, "result", [*self.objective.state_dict().values(), *moments])
+        stop_if_diverged(self.stage, step, "result", [*self.weights().values(), *moments])
         if rank() == 0:
-            state = {"objective": self.objective.state_dict(), "optimizer": self.optimizer.state_dict()}
+            state = {"objective": self.weights(), "optimizer": self.optimizer.state_dict()}
             torch.save({"step": step, "settings": self.settings, **state}, self.file.with_suffix(".new"))
             self.file.with_suffix(".new").replace(self.file)

@@ -33,6 +33,8 @@ class Stage:
     steps: int
     batch: int  # samples in a step
     lr: float  # the highest learning rate, after the warm-up
+    projector_lr: float | None = None  # that of the projector, if it has another
+    saves_frozen: bool = True  # whether NAME.pt holds the frozen parts too
 
 
 STAGES = [
@@ -51,9 +53,10 @@ STAGES = [
 ]
 
 
-def learning_rate(step: int, stage: Stage) -> float:
-    """Rises linearly over the first 3 % of the steps, then falls to zero along half a cosine."""
+def learning_rate(step: int, stage: Stage, highest: float | None = None) -> float:
+    """Rises linearly over the first 3 % of the steps, then falls to zero along half a cosine. `highest`: stage.lr."""
+    highest = stage.lr if highest is None else highest
     warm_up = max(1, round(0.03 * stage.steps))
     if step < warm_up:
-        return stage.lr * (step + 1) / warm_up
-    return stage.lr * 0.5 * (1 + math.cos(math.pi * (step - warm_up) / max(1, stage.steps - warm_up)))
+        return highest * (step + 1) / warm_up
+    return highest * 0.5 * (1 + math.cos(math.pi * (step - warm_up) / max(1, stage.steps - warm_up)))

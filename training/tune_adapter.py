@@ -1,0 +1,85 @@
+"""Whole runs with adapters: `train.py --lora` trains one, and `train.py --merge` merges one into its base."""
+
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from hub.adapter import read_adapter, write_adapter
+from hub.device import fast_dtype
+from hub.files import find_checkpoint, read_json
+from hub.settings import read_config
+from hub.writer import check_finite, hub_name, replaced_files, save, write_json, write_shards
+from llava import LlavaForConditionalGeneration, LlavaProcessor
+from load_weights import our_name
+from training.lora import Lora, LoraLoss, add_lora, multiply_in_float32
+from training.processes import rank
+from training.run import run_on_records
+from training.run_stage import Place
+from training.stages import STAGES
+
+COPIED = {".json", ".model", ".jinja", ".txt", ".md"}  # suffixes of a checkpoint's other files
+
+
+def train_adapter(
+    place: Place,
+    data: Path,
+    images: Path | None,
+    checkpoint: str | Path,
+    steps: int | None,
+    batch: int,
+    lr: float,
+    projector_lr: float,
+    lora: Lora,
+    quantize: str | None = None,
+    adapter: Path | None = None,  # to continue
+) -> None:
+    """LLaVA's finetune_lora on a file of conversations. Writes PEFT's two files to the folder of `place`."""
+    before = None if adapter is None else read_adapter(adapter, our_name)  # fails before the model is loaded
+    model = LlavaForConditionalGeneration.from_pretrained(
+        checkpoint, torch.bfloat16, place.device, quantize, kernels="torch"
+    )
+    processor = LlavaProcessor.from_pretrained(checkpoint)
+    if not hasattr(processor.template, "system"):
+        raise ValueError("only a model with LLaVA-1.5's prompts can be trained, with an adapter too")
+    masks = add_lora(model, lora, before)
+    if fast_dtype(place.device) != torch.bfloat16:
+        multiply_in_float32(model)
+    stage = replace(
+        STAGES[-1], name="lora", trainable=("multi_modal_projector", ".lora_"), loss=partial(LoraLoss, masks=masks),
+        steps=steps or 0, batch=batch, lr=lr, projector_lr=projector_lr, saves_frozen=False,
+    )  # fmt: skip
+    how = f"on {checkpoint} in {quantize or 'bfloat16'} from {adapter or 'new matrices'}, {lora}, {projector_lr}"
+    run_on_records(place, stage, model, processor, data, images, how, numbered)
+    if rank() == 0:
+        base = str(Path(checkpoint).resolve()) if Path(checkpoint).is_dir() else str(checkpoint)
+        write_adapter(model, place.folder, lora, base)
+        print(f"saved to {place.folder}: python llava.py --model {checkpoint} --adapter {place.folder} --image x.jpg")
+
+
+def numbered(data: Callable[[range], dict[str, Tensor]], samples: range) -> dict[str, Tensor]:
+    return data(samples) | {"samples": torch.tensor(samples)}
+
+
+def merge(checkpoint: str | Path, adapter: str | Path, out: Path) -> None:
+    """Write a plain checkpoint, in the dtype of the base's: the base with the adapter merged into its matrices."""
+    folder = find_checkpoint(checkpoint)
+    if read_config(folder).get("quantization_config"):
+        raise ValueError(f"the adapter cannot be merged into {folder}, which is quantized: give the base it came from")
+    model = LlavaForConditionalGeneration.from_pretrained(folder, kernels="torch", adapter=adapter)
+    config = read_json(folder / "config.json")
+    if "mm_vision_tower" in config:  # the layout of LLaVA's authors
+        return save(model, LlavaProcessor.from_pretrained(folder), out)
+    check_finite(dict(model.named_parameters()))
+    tied = {"tie_word_embeddings": model.config.tie_word_embeddings}  # no longer, if the adapter changes the head
+    config |= tied | {"text_config": config["text_config"] | tied}
+    with replaced_files(out) as scratch:
+        for file in sorted(folder.iterdir()):
+            if file.suffix in COPIED and not file.name.endswith(".index.json"):
+                shutil.copyfile(file, scratch / file.name)
+        write_json(scratch / "config.json", config)
+        write_shards([((hub_name(name), p) for name, p in model.named_parameters())], scratch, 5e9)
