@@ -210,8 +210,8 @@ class LlavaForConditionalGeneration(nn.Module):
     ) -> "LlavaForConditionalGeneration":
         """Load a checkpoint from a folder or a hub id.
 
-        `dtype` (old name `torch_dtype`): a torch.dtype or its name; None or "auto": config.json's, or else the weights'.
-        `quantize`: "int8" or "int4" for the decoder's matrices (quantize.py). `adapter`: a LoRA's folder (hub/adapter.py).
+        `dtype` (old name `torch_dtype`): a torch.dtype or its name; None or "auto": config.json's, or the weights' own.
+        `quantize`: "int8" or "int4" for the decoder's matrices (quantize.py). `adapter`: the folder of a LoRA.
         `kernels`: "torch" is the plain model, "auto" swaps in faster modules with the same results up to rounding,
         "triton" insists on Triton's (kernels/__init__.py). FileNotFoundError or ValueError for bad checkpoints.
         """
