@@ -1,8 +1,10 @@
 """LLaVA-1.6 against the reference: sizes, pixels, prompts, every output and answers, for pictures of many shapes."""
 
 import json
+import random
 import shutil
 import time
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -332,6 +334,38 @@ def test_tiles_of_another_size_than_the_towers_are_refused(damaged, crop):
         LlavaProcessor.from_pretrained(damaged)
 
 
+ODD = [None, 0, -1, 28 * 10**9, 1.5, True, "x", [], {}, [1, 2], [[28, 56]], float("nan"), 56]
+
+
+def entries(settings: dict, path: tuple = ()):
+    for name, value in settings.items():
+        yield (*path, name)
+        if isinstance(value, dict):
+            yield from entries(value, (*path, name))
+
+
+@pytest.mark.parametrize("name", ["config.json", "processor_config.json"])
+def test_an_entry_of_the_settings_changed_ends_in_an_answer_or_a_sentence(damaged, name):
+    whole, generator, ends = (damaged / name).read_text(), random.Random(0), Counter()
+    for path in entries(json.loads(whole)):
+        for odd in generator.sample(ODD, 2):
+            settings = place = json.loads(whole)
+            for step in path[:-1]:
+                place = place[step]
+            place[path[-1]] = odd
+            (damaged / name).write_text(json.dumps(settings))
+            start = time.monotonic()
+            try:
+                model, processor = open_both(damaged)
+                model.generate(**asked(processor, (40, 90)), max_new_tokens=1)
+                ends["answered"] += 1
+            except (ValueError, FileNotFoundError) as error:
+                assert "\n" not in str(error), (path, odd)
+                ends["refused"] += 1
+            assert time.monotonic() - start < 20, (path, odd)
+    assert min(ends.values()) > 5, ends
+
+
 # --- Everything else the project does with a model --------------------------------------------------------------------
 
 
@@ -365,7 +399,7 @@ def test_the_command_answers_one_and_many_and_describes(folder, pictures, capsys
     assert code == 0 and "LLaVA-1.6" in out and "up to 88 tokens per picture" in out and "mismatches  none" in out
 
 
-def test_int8_and_int4_answer(folder, pictures, capsys, damaged):
+def test_int8_answers(folder, pictures, capsys):
     model, processor = open_both(folder)
     inputs = asked(processor, (31, 90))
     plain = model(**inputs).logits
@@ -373,7 +407,8 @@ def test_int8_and_int4_answer(folder, pictures, capsys, damaged):
     quantize_model(model, "int8")
     assert_close(eight(**inputs).logits, model(**inputs).logits, atol=1e-3, rtol=1e-3)
     assert cosine(plain, eight(**inputs).logits) > 0.98
-    code, out, err = run(capsys, "--model", folder, "--image", pictures / "a.png", "--quantize", "int8", "--json")
+    short = ("--max-new-tokens", 4, "--quantize", "int8")
+    code, out, err = run(capsys, "--model", folder, "--image", pictures / "a.png", *short, "--json")
     assert code == 0 and json.loads(out)["settings"]["quantize"] == "int8", err
 
 
