@@ -104,8 +104,8 @@ def read_adapter(folder: str | Path, our_name: Callable[[str], str]) -> Adapter:
     settings = read_config(folder)
     halves, whole = {}, {}
     for name, tensor in stored_tensors(folder):
-        if tensor.dtype not in DTYPES or not tensor.isfinite().all():
-            raise ValueError(f"the adapter {folder} is broken: {name} holds {tensor.dtype}, or numbers not finite")
+        if tensor.dtype not in DTYPES:
+            raise ValueError(f"the adapter {folder} is broken: {name} holds {tensor.dtype}")
         ours = our_name(name.removeprefix("base_model.model.")).replace(".base_layer.", ".")  # of a head with a LoRA
         half = re.fullmatch(r"(.+)\.(lora_[AB])(?:\.default)?\.weight", ours)
         place, key = (halves.setdefault(half[1], {}), half[2]) if half else (whole, ours)
@@ -218,6 +218,10 @@ def check_fits(model: nn.Module, adapter: Adapter) -> None:
         if tensor.shape != parameters[name].shape:
             why = f"{name} is {list(tensor.shape)} there and {list(parameters[name].shape)} in the base"
             raise ValueError(f"the adapter {adapter.folder} does not fit: {why}")
+    tensors = [*adapter.pairs.items(), *((name, (tensor,)) for name, tensor in adapter.whole.items())]
+    for name, parts in tensors:  # after the shapes: a hostile pickle may hold a tensor of any size in a few bytes
+        if not all(part.isfinite().all() for part in parts):
+            raise ValueError(f"the adapter {adapter.folder} is broken: {name} has numbers that are not finite")
 
 
 # --- Writing ---------------------------------------------------------------------------------------------------------
