@@ -75,7 +75,7 @@ def scale_of(alpha: float, rank: int, rslora: bool) -> float:
     return alpha / (math.sqrt(rank) if rslora else rank)
 
 
-def read_config(folder: str | Path) -> dict:
+def read_adapter_config(folder: str | Path) -> dict:
     """adapter_config.json. Raises FileNotFoundError or ValueError for what is not a LoRA of a known form."""
     folder = Path(folder)
     if not (folder / CONFIG).is_file():
@@ -99,9 +99,9 @@ def read_config(folder: str | Path) -> dict:
 
 
 def read_adapter(folder: str | Path, our_name: Callable[[str], str]) -> Adapter:
-    """An adapter's tensors, by the names that `our_name` gives. Raises an error as for read_config, naming a tensor."""
+    """An adapter's tensors, by the names that `our_name` gives. Raises an error as for read_adapter_config, naming a tensor."""
     folder = Path(folder)
-    settings = read_config(folder)
+    settings = read_adapter_config(folder)
     halves, whole = {}, {}
     for name, tensor in stored_tensors(folder):
         if tensor.dtype not in DTYPES:
@@ -145,7 +145,7 @@ def read_file(file: Path) -> dict[str, Tensor]:
 
 def base_of(folder: str | Path) -> str:
     """The base that adapter_config.json names: a folder, or a hub id in the local cache. Nothing is downloaded."""
-    name = read_config(folder).get("base_model_name_or_path")
+    name = read_adapter_config(folder).get("base_model_name_or_path")
     try:
         find_checkpoint(name if isinstance(name, str) and name else "?", download=False)
     except (OSError, ValueError) as error:
