@@ -99,7 +99,7 @@ def read_adapter_config(folder: str | Path) -> dict:
 
 
 def read_adapter(folder: str | Path, our_name: Callable[[str], str]) -> Adapter:
-    """An adapter's tensors, by the names that `our_name` gives. Raises an error as for read_adapter_config, naming a tensor."""
+    """An adapter's tensors, by the names that `our_name` gives. Errors as for read_adapter_config."""
     folder = Path(folder)
     settings = read_adapter_config(folder)
     halves, whole = {}, {}
