@@ -20,7 +20,7 @@ os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
 
 import torch
 
-from hub.adapter import base_of, read_config
+from hub.adapter import base_of, read_adapter_config
 from hub.device import check_device
 from hub.files import BUNDLED
 from training import processes
@@ -135,7 +135,7 @@ def find_place(args: argparse.Namespace) -> Place:
 
 def find_lora(args: argparse.Namespace) -> Lora:
     """The settings of --lora. An adapter that is continued keeps its own alpha."""
-    own = {} if args.adapter is None else read_config(args.adapter)
+    own = {} if args.adapter is None else read_adapter_config(args.adapter)
     alpha = args.alpha if args.alpha is not None else own.get("lora_alpha", 2 * args.lora)
     rslora = args.rslora or bool(own.get("use_rslora"))
     return Lora(args.lora, int(alpha) if alpha == int(alpha) else alpha, args.dropout, rslora, args.seed)

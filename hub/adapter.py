@@ -75,7 +75,7 @@ def scale_of(alpha: float, rank: int, rslora: bool) -> float:
     return alpha / (math.sqrt(rank) if rslora else rank)
 
 
-def read_config(folder: str | Path) -> dict:
+def read_adapter_config(folder: str | Path) -> dict:
     """adapter_config.json. Raises FileNotFoundError or ValueError for what is not a LoRA of a known form."""
     folder = Path(folder)
     if not (folder / CONFIG).is_file():
@@ -99,13 +99,13 @@ def read_config(folder: str | Path) -> dict:
 
 
 def read_adapter(folder: str | Path, our_name: Callable[[str], str]) -> Adapter:
-    """An adapter's tensors, by the names that `our_name` gives. Raises an error as for read_config, naming a tensor."""
+    """An adapter's tensors, by the names that `our_name` gives. Errors as for read_adapter_config."""
     folder = Path(folder)
-    settings = read_config(folder)
+    settings = read_adapter_config(folder)
     halves, whole = {}, {}
     for name, tensor in stored_tensors(folder):
-        if tensor.dtype not in DTYPES or not tensor.isfinite().all():
-            raise ValueError(f"the adapter {folder} is broken: {name} holds {tensor.dtype}, or numbers not finite")
+        if tensor.dtype not in DTYPES:
+            raise ValueError(f"the adapter {folder} is broken: {name} holds {tensor.dtype}")
         ours = our_name(name.removeprefix("base_model.model.")).replace(".base_layer.", ".")  # of a head with a LoRA
         half = re.fullmatch(r"(.+)\.(lora_[AB])(?:\.default)?\.weight", ours)
         place, key = (halves.setdefault(half[1], {}), half[2]) if half else (whole, ours)
@@ -145,7 +145,7 @@ def read_file(file: Path) -> dict[str, Tensor]:
 
 def base_of(folder: str | Path) -> str:
     """The base that adapter_config.json names: a folder, or a hub id in the local cache. Nothing is downloaded."""
-    name = read_config(folder).get("base_model_name_or_path")
+    name = read_adapter_config(folder).get("base_model_name_or_path")
     try:
         find_checkpoint(name if isinstance(name, str) and name else "?", download=False)
     except (OSError, ValueError) as error:
@@ -218,6 +218,10 @@ def check_fits(model: nn.Module, adapter: Adapter) -> None:
         if tensor.shape != parameters[name].shape:
             why = f"{name} is {list(tensor.shape)} there and {list(parameters[name].shape)} in the base"
             raise ValueError(f"the adapter {adapter.folder} does not fit: {why}")
+    tensors = [*adapter.pairs.items(), *((name, (tensor,)) for name, tensor in adapter.whole.items())]
+    for name, parts in tensors:  # after the shapes: a hostile pickle may hold a tensor of any size in a few bytes
+        if not all(part.isfinite().all() for part in parts):
+            raise ValueError(f"the adapter {adapter.folder} is broken: {name} has numbers that are not finite")
 
 
 # --- Writing ---------------------------------------------------------------------------------------------------------

@@ -258,6 +258,15 @@ def test_a_broken_adapter_is_refused(base, adapter, what):
     refused(base, adapter, quantize="int8")
 
 
+def test_a_pickle_of_a_few_bytes_with_a_tensor_of_terabytes(base, adapter):
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    (adapter / "adapter_model.safetensors").unlink()
+    for part in ("lora_A", "linear_1.weight"):
+        name = next(name for name in tensors if part in name)
+        torch.save(tensors | {name: torch.zeros(1).expand(2**20, 2**20)}, adapter / "adapter_model.bin")
+        refused(base, adapter, "1048576")
+
+
 def test_a_folder_that_is_none(base, tmp_path):
     for place in (tmp_path, str(tmp_path / "gone"), "", base):
         refused(base, place)
