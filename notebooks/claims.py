@@ -1,4 +1,4 @@
-"""What notebook 11 claims about the inside of the bundled model: `python notebooks/claims.py` writes claims.md.
+"""What notebooks 1 and 11 claim about the inside of the bundled model: `python notebooks/claims.py` writes claims.md.
 
 A claim is a sentence about the rates of an experiment, and a function of them: "yes", "no" or a place in the model. A
 rate counts as above another if their intervals do not overlap. A claim is confirmed if two ranges of scenes say the
@@ -26,6 +26,7 @@ EXPERIMENTS = {  # functions of experiments.py -> what they count
     "heads": "right answers, one head muted",
     "lens": "names read at the middle of things",
     "blinded": "tokens right without the picture",
+    "nearby": "pictures whose patches attend to near ones in",
 }
 
 
@@ -87,6 +88,8 @@ CLAIMS = (
           lambda r: next((depth for depth, rate in r.items() if wilson(*rate)[0] > 0.5), "no")),
     Claim("blinded", "Without the picture the words between the names are right more often than names.",
           lambda r: yes(above(r["other tokens"], r["names"]))),
+    Claim("nearby", "In more pictures the tower's last layer attends to near patches than the first.",
+          lambda r: yes(above([*r.values()][-1], next(iter(r.values()))))),
 )  # fmt: skip
 
 
@@ -109,8 +112,9 @@ def table(results: dict[str, tuple[Rates, Rates]]) -> str:
     """The text of claims.md, from the rates of each experiment on both ranges of scenes."""
     text = f"""# Inside the bundled model
 
-Written by [claims.py](claims.py); [notebook 11](11_taking_it_apart.ipynb) explains the experiments. Each is made on
-{SCENES} scenes with seeds from {SEEDS[0]:,} on, and again on {SCENES} others with seeds from {SEEDS[1]:,} on.
+Written by [claims.py](claims.py). Notebooks [1](01_picture_to_tokens.ipynb) and [11](11_taking_it_apart.ipynb) explain
+the experiments. Each is made on {SCENES} scenes with seeds from {SEEDS[0]:,} on, and again on {SCENES} others with
+seeds from {SEEDS[1]:,} on.
 In brackets: Wilson's interval for 95 %, which takes trials as independent. The things of one scene are not quite.
 """
     for experiment, both in results.items():

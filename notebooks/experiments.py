@@ -1,4 +1,4 @@
-"""Experiments inside a model, on many scenes of the emoji world at once, for notebook 11 and claims.py.
+"""Experiments inside a model, on many scenes of the emoji world at once, for notebooks 1 and 11 and claims.py.
 
 An experiment is a function (model, processor, scenes) -> {what was done: rate}. A rate is (successes, trials): of
 scenes, of the things in them where it counts names, or of tokens. Features are the vectors of patches, (scenes, P, D).
@@ -245,6 +245,22 @@ def blinded(model, processor, scenes) -> Rates:
             row[seen.start + len(before)] = True
     kinds = {"names": name, "colours": colour, "other tokens": ~name & ~colour}
     return {kind: (int((hit & at & seen.answer).sum()), int((at & seen.answer).sum())) for kind, at in kinds.items()}
+
+
+@torch.no_grad()
+def nearby(model, processor, scenes) -> Rates:
+    """In the tower's layers: the patches attended to are at least a quarter nearer than with equal weights."""
+    tower, side = model.vision_tower, round(processor.image_seq_length**0.5)
+    grid = torch.cartesian_prod(torch.arange(side), torch.arange(side)).float()
+    distances, rates = torch.cdist(grid, grid), {}  # (P, P), in patches
+    states = tower(processor.image_processor(scenes.pictures))
+    for number, (state, layer) in enumerate(zip(states, tower.encoder.layers, strict=False)):
+        heads, y = layer.self_attn, layer.layer_norm1(state)
+        q, k = (proj(y).unflatten(-1, (heads.n_heads, -1)).transpose(1, 2) for proj in (heads.q_proj, heads.k_proj))
+        weights = (q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5).softmax(-1).mean(1)[:, 1:, 1:]  # (scenes, P, P)
+        mean = ((weights * distances).sum(-1) / weights.sum(-1)).mean(-1)  # (scenes,)
+        rates[f"layer {number} of the tower"] = int((mean < 0.75 * distances.mean()).sum()), len(mean)
+    return rates
 
 
 def word(processor, name: str) -> int:

@@ -1,4 +1,4 @@
-"""What notebook 11 claims, measured again on twelve scenes; and claims.md is what claims.py writes."""
+"""What notebooks 1 and 11 claim, measured again on twelve scenes; and claims.md is what claims.py writes."""
 
 import sys
 from functools import cache
@@ -133,3 +133,8 @@ def test_names_can_be_read_at_things_before_the_first_layer():
 def test_without_the_picture_the_language_is_right_and_names_are_not():
     right = shares("blinded")
     assert right["names"] < 0.15 and right["colours"] < 0.5 and right["other tokens"] > 0.6
+
+
+def test_the_towers_first_layer_attends_everywhere_and_its_last_to_near_patches():
+    near = list(shares("nearby").values())
+    assert near[0] < 0.2 and near[-1] > 0.8
