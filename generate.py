@@ -56,7 +56,7 @@ def tokens_seen(input_ids: Tensor, attention_mask: Tensor, V: int) -> Tensor:  #
 
 
 def prefill(model, input_ids, attention_mask, cache: KVCache, pixel_values=None, image_sizes=None) -> Tensor:
-    """Run the part of a prompt (B, T) that the cache lacks, with its pictures; returns the first scores (B, V)."""
+    """Run the part of a prompt (B, T) that the cache lacks, with that part's pictures; returns scores (B, V)."""
     position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)  # 0 is the first token after the padding
     new, position_ids = input_ids[:, cache.length :], position_ids[:, cache.length :]
     out = model(new, pixel_values, attention_mask, position_ids, cache, image_sizes=image_sizes, logits_to_keep=1)
@@ -65,7 +65,7 @@ def prefill(model, input_ids, attention_mask, cache: KVCache, pixel_values=None,
 
 @torch.inference_mode()
 def generate_tokens(model, input_ids, attention_mask, cache, pictures, config, generator) -> Iterator[Tensor]:
-    """Yields the next token of every row, (B,), without end. `pictures` are prefill's last two arguments, by name.
+    """Yields the next token of every row, (B,), without end. `pictures`: a dict of prefill's last two arguments.
 
     The cache keeps the prompt's mask. A token's keys and values enter it when the next token is requested.
     """

@@ -161,7 +161,7 @@ class LlavaForConditionalGeneration(nn.Module):
         features = None
         if pixel_values is not None and len(pixel_values):
             options = vision_feature_layer, vision_feature_select_strategy, image_sizes
-            features = torch.cat(list(self.get_image_features(pixel_values, *options)))  # (pictures * P, D)
+            features = torch.cat([*self.get_image_features(pixel_values, *options)])  # one by one: (pictures * P, D)
         if inputs_embeds is not None:
             x = inputs_embeds if features is None else interface.merge_embedded(self, inputs_embeds, features)
         else:
