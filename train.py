@@ -20,7 +20,7 @@ os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
 
 import torch
 
-from hub.adapter import base_of, read_adapter_config
+from hub.adapter import base_of, read_adapter_config, warning_of_another_base
 from hub.device import check_device
 from hub.files import BUNDLED
 from training import processes
@@ -33,10 +33,11 @@ ONLY_FROM_NOTHING = ("quick", "seed")  # and seed with --lora
 ONLY_WITH_LORA = ("alpha", "dropout", "rslora", "projector_lr", "quantize")
 ONLY_WITH_DATA = ("images", "model", "steps", "batch", "lr", "lora", "adapter")
 FOR_MERGING = ("merge", "model", "adapter", "out")
+NO_MEMORY = "try a larger --accumulate, a smaller --batch, or with --lora --quantize int4"
 DEFAULTS = {
     **{"out": None, "quick": False, "accumulate": 1, "compile": False, "seed": 0},
     **{"data": None, "images": None, "model": None, "steps": None, "batch": 16, "lr": None},
-    **{"lora": None, "alpha": None, "dropout": 0.0, "rslora": False, "projector_lr": 2e-5, "quantize": None},
+    **{"lora": None, "alpha": None, "dropout": None, "rslora": False, "projector_lr": 2e-5, "quantize": None},
     **{"adapter": None, "merge": False},
     "device": "cuda" if torch.cuda.is_available() else "cpu",
 }
@@ -53,6 +54,12 @@ def rate(text: str) -> float:
     if not 0 <= number < math.inf:
         raise argparse.ArgumentTypeError(f"{text} is not a learning rate")
     return number
+
+
+def above_zero(text: str) -> float:
+    if not 0 < float(text) < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not a number above 0")
+    return float(text)
 
 
 def share(text: str) -> float:
@@ -76,7 +83,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--lr", type=rate, help="with --data: the highest learning rate (default: 2e-5; with --lora 2e-4)")
     add("--accumulate", type=positive, help="pieces of a step, to save memory (default: 1)")
     add("--compile", action="store_true", help="torch.compile: faster steps after minutes of compiling")
-    add("--seed", type=int, help="of the recipe's first weights (default: 0)")
+    add("--seed", type=int, help="of the recipe's first weights, with --lora of A and dropout (default: 0)")
     add("--device", help="cpu or cuda (default: cuda where there is a GPU)")
     add_lora_options(parser)
     given = vars(parser.parse_args())
@@ -95,8 +102,8 @@ def parse_arguments() -> argparse.Namespace:
 def add_lora_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("LoRA: thin matrices learn, and the model stays as it is").add_argument
     add("--lora", type=positive, metavar="R", help="with --data: train an adapter of this rank and the projector")
-    add("--alpha", type=rate, help="the adapter is scaled by alpha / R (default: 2 R)")
-    add("--dropout", type=share, help="share of the adapter's inputs that are set to zero (default: 0)")
+    add("--alpha", type=above_zero, help="the adapter is scaled by alpha / R (default: 2 R, or --adapter's)")
+    add("--dropout", type=share, help="share of the adapter's inputs set to zero (default: 0, or --adapter's)")
     add("--rslora", action="store_true", help="scale by alpha / sqrt(R)")
     add("--projector-lr", type=rate, help="the projector's highest learning rate (default: 2e-5)")
     add("--quantize", choices=["int8", "int4"], help="the frozen matrices in 8 or 4 bits instead of 16")
@@ -112,6 +119,8 @@ def check_together(given: dict) -> None:
         if not {"adapter", "out"} <= given.keys():
             raise ValueError("--merge needs --adapter and --out")
         return
+    if "adapter" in given and not {"lora", "data"} & given.keys():
+        raise ValueError("--adapter needs --merge to be merged, or --data to be trained: with --lora R as an adapter")
     if "lora" in given and "compile" in given:
         raise ValueError("--compile does not go with --lora")
     for flag in given:
@@ -133,16 +142,26 @@ def find_place(args: argparse.Namespace) -> Place:
     return place
 
 
+def warn_of_another_base(args: argparse.Namespace) -> None:
+    is_first = os.environ.get("RANK", "0") == "0"  # of torchrun's processes
+    if args.adapter is not None and is_first and (warning := warning_of_another_base(args.adapter, args.model)):
+        print(warning, file=sys.stderr)
+
+
 def find_lora(args: argparse.Namespace) -> Lora:
-    """The settings of --lora. An adapter that is continued keeps its own alpha."""
+    """The settings of --lora. An adapter that is continued keeps its own alpha and dropout."""
     own = {} if args.adapter is None else read_adapter_config(args.adapter)
     alpha = args.alpha if args.alpha is not None else own.get("lora_alpha", 2 * args.lora)
     rslora = args.rslora or bool(own.get("use_rslora"))
-    return Lora(args.lora, int(alpha) if alpha == int(alpha) else alpha, args.dropout, rslora, args.seed)
+    dropout = args.dropout if args.dropout is not None else own.get("lora_dropout") or 0.0
+    if type(dropout) not in (int, float) or not 0 <= dropout < 1:
+        raise ValueError(f"the adapter {args.adapter} has the lora_dropout {str(dropout)[:80]}: give --dropout")
+    return Lora(args.lora, int(alpha) if alpha == int(alpha) else alpha, float(dropout), rslora, args.seed)
 
 
 def main() -> None:
     args = parse_arguments()
+    warn_of_another_base(args)
     if args.merge:
         for name in ("SIGTERM", "SIGHUP"):  # end it like Ctrl-C: nothing half-written is left
             if hasattr(signal, name):
@@ -166,4 +185,4 @@ def main() -> None:
 if __name__ == "__main__":
     import cli
 
-    sys.exit(cli.run(main))
+    sys.exit(cli.run(main, NO_MEMORY))

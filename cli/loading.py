@@ -6,6 +6,7 @@ from argparse import Namespace
 import torch
 
 from cli.memory import check_memory
+from hub.adapter import warning_of_another_base
 from hub.device import check_device, fast_dtype
 from hub.files import BUNDLED, find_checkpoint, weight_files
 from hub.packed import read_scheme
@@ -26,6 +27,9 @@ def settle(args: Namespace) -> None:
     if torch.device(args.device).type == "cuda":
         torch.cuda.set_device(args.device)  # kernels run on the current device only
     folder = find_checkpoint(args.model)
+    # Reads only the adapter's settings: fails before the model is loaded and quantized.
+    if args.adapter is not None and (warning := warning_of_another_base(args.adapter, args.model)):
+        print(warning, file=sys.stderr)
     config = read_config(folder)
     if args.explain is not None and config["image_grid_pinpoints"]:
         raise ValueError("--explain does not work with LLaVA-1.6: the page shows one picture of patches, not tiles")

@@ -1,10 +1,10 @@
-"""LLaVA-1.6, also called LLaVA-NeXT (`model_type: llava_next`): a picture is cut into tiles, to keep details.
+"""LLaVA-1.6 (LLaVA-NeXT, `llava_next`): a picture is cut into tiles, so that small details stay visible.
 
-    picture (H, W) -> best_grid      the size (rows * side, columns * side) that fits it best, of those in config.json
+    picture (H, W) -> best_size      the size (rows * side, columns * side) that fits it best, of those in config.json
                    -> tiles          tile 0: the whole picture, squashed to a square; then those of the grid, row by row
     tile           -> tower, projector, as in LLaVA-1.5                                                  (p * p, D)
-    tiles          -> arrange        the grid's patches as one picture of rows * p by columns * p patches, without its
-                                     margins, each row of it followed by the learned vector image_newline (D,)
+    tiles          -> arrange        the grid's patches as one picture, (rows * p, columns * p), without its margins:
+                                     (h, w), each row of it followed by the learned vector image_newline (D,)
                    -> tile 0's patches first, then these: p * p + h * w + h vectors, at most 2,928 in the 7B
 
 The number of <image> tokens in a prompt thus depends on the picture's size, and the model needs the sizes: pixel_values
@@ -14,7 +14,8 @@ The model and the processor are subclasses of LLaVA-1.5's, which are passed in: 
 Liu et al. 2024, https://llava-vl.github.io/blog/2024-01-30-llava-next/; the tiles: Liu et al. 2023, LLaVA-1.5, section
 3.4, https://arxiv.org/abs/2310.03744. Rounding is that of the reference.
 
-    H, W height and width of a picture    side of a tile in pixels    p patches on a side of a tile    D width
+    H, W height and width in pixels    rows, columns of tiles    h, w height and width in patches, without margins
+    side of a tile in pixels           p patches on a side of a tile    D width of the decoder
 """
 
 import math
@@ -30,23 +31,23 @@ from clip import ImageProcessor
 from hub.interface import Inputs
 
 MOST_TILES = 100  # in a grid; in the 7B up to 4
-MOST_GRIDS = 1000
+MOST_SIZES = 1000
 
 
-# --- Sizes: pictures, grids of tiles, grids of patches ----------------------------------------------------------------
+# --- Sizes in pixels, in tiles and in patches -------------------------------------------------------------------------
 
 
-def check_grids(config) -> None:
+def check_sizes(config) -> None:
     """Raise ValueError unless a LlavaConfig's image_grid_pinpoints are sizes (H, W) in whole tiles."""
     side, p = config.vision_config.image_size, patches_on_a_side(config)
-    grids = config.image_grid_pinpoints
-    if not isinstance(grids, list) or not 1 <= len(grids) <= MOST_GRIDS:
-        raise ValueError(f"image_grid_pinpoints must be a list of 1 to {MOST_GRIDS} pairs (height, width)")
-    for grid in grids:
-        pair = isinstance(grid, list | tuple) and len(grid) == 2 and all(type(n) is int and n > 0 for n in grid)
-        if not pair or grid[0] % side or grid[1] % side or grid[0] * grid[1] > MOST_TILES * side * side:
+    sizes = config.image_grid_pinpoints
+    if not isinstance(sizes, list) or not 1 <= len(sizes) <= MOST_SIZES:
+        raise ValueError(f"image_grid_pinpoints must be a list of 1 to {MOST_SIZES} pairs (height, width)")
+    for size in sizes:
+        pair = isinstance(size, list | tuple) and len(size) == 2 and all(type(n) is int and n > 0 for n in size)
+        if not pair or size[0] % side or size[1] % side or size[0] * size[1] > MOST_TILES * side * side:
             wanted = f"(height, width) in multiples of {side}, the tower's image_size, with at most {MOST_TILES} tiles"
-            raise ValueError(f"image_grid_pinpoints must be {wanted}, not {str(grid)[:40]}")
+            raise ValueError(f"image_grid_pinpoints must be {wanted}, not {str(size)[:40]}")
     if config.image_seq_length != p * p:
         tower, strategy = config.vision_config.model_type, config.vision_feature_select_strategy
         raise ValueError(f"vision_feature_select_strategy {strategy!r} of a {tower} does not give {p} x {p} patches")
@@ -56,39 +57,42 @@ def patches_on_a_side(config) -> int:  # p
     return config.vision_config.image_size // config.vision_config.patch_size
 
 
-def best_grid(height: int, width: int, grids: list) -> tuple[int, int]:  # of pixels
-    """The grid (H, W) that shows most of a picture's pixels, and the smallest one of those that show as many."""
+def best_size(height: int, width: int, sizes: list) -> tuple[int, int]:
+    """The size (H, W) that shows most of a picture's pixels, and the smallest one of those that show as many."""
 
-    def worth(grid: tuple[int, int]) -> tuple[int, int]:
-        scale = min(grid[1] / width, grid[0] / height)
+    def worth(size: tuple[int, int]) -> tuple[int, int]:
+        scale = min(size[1] / width, size[0] / height)
         shown = min(int(width * scale) * int(height * scale), width * height)  # enlarging shows nothing more
-        return shown, -grid[0] * grid[1]
+        return shown, -size[0] * size[1]
 
-    return tuple(max(grids, key=worth))
+    return tuple(max(sizes, key=worth))
 
 
-def margins(height: int, width: int, rows: int, columns: int) -> tuple[int, int]:
-    """How many rows of patches above and below, and columns on the left and right, only show the picture's margins."""
-    if width / height > columns / rows:
-        kept = int(round(height * (columns / width), 7))  # 7 digits: a kept row must not be lost to rounding
-        return (rows - kept) // 2, 0
-    kept = int(round(width * (rows / height), 7))
-    return 0, (columns - kept) // 2
+def margins(height: int, width: int, down: int, across: int) -> tuple[int, int]:
+    """How many rows of patches above and below, and columns on the left and right, only show the picture's margins.
+
+    `down` and `across` count the patches of the whole grid.
+    """
+    if width / height > across / down:
+        kept = int(round(height * (across / width), 7))  # 7 digits: a kept row must not be lost to rounding
+        return (down - kept) // 2, 0
+    kept = int(round(width * (down / height), 7))
+    return 0, (across - kept) // 2
 
 
 def count_tokens(height: int, width: int, config) -> int:
     """How many <image> tokens a picture of this size takes: p * p + h * w + h."""
     side, p = config.vision_config.image_size, patches_on_a_side(config)
-    H, W = best_grid(height, width, config.image_grid_pinpoints)
-    rows, columns = H // side * p, W // side * p
-    above, left = margins(height, width, rows, columns)
-    h, w = rows - 2 * above, columns - 2 * left
+    H, W = best_size(height, width, config.image_grid_pinpoints)
+    down, across = H // side * p, W // side * p
+    above, left = margins(height, width, down, across)
+    h, w = down - 2 * above, across - 2 * left
     return p * p + h * w + h
 
 
 def most_tokens(config) -> int:
-    """The <image> tokens of a picture that fills the largest grid."""
-    return max(count_tokens(*grid, config) for grid in config.image_grid_pinpoints)
+    """The <image> tokens of a picture that fills the largest of the sizes."""
+    return max(count_tokens(*size, config) for size in config.image_grid_pinpoints)
 
 
 # --- Pictures to tiles ------------------------------------------------------------------------------------------------
@@ -98,7 +102,7 @@ def most_tokens(config) -> int:
 class LlavaNextImageProcessor(ImageProcessor):
     """A picture to tiles, each of which becomes pixels as a picture of LLaVA-1.5's does."""
 
-    config: object = None  # a LlavaConfig, which has the grids
+    config: object = None  # a LlavaConfig, which has the sizes
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -107,7 +111,7 @@ class LlavaNextImageProcessor(ImageProcessor):
     @classmethod
     def of(cls, plain: ImageProcessor, config) -> "LlavaNextImageProcessor":
         """The settings of a checkpoint's files and its LlavaConfig together. Raises ValueError if they do not fit."""
-        check_grids(config)
+        check_sizes(config)
         side = config.vision_config.image_size
         if (plain.crop_size["height"], plain.crop_size["width"]) != (side, side):
             raise ValueError(f"crop_size must be {side} x {side}, the size of a tile, not {plain.crop_size}")
@@ -116,18 +120,18 @@ class LlavaNextImageProcessor(ImageProcessor):
     def tiles(self, image: Image.Image) -> list[Image.Image]:
         """The whole picture as a square, and the tiles of its grid, black where the picture does not reach."""
         image, side = image.convert("RGB"), self.config.vision_config.image_size
-        H, W = best_grid(image.height, image.width, self.config.image_grid_pinpoints)
+        H, W = best_size(image.height, image.width, self.config.image_grid_pinpoints)
         scale_w, scale_h = W / image.width, H / image.height
         if scale_w < scale_h:
             w, h = W, min(math.ceil(image.height * scale_w), H)
         else:
             w, h = min(math.ceil(image.width * scale_h), W), H
-        grid = Image.new("RGB", (W, H))
-        grid.paste(image.resize((w, h), self.resample), ((W - w) // 2, (H - h) // 2))
+        canvas = Image.new("RGB", (W, H))
+        canvas.paste(image.resize((w, h), self.resample), ((W - w) // 2, (H - h) // 2))
         corners = [(left, top) for top in range(0, H, side) for left in range(0, W, side)]
         edge = self.size.get("shortest_edge", 0)
         whole = image.resize((self.size.get("width", edge), self.size.get("height", edge)), self.resample)
-        return [whole, *(grid.crop((left, top, left + side, top + side)) for left, top in corners)]
+        return [whole, *(canvas.crop((left, top, left + side, top + side)) for left, top in corners)]
 
     def __call__(self, images: list[Image.Image]) -> Tensor:  # -> (pictures, tiles, 3, side, side)
         pictures = [super(LlavaNextImageProcessor, self).__call__(self.tiles(image)) for image in images]
@@ -144,7 +148,12 @@ class NextProcessor:
         super().__init__(image_processor, tokenizer, most_tokens(image_processor.config), template)
 
     def expand(self, prompts: list[str], pictures: list[Image.Image]) -> list[str]:
-        """Repeat each <image> token as often as its picture has vectors. Tokens and pictures have one order."""
+        """Repeat each <image> token as often as its picture has vectors. Tokens and pictures have one order.
+
+        Raises ValueError if the numbers of tokens and pictures differ.
+        """
+        if (tokens := sum(prompt.count("<image>") for prompt in prompts)) != len(pictures):
+            raise ValueError(f"the prompts have {tokens} <image> tokens, but the number of pictures is {len(pictures)}")
         config = self.image_processor.config
         counts = iter([count_tokens(picture.height, picture.width, config) for picture in pictures])
         return [re.sub("<image>", lambda _: "<image>" * next(counts), prompt) for prompt in prompts]
@@ -158,7 +167,7 @@ class NextModel:
     """What a LlavaForConditionalGeneration does differently."""
 
     def __init__(self, config):
-        check_grids(config)
+        check_sizes(config)
         super().__init__(config)
         self.most_image_tokens = most_tokens(config)
         self.image_newline = nn.Parameter(torch.zeros(config.text_config.hidden_size))
@@ -187,7 +196,7 @@ class NextModel:
         if image_sizes.is_floating_point() or min(map(min, sizes)) < 1:
             raise ValueError(f"image_sizes must be whole numbers of at least 1, not {sizes}")
         pinpoints = self.config.image_grid_pinpoints
-        grids = [tuple(n // side for n in best_grid(*size, pinpoints)) for size in sizes]
+        grids = [tuple(n // side for n in best_size(*size, pinpoints)) for size in sizes]
         if (most := max(1 + rows * columns for rows, columns in grids)) > pixel_values.shape[1]:
             raise ValueError(f"pixel_values have {pixel_values.shape[1]} tiles for each picture, but one needs {most}")
         return sizes, grids
@@ -205,7 +214,10 @@ class NextModel:
 
 @cache
 def next_class(Plain: type) -> type:
-    """The subclass of a LlavaForConditionalGeneration or a LlavaProcessor for LLaVA-1.6."""
+    """The subclass of a LlavaForConditionalGeneration or a LlavaProcessor for LLaVA-1.6.
+
+    They are named LlavaNextForConditionalGeneration and LlavaNextProcessor.
+    """
     if issubclass(Plain, NextModel | NextProcessor):
         return Plain
     Changes = NextModel if issubclass(Plain, nn.Module) else NextProcessor

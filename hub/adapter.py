@@ -8,7 +8,8 @@ projector's. Its folder holds adapter_config.json, and adapter_model.safetensors
     base_model.model.model.language_model.layers.0.self_attn.q_proj.lora_A.weight     and ...lora_B.weight
     base_model.model.model.multi_modal_projector.linear_1.weight                      a whole tensor
 
-after `base_model.model.` in the names of any layout. LLaVA's own folders have whole tensors in non_lora_trainables.bin.
+After `base_model.model.` comes the tensor's name in any layout that load_weights.py reads. LLaVA's own folders have
+whole tensors in non_lora_trainables.bin.
 A floating-point matrix is replaced by W'. A quantized one keeps its numbers, and the adapter stays beside it. PEFT has
 many variants of LoRA: a setting that is not known here is an error that names it.
 """
@@ -88,7 +89,8 @@ def read_adapter_config(folder: str | Path) -> dict:
         extra["bias"] = settings["bias"]
     if settings.get("init_lora_weights") not in INITS:
         extra["init_lora_weights"] = settings["init_lora_weights"]
-    for name, value in extra.items():
+    if extra:
+        name, value = next(iter(extra.items()))
         raise ValueError(f"the adapter {folder} needs {name} {str(value)[:80]!r}, which is not implemented")
     rank, alpha = settings.get("r"), settings.setdefault("lora_alpha", 8)
     if type(rank) is not int or not 1 <= rank <= 2**16:
@@ -153,14 +155,33 @@ def base_of(folder: str | Path) -> str:
     return name
 
 
+def warning_of_another_base(folder: str | Path, model: str | Path) -> str | None:
+    """A sentence if the base that adapter_config.json names has another name than `model`, a folder or a hub id.
+
+    Only the last parts of the names are compared, without -hf: a copy or a quantized checkpoint may have another name.
+    """
+    base, path = read_adapter_config(folder).get("base_model_name_or_path"), Path(model)
+    given = path.resolve() if path.is_dir() else path
+    if not isinstance(base, str) or not base or short_name(Path(base)) == short_name(given):
+        return None
+    is_for = f"warning: the adapter {folder} is for {base[:200]!r}, and the model is {model}"
+    return f"{is_for}: the results are wrong if the two have different weights"
+
+
+def short_name(path: Path) -> str:
+    in_cache = path.parent.name == "snapshots"  # models--OWNER--NAME/snapshots/COMMIT
+    name = path.parent.parent.name.rpartition("--")[2] if in_cache else path.name
+    return name.lower().removesuffix("-hf")
+
+
 # --- Applying --------------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
 def apply_adapter(model: nn.Module, folder: str | Path, our_name: Callable[[str], str], device, dtype) -> None:
-    """Merge an adapter into a loaded model that moves to `device` and `dtype` next: the sum is rounded once.
+    """Merge an adapter into a loaded model. Beside a quantized matrix it stays a module.
 
-    Beside a quantized matrix it stays a module.
+    Call it before model.to(device, dtype): W + scale BA is computed in float32 and rounded to `dtype` once.
     """
     adapter = read_adapter(folder, our_name)
     untie(model, adapter)

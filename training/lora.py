@@ -1,12 +1,13 @@
-"""LoRA: the base stays frozen, and beside each matrix of the decoder two thin ones learn (Hu et al. 2021).
+"""LoRA: the base is frozen, and two thin matrices are trained beside each of the decoder layers' matrices.
 
     y = W x + scale * B A dropout(x)        W (out, in) is frozen, A (r, in) and B (out, r) learn, scale = alpha / r
 
 A starts random and B at zero, so training starts from the base's own answers. W may be in bfloat16 or quantized: it
 needs no gradient and no optimizer state, which are what full fine-tuning needs most memory for. A, B and the projector,
-which learns whole, and their optimizer state are in float32; the products are in bfloat16 where the device has these.
-hub/adapter.py has the formula as a module, and PEFT's files. https://arxiv.org/abs/2106.09685; on a quantized base it
-is QLoRA: Dettmers et al. 2023, https://arxiv.org/abs/2305.14314.
+which learns whole, and their optimizer state are in float32; the products are in bfloat16 where the device supports
+bfloat16. hub/adapter.py has the formula as a module, and PEFT's files. Hu et al. 2021,
+https://arxiv.org/abs/2106.09685; on a quantized base it is QLoRA: Dettmers et al. 2023,
+https://arxiv.org/abs/2305.14314.
 
     B batch    T tokens    r rank
 """
@@ -22,10 +23,10 @@ from torch import Tensor, nn
 from hub.adapter import PROJECTOR, AdaptedLinear, Adapter, check_fits, scale_of
 from llava import LlavaForConditionalGeneration
 from quantize import QuantizedLinear
+from training.dropout import Masks
 from training.losses import NextTokenLoss
 
 MATRICES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-LOW_32 = 2**32 - 1
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class Lora:
 class LoraLinear(AdaptedLinear):
     """AdaptedLinear to train: a first A and B, dropout, and a base in few bits that gradients pass through."""
 
-    def __init__(self, base: nn.Module, lora: Lora, masks: "Masks", number: int):
+    def __init__(self, base: nn.Module, lora: Lora, masks: Masks, number: int):
         super().__init__(base, lora.rank, lora.scale)
         self.masks, self.number = masks, number  # of this matrix in the model
         nn.init.kaiming_uniform_(self.lora_A.weight, math.sqrt(5), generator=random_of(lora.seed, number))
@@ -62,9 +63,9 @@ def random_of(seed: int, number: int) -> torch.Generator:
 
 
 class FrozenProduct(torch.autograd.Function):
-    """W x for a frozen W, which is stored in fewer bits than it is multiplied in. Only what is stored is kept.
+    """The product with a frozen matrix W.
 
-    Without it PyTorch would keep the converted W of every layer for the backward pass, which here converts it again.
+    The backward pass converts or dequantizes W again instead of keeping the converted copy.
     """
 
     @staticmethod
@@ -83,36 +84,14 @@ def stored_matrix(base: nn.Module, dtype: torch.dtype) -> Tensor:  # (out, in)
     return base.dequantize(dtype) if isinstance(base, QuantizedLinear) else base.weight.to(dtype)
 
 
-# --- Dropout ---------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Masks:
-    """Dropout that depends on nothing but the seed, the number of the sample in the run, the matrix and the place.
-
-    So a resumed run, other processes and other padding give the same masks, on every device.
-    """
-
-    dropout: float
-    seed: int
-    samples: Tensor | None = None  # (B,): the numbers of the batch's samples, counted through all steps
-
-    def keep(self, x: Tensor, matrix: int) -> Tensor:  # (B, T, in) -> bool (B, T, in)
-        T, width = (torch.arange(n, device=x.device) for n in x.shape[1:])
-        key = mixed(mixed(mixed(self.samples + (self.seed & LOW_32)) + matrix)[:, None] + T)  # (B, T)
-        return mixed(key[..., None] + width) >= self.dropout * 2**32
-
-
-def mixed(x: Tensor) -> Tensor:
-    """A hash of whole numbers to 32 bits in int64: neighbours get unrelated results (Mueller's integer hash)."""
-    for _ in range(2):
-        x = x & LOW_32
-        x = ((x >> 16) ^ x) * 0x45D9F3B & LOW_32  # below 2^59, so that the product does not overflow
-    return (x >> 16) ^ x
+# --- The loss ---------------------------------------------------------------------------------------------------------
 
 
 class LoraLoss(NextTokenLoss):
-    """NextTokenLoss with products in bfloat16, if the embedding is. A batch also has `samples`, for dropout."""
+    """NextTokenLoss, under bfloat16 autocast if the model's dtype is bfloat16.
+
+    The batch also contains `samples`, the sample numbers.
+    """
 
     def __init__(self, model: LlavaForConditionalGeneration, masks: Masks):
         super().__init__(model)
@@ -146,6 +125,7 @@ def multiply_in_float32(model: LlavaForConditionalGeneration) -> None:
 def add_lora(model: LlavaForConditionalGeneration, lora: Lora, adapter: Adapter | None = None) -> Masks:
     """Put A and B beside the decoder's matrices, new or an adapter's. Only these and the projector will learn.
 
+    Returns the Masks, which LoraLoss needs.
     Raises ValueError for a rank above the width of a matrix, and for an adapter that changes anything else.
     """
     todo, masks = matrices(model), Masks(lora.dropout, lora.seed)

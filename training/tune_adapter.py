@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from hub.adapter import read_adapter, write_adapter
+from hub.adapter import LLAVA_WHOLE, read_adapter, write_adapter
 from hub.device import fast_dtype
 from hub.files import find_checkpoint, read_json
 from hub.settings import read_config
@@ -39,13 +39,11 @@ def train_adapter(
     adapter: Path | None = None,  # to continue
 ) -> None:
     """LLaVA's finetune_lora on a file of conversations. Writes PEFT's two files to the folder of `place`."""
-    before = None if adapter is None else read_adapter(adapter, our_name)  # fails before the model is loaded
+    processor = check(checkpoint, place.folder)  # fails before the model is loaded
+    before = None if adapter is None else read_adapter(adapter, our_name)
     model = LlavaForConditionalGeneration.from_pretrained(
         checkpoint, torch.bfloat16, place.device, quantize, kernels="torch"
     )
-    processor = LlavaProcessor.from_pretrained(checkpoint)
-    if not hasattr(processor.template, "system"):
-        raise ValueError("only a model with LLaVA-1.5's prompts can be trained, with an adapter too")
     masks = add_lora(model, lora, before)
     if fast_dtype(place.device) != torch.bfloat16:
         multiply_in_float32(model)
@@ -58,7 +56,20 @@ def train_adapter(
     if rank() == 0:
         base = str(Path(checkpoint).resolve()) if Path(checkpoint).is_dir() else str(checkpoint)
         write_adapter(model, place.folder, lora, base)
-        print(f"saved to {place.folder}: python llava.py --model {checkpoint} --adapter {place.folder} --image x.jpg")
+        flags = f"--model {checkpoint} --adapter {place.folder}" + (f" --quantize {quantize}" if quantize else "")
+        print(f"saved to {place.folder}: python llava.py {flags} --image x.jpg")
+
+
+def check(checkpoint: str | Path, out: Path) -> LlavaProcessor:
+    """The processor of a checkpoint, if --lora can train it and `out` can hold the adapter. Else ValueError."""
+    if (out / LLAVA_WHOLE).is_file():
+        raise ValueError(f"{out} has a {LLAVA_WHOLE}, which would be read with the new adapter: choose another --out")
+    processor = LlavaProcessor.from_pretrained(checkpoint)
+    if not hasattr(processor.template, "system"):
+        raise ValueError("--lora needs a checkpoint with LLaVA-1.5's prompt template")
+    if read_config(find_checkpoint(checkpoint))["image_grid_pinpoints"]:
+        raise ValueError("--lora cannot train LLaVA-1.6, whose pictures are cut into tiles: give a LLaVA-1.5")
+    return processor
 
 
 def numbered(data: Callable[[range], dict[str, Tensor]], samples: range) -> dict[str, Tensor]:

@@ -19,7 +19,7 @@ import cli
 from cli import loading, memory
 from cli.chat import Chat
 from clip import ImageProcessor
-from family.llava_next import LlavaNextImageProcessor, best_grid, count_tokens, most_tokens
+from family.llava_next import LlavaNextImageProcessor, best_size, count_tokens, most_tokens
 from folders import edit_json
 from hub.files import BUNDLED
 from hub.ranges import GRIDS
@@ -28,8 +28,10 @@ from llava import LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
 from load_weights import our_name
 from quantize import quantize_model
 from reference import DECODERS, TEXT, VISION
+from training.lora import Lora
 from training.run import train_on_records
 from training.run_stage import Place
+from training.tune_adapter import train_adapter
 
 SIDE = VISION["image_size"]  # 28, in patches of 7: 4 x 4 patches in a tile
 SMALL_GRIDS = [[n * SIDE // 336 for n in grid] for grid in GRIDS]
@@ -146,7 +148,7 @@ def test_grids_and_tokens_of_random_sizes_are_the_references():
     sizes = rng.integers(1, 2000, (1000, 2)).tolist() + (2 ** rng.uniform(0, 14, (1000, 2))).astype(int).tolist()
     sizes += [[n * k + d, m * k] for n in (1, 2, 3) for m in (1, 2, 3) for k in (24, 336) for d in (-1, 0, 1)]
     for size in sizes:
-        assert best_grid(*size, GRIDS) == tuple(select_best_resolution(size, GRIDS)), size
+        assert best_size(*size, GRIDS) == tuple(select_best_resolution(size, GRIDS)), size
         assert count_tokens(*size, OF_THE_7B) == theirs._get_number_of_features(*size, 336, 336), size
         assert count_tokens(*size, OF_THE_7B) <= most_tokens(OF_THE_7B) == 2928
 
@@ -452,6 +454,16 @@ def test_a_chat_has_the_tokens_of_the_rendered_conversation(folder):
     assert chat.ids[before:].count(image) == added and chat.cache.length in (len(chat.ids), len(chat.ids) - 1)
 
 
+def test_more_or_fewer_image_tokens_than_pictures_are_refused(folder):
+    model, processor = open_both(folder)
+    for text, images in (("<image> <image>", [noise(9, 9)]), ("<image>", [noise(9, 9)] * 2), ("<image>", None)):
+        with pytest.raises(ValueError, match="<image>"):
+            processor(text=text, images=images)
+    chat = Chat(model, processor, system="a <image>", max_new_tokens=2)
+    with pytest.raises(ValueError, match="1 <image> tokens, but the number of pictures is 0"):
+        chat.say("What is it?", lambda text: None)
+
+
 INST = (  # of llava-v1.6-mistral-7b-hf, in short
     "{% for message in messages %}{% if message['role'] == 'user' %}{{ '[INST] ' }}"
     "{% for part in message['content'] if part['type'] == 'image' %}{{ '<image>\n' }}{% endfor %}"
@@ -480,6 +492,8 @@ def test_explain_training_and_saving_say_that_they_do_not(folder, pictures, caps
         save(model, processor, tmp_path / "saved")
     with pytest.raises(ValueError, match="prompts and pictures can be trained and saved"):
         train_on_records(Place(tmp_path), tmp_path / "none.json", checkpoint=folder)
+    with pytest.raises(ValueError, match="--lora cannot train LLaVA-1"):
+        train_adapter(Place(tmp_path), tmp_path / "none.json", None, folder, 1, 1, 1e-4, 1e-5, Lora(2, 4))
 
 
 def test_memory_of_tiles_and_long_prompts_is_checked_before_a_run(folder, pictures, capsys, monkeypatch):

@@ -11,7 +11,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from folders import close, edit_json, hub_cache, load, logits
-from hub.adapter import TARGETS, AdaptedLinear, base_of
+from hub.adapter import TARGETS, AdaptedLinear, base_of, warning_of_another_base
 from llava import LlavaForConditionalGeneration
 from reference import reference_model
 
@@ -154,6 +154,24 @@ def test_the_base_that_it_names_is_used_if_it_is_here(base, adapter, tmp_path, m
         edit_json(adapter / "adapter_config.json", base_model_name_or_path=name)
         with pytest.raises(FileNotFoundError, match=r"adapter.*--model"):
             base_of(adapter)
+
+
+@pytest.mark.parametrize(
+    "named, model, differ",
+    [
+        ("lmsys/vicuna-7b-v1.5", "llava-hf/llava-1.5-7b-hf", True),
+        ("llava-hf/llava-1.5-7b-hf", "/data/LLaVA-1.5-7b", False),
+        ("/data/llava-1.5-7b/", "llava-hf/llava-1.5-7b-hf", False),
+        ("/c/models--llava-hf--llava-1.5-7b-hf/snapshots/0a1b", "llava-hf/llava-1.5-7b-hf", False),
+        (None, "a/b", False),
+        ("", "a/b", False),
+    ],
+)
+def test_an_adapter_that_names_another_base_gets_a_warning(adapter, named, model, differ):
+    edit_json(adapter / "adapter_config.json", base_model_name_or_path=named)
+    warning = warning_of_another_base(adapter, model)
+    assert bool(warning) == differ
+    assert not differ or (named in warning and model in warning and "\n" not in warning)
 
 
 # --- Refused ---------------------------------------------------------------------------------------------------------

@@ -22,11 +22,13 @@ from quantize import quantize_model
 from small import small
 from tiny_world import ROOT, logged_losses, write_records
 from training import progress, run_stage, tune_adapter
-from training.lora import Lora, LoraLoss, Masks, add_lora, matrices, multiply_in_float32
+from training.dropout import Masks
+from training.lora import Lora, LoraLoss, add_lora, matrices, multiply_in_float32
 from training.records import Records
 from training.run_stage import Place
 from training.tune_adapter import merge, train_adapter
 
+KEPT = [0, 1, 0, 1, 1, 0, 1, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 0, 1, 1, 1, 1, 1]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
 
 
@@ -200,13 +202,14 @@ def test_gradients_through_a_quantized_base_are_those_of_its_matrices(bits, batc
         assert_close(ours, theirs, atol=2e-3, rtol=1e-3)
 
 
-def test_an_int4_base_learns(data, tmp_path, monkeypatch):
+def test_an_int4_base_learns(data, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(progress, "REPORT_EVERY", 1)
     (data.parent / "new.json").write_text(json.dumps([
         record | {"conversations": [record["conversations"][0], {"from": "gpt", "value": "A zebra on a violin."}]}
         for record in json.loads(data.read_text())
     ]))  # fmt: skip
     tune(data.parent / "new.json", tmp_path, steps=12, quantize="int4")
+    assert f"--adapter {tmp_path} --quantize int4" in capsys.readouterr().out
     losses = [float(loss) for loss in logged_losses(tmp_path).values()]
     assert losses[-1] < losses[0] / 3, losses
 
@@ -225,6 +228,20 @@ def test_masks_depend_on_the_sample_and_not_on_what_is_beside_it():
     for other in (masks.keep(x[:1], 4)[0], Masks(0.25, 8, masks.samples).keep(x[:1], 3)[0], keep[0]):
         assert (other == keep[1]).float().mean() == pytest.approx(0.625, abs=0.03)  # 0.75^2 + 0.25^2: by chance
     assert Masks(0.25, -(10**30), masks.samples).keep(x[:1], 3).shape == (1, 40, 64)
+
+
+def test_masks_of_a_few_places_are_the_same_as_in_earlier_versions():
+    """So that a run which was interrupted before an update of the code can be resumed after it."""
+    kept = Masks(0.5, 7, torch.tensor([5, 9])).keep(torch.ones(2, 2, 6), 3)
+    assert kept.int().flatten().tolist() == KEPT
+
+
+def test_without_sample_numbers_dropout_says_what_is_missing(batch):
+    model = bundled()
+    add_lora(model, Lora(4, 8, dropout=0.5))
+    with pytest.raises(RuntimeError, match="LoraLoss"):
+        model.train()(input_ids=batch["input_ids"], pixel_values=batch["pixel_values"])
+    logits(model.eval(), batch)
 
 
 def test_dropout_zeroes_a_share_in_training_only(batch):
@@ -293,6 +310,12 @@ def test_an_adapter_is_continued(data, written, batch, tmp_path):
     tune(data, tmp_path, steps=1, adapter=written, lr=1e-9)
     before, after = (load_file(folder / "adapter_model.safetensors") for folder in (written, tmp_path))
     assert before.keys() == after.keys() and all(torch.allclose(before[n], after[n], atol=1e-4) for n in before)
+
+
+def test_a_folder_with_an_adapter_of_llavas_authors_is_not_written_to(data, tmp_path):
+    (tmp_path / "non_lora_trainables.bin").write_bytes(b"")
+    with pytest.raises(ValueError, match="has a non_lora_trainables"):
+        tune(data, tmp_path)
 
 
 @pytest.mark.parametrize("lora", [Lora(8, 16), Lora(4, 9), Lora(4, 8, rslora=True), Lora(1000, 8)], ids=str)
@@ -371,11 +394,17 @@ def test_defaults_and_the_base_that_an_adapter_names(data, tmp_path, monkeypatch
     assert train.find_lora(args) == Lora(4, 8)
     assert parse(monkeypatch, "--data", data).lr == 2e-5
     (tmp_path / "base").mkdir()
-    settings = {"peft_type": "LORA", "r": 4, "lora_alpha": 6, "use_rslora": True}
+    settings = {"peft_type": "LORA", "r": 4, "lora_alpha": 6, "use_rslora": True, "lora_dropout": 0.1}
     settings |= {"base_model_name_or_path": str(tmp_path / "base")}
     (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
     args = parse(monkeypatch, "--data", data, "--lora", "4", "--adapter", tmp_path, "--dropout", ".05", "--seed", "3")
     assert args.model == str(tmp_path / "base") and train.find_lora(args) == Lora(4, 6, 0.05, True, 3)
+    continued = ["--data", data, "--lora", "4", "--adapter", tmp_path]
+    assert train.find_lora(parse(monkeypatch, *continued)) == Lora(4, 6, 0.1, True)
+    assert train.find_lora(parse(monkeypatch, *continued, "--dropout", "0")) == Lora(4, 6, 0.0, True)
+    edit_json(tmp_path / "adapter_config.json", lora_dropout="x")
+    with pytest.raises(ValueError, match="lora_dropout"):
+        train.find_lora(parse(monkeypatch, *continued))
     edit_json(tmp_path / "adapter_config.json", base_model_name_or_path="/gone")
     with pytest.raises(FileNotFoundError, match="adapter"):
         parse(monkeypatch, "--merge", "--adapter", tmp_path, "--out", "x")
@@ -386,7 +415,8 @@ def test_defaults_and_the_base_that_an_adapter_names(data, tmp_path, monkeypatch
     "words, named",
     [
         (["--lora", "4"], "--data"),
-        (["--adapter", "x"], "--data"),
+        (["--adapter", "x", "--out", "y"], "--merge.*--data.*--lora"),
+        (["--adapter", "x", "--lora", "4"], "--data"),
         (["--data", "my.json", "--alpha", "4"], "--lora"),
         (["--data", "my.json", "--projector-lr", "4"], "--lora"),
         (["--data", "my.json", "--quantize", "int4"], "--lora"),
@@ -403,10 +433,25 @@ def test_flags_that_do_not_go_together_are_refused(monkeypatch, words, named):
 
 
 @pytest.mark.quick
-@pytest.mark.parametrize("words", [["--lora", "0"], ["--dropout", "1"], ["--dropout", "x"], ["--alpha", "nan"]])
+@pytest.mark.parametrize(
+    "words", [["--lora", "0"], ["--dropout", "1"], ["--dropout", "x"], ["--alpha", "nan"], ["--alpha", "0"]]
+)
 def test_values_out_of_range_are_refused(monkeypatch, words):
     with pytest.raises(SystemExit):
         parse(monkeypatch, "--data", "my.json", *words)
+
+
+@pytest.mark.quick
+def test_a_negative_alpha_and_too_little_memory_have_their_own_sentences(monkeypatch, capsys):
+    with pytest.raises(SystemExit):
+        parse(monkeypatch, "--data", "my.json", "--lora", "4", "--alpha", "-1")
+    assert "-1 is not a number above 0" in capsys.readouterr().err
+
+    def work():
+        raise MemoryError
+
+    assert cli.run(work, train.NO_MEMORY) == 2
+    assert "--accumulate" in (error := capsys.readouterr().err) and "--dtype" not in error
 
 
 def test_the_commands_use_an_adapter(written, tmp_path, monkeypatch, capsys):
@@ -423,7 +468,12 @@ def test_the_commands_use_an_adapter(written, tmp_path, monkeypatch, capsys):
     assert ask("--adapter", written, "--quantize", "int4") == 0
     assert run_train("--merge", "--adapter", written, "--out", tmp_path / "m") == 0
     assert ask("--model", tmp_path / "m") == 0
-    capsys.readouterr()
+    assert "warning" not in capsys.readouterr().err
+    assert ask("--model", tmp_path / "m", "--adapter", written) == 0
+    assert f"warning: the adapter {written} is for" in capsys.readouterr().err
+    assert run_train("--merge", "--model", tmp_path / "m", "--adapter", written, "--out", tmp_path / "n") == 0
+    assert f"warning: the adapter {written} is for" in capsys.readouterr().err
+    monkeypatch.setattr(LlavaForConditionalGeneration, "from_pretrained", lambda *_, **__: pytest.fail("it was loaded"))
     wrong = ["--model", BUNDLED, "--adapter", tmp_path]
     for command, words in ((ask, []), (run_train, ["--merge", "--out", tmp_path / "new"])):
         assert command(*wrong, *words) == 2
