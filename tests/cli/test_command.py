@@ -20,8 +20,9 @@ import torch
 from PIL import Image
 
 import cli
-from cli import batch, loading, memory, results
+from cli import batch, loading, memory, models, results
 from cli.arguments import PROMPT, parse_arguments
+from cli.memory import needed_bytes
 from hub.pictures import open_image
 from hub.settings import read_config
 from hub.writer import save
@@ -63,6 +64,29 @@ def test_models_says_what_fits_into_memory(monkeypatch, capsys):
     rows = {line.split()[0]: line for line in capsys.readouterr().out.splitlines() if "/" in line.split(" ")[0]}
     assert rows["llava-hf/llava-interleave-qwen-0.5b-hf"].endswith(" bfloat16")
     assert rows["llava-hf/llava-1.5-7b-hf"].endswith(" -") and " 14.9 " in rows["llava-hf/llava-1.5-7b-hf"]
+    assert list(rows) == [name for name, *_ in models.MODELS]
+
+
+@pytest.mark.parametrize("name", ["llava-hf/llava-interleave-qwen-0.5b-hf", "llava-hf/llava-v1.6-mistral-7b-hf"])
+def test_the_memory_in_the_table_is_that_of_the_whole_model(name):
+    """The table extrapolates it from models of one and two layers."""
+    model = LlavaForConditionalGeneration.without_weights(models.config_of(name))
+    tokens = models.WORDS + getattr(model, "most_image_tokens", model.config.image_seq_length)
+    assert tokens == models.WORDS + {"siglip_vision_model": 729}.get(model.config.vision_config.model_type, 2928)
+    found = models.memory(LlavaForConditionalGeneration, models.config_of(name), torch.bfloat16)
+    assert found == needed_bytes(model, torch.bfloat16, None, tokens)
+
+
+def test_the_tiny_model_names_the_best_one_for_this_computers_memory(monkeypatch):
+    found = []
+    for free in (1e9, 4e9, 10e9, 16e9, 18e9, 100e9, None):
+        monkeypatch.setattr("cli.models.free_bytes", lambda device, free=free: free)
+        found.append(models.best(LlavaForConditionalGeneration, "cpu", torch.bfloat16))
+    names = ["bczhou/tiny-llava-v1-hf", "xtuner/llava-phi-3-mini-hf", "llava-hf/llava-1.5-7b-hf"]
+    names += ["xtuner/llava-llama-3-8b-v1_1-transformers", "llava-hf/llava-1.5-13b-hf"]
+    assert found == [None, *names, None]
+    monkeypatch.setattr("cli.models.free_bytes", lambda device: 10e9)
+    assert models.best(LlavaForConditionalGeneration, "cpu", torch.float32) == names[0]  # each number takes 4 bytes
 
 
 def test_it_answers_a_question_in_one_word():
