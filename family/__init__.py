@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from clip import CLIPVisionConfig, CLIPVisionModel
-from hub.files import find_checkpoint, read_json
+from hub.files import find_checkpoint
 from hub.settings import require
 from tokenizer import Tokenizer
 
@@ -31,17 +31,6 @@ class AutoTokenizer:
 
     @staticmethod
     def from_pretrained(path: str | Path) -> Tokenizer:
-        """`path`: a folder or a hub id. tokenizer.model, if there is one, is used before tokenizer.json."""
-        file = (folder := find_checkpoint(path)) / "tokenizer.json"
-        if (folder / "tokenizer.model").is_file() or not file.is_file():
-            return Tokenizer.from_pretrained(folder)
-        settings = read_json(file)
-        model = settings.get("model")
-        try:
-            if isinstance(model, dict) and model.get("byte_fallback"):
-                from family.sentencepiece_json import SentencePieceJsonTokenizer as Kind
-            else:
-                from family.byte_level_bpe import ByteLevelTokenizer as Kind
-        except ModuleNotFoundError as error:
-            raise ValueError(f"{file} needs {error.name}: pip install -r requirements-family.txt") from error
-        return Kind.from_settings(settings, read_json(folder / "tokenizer_config.json"), file)
+        """`path`: a folder or a hub id."""
+        from family.find_tokenizer import find_tokenizer
+        return find_tokenizer(find_checkpoint(path))

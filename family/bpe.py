@@ -16,7 +16,7 @@ from heapq import heapify, heappop, heappush
 from itertools import pairwise
 from pathlib import Path
 
-from family.tokenizer_json import read_added_tokens, read_model, read_normalizer, read_post_processor
+from family.tokenizer_json import AddedToken, read_added_tokens, read_model, read_normalizer, read_post_processor
 from hub.files import SPACE, read_json
 from tokenizer import Tokenizer
 
@@ -46,6 +46,11 @@ def merge(letters: list[str], ranks: dict[tuple[str, str], int]) -> list[str]:
             if pair in ranks:
                 heappush(queue, (ranks[pair], i))
     return [piece for piece in pieces if piece]
+
+
+# The letters that lstrip and rstrip of an added token mean: Unicode's White_Space.
+SPACES = "\t\n\v\f\r \x85\xa0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a"
+SPACES += "\u2028\u2029\u202f\u205f\u3000"
 
 
 class BpeTokenizer(Tokenizer):
@@ -86,21 +91,29 @@ class BpeTokenizer(Tokenizer):
         except ValueError as error:
             raise ValueError(f"{file} cannot be used: {error}") from error
 
-    def set_added_tokens(self, tokens: dict[str, tuple[int, bool, bool]]) -> None:
+    def set_added_tokens(self, tokens: dict[str, AddedToken]) -> None:
         self.pieces = {i: piece for piece, i in self.vocab.items()}
-        for name, (i, _, _) in tokens.items():
-            if self.pieces.setdefault(i, name) != name or self.vocab.get(name, i) != i:
+        for name, token in tokens.items():
+            if self.pieces.setdefault(token.id, name) != name or self.vocab.get(name, token.id) != token.id:
                 raise ValueError(f"the added token {name[:40]!r} has two ids, or the id of another")
         if re.search("[\ud800-\udfff]", "".join(self.pieces.values())):
             raise ValueError("a piece contains half a surrogate pair")
         self.ids = {piece: i for i, piece in self.pieces.items()}
-        self.special_tokens = {name: i for name, (i, special, _) in tokens.items() if special}
+        self.special_tokens = {name: token.id for name, token in tokens.items() if token.special}
         self.special_names = {i: name for name, i in self.special_tokens.items()}
-        self.image_token_id = tokens["<image>"][0] if "<image>" in tokens else None
-        self.exact = {name: i for name, (i, _, normalized) in tokens.items() if not normalized}
-        self.normalized = {self.normalize(name): i for name, (i, _, normalized) in tokens.items() if normalized}
+        self.image_token_id = tokens["<image>"].id if "<image>" in tokens else None
+        self.exact = {name: token.id for name, token in tokens.items() if not token.normalized}
+        self.normalized = {self.normalize(name): token.id for name, token in tokens.items() if token.normalized}
+        self.left = {name for name, token in tokens.items() if token.lstrip}
+        self.right = {name for name, token in tokens.items() if token.rstrip}
         self.special_pattern, self.normalized_pattern = one_of(self.exact), one_of(self.normalized)
         self.pieces |= {i: name for name, i in self.normalized.items()}  # the name that the library decodes to
+
+    def set_image_token(self, i: int) -> None:
+        """Let <image> in a prompt stand for special token i, which has another name in the file (JoyCaption's)."""
+        if i in self.special_names:
+            self.image_token_id = self.exact["<image>"] = i
+            self.special_pattern = one_of(self.exact)
 
     def find_token(self, config: dict, key: str) -> int | None:
         name = config.get(key)
@@ -111,9 +124,16 @@ class BpeTokenizer(Tokenizer):
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Cut out the added tokens, including any that the user typed, and encode each part between them separately."""
-        ids = []
-        for part in self.special_pattern.split(text):
-            ids += [self.exact[part]] if part in self.exact else self.encode_text(part, is_first=not ids)
+        ids, parts = [], self.special_pattern.split(text)
+        for i, part in enumerate(parts):
+            if i % 2:  # an added token
+                ids.append(self.exact[part])
+                continue
+            if i > 0 and parts[i - 1] in self.right:
+                part = part.lstrip(SPACES)
+            if i + 1 < len(parts) and parts[i + 1] in self.left:
+                part = part.rstrip(SPACES)
+            ids += self.encode_text(part, is_first=not ids)
         return self.first_ids + ids + self.last_ids if add_special_tokens else ids
 
     def encode_text(self, text: str, is_first: bool = True) -> list[int]:

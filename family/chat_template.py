@@ -31,6 +31,8 @@ MAX_SECONDS, MAX_BYTES = 2, 2**30  # of CPU time; of memory, which macOS does no
 class JinjaTemplate:
     """Renders like a tokenizer.Template. `file` is named in errors; `special_tokens` are bos_token="<s>" and so on."""
 
+    image_token = "<image>"  # what the template writes for a picture; prompts always have <image>
+
     def __init__(self, source: str, file: str | Path = "chat_template", **special_tokens: str):
         self.source, self.file, self.special_tokens = source, file, special_tokens
         self.parts: bool | None = None  # the result of takes_parts
@@ -44,7 +46,7 @@ class JinjaTemplate:
 
         parse_messages(messages)  # raises ValueError for malformed ones
         if not self.takes_parts():
-            messages = [message | {"content": as_text(message["content"])} for message in messages]
+            messages = [message | {"content": as_text(message["content"], self.image_token)} for message in messages]
         return self.run(messages, add_generation_prompt)
 
     def takes_parts(self) -> bool:
@@ -67,17 +69,18 @@ class JinjaTemplate:
         now = datetime.now().isoformat() if "strftime_now" in self.source else "2000-01-01"  # constant for the cache
         job = {"source": self.source, "variables": variables, "now": now}
         try:
-            return render_in_child(json.dumps(job, default=lambda x: f"<{type(x).__name__}>"))  # for pictures
+            text = render_in_child(json.dumps(job, default=lambda x: f"<{type(x).__name__}>"))  # for pictures
+            return text.replace(self.image_token, "<image>")
         except (ValueError, subprocess.TimeoutExpired) as error:
             why = error if isinstance(error, ValueError) else f"it takes more than {MAX_WAIT} seconds"
             raise ValueError(f"{self.file}: the chat template cannot be rendered: {why}") from error
 
 
-def as_text(content: str | list[dict]) -> str:
+def as_text(content: str | list[dict], image_token: str) -> str:
     if isinstance(content, str):
         return content
     texts = [part["text"] for part in content if part["type"] == "text"]
-    return "<image>\n" * sum(part["type"] == "image" for part in content) + " ".join(texts)
+    return f"{image_token}\n" * sum(part["type"] == "image" for part in content) + " ".join(texts)
 
 
 @lru_cache(maxsize=16)

@@ -10,6 +10,8 @@ from tokenizer import TEMPLATES, Template, Tokenizer
 
 def read_parts(folder: Path, config, tokenizer: Tokenizer) -> tuple[ImageProcessor, Template]:
     """For a checkpoint with this LlavaConfig and this tokenizer. Raises ValueError if its files do not fit together."""
+    if tokenizer.image_token_id is None:
+        tokenizer.set_image_token(config.image_token_index)
     ours, theirs = tokenizer.image_token_id, config.image_token_index
     if ours != theirs:
         raise ValueError(f"{folder}: <image> is token {ours} for the tokenizer and token {theirs} in config.json")
@@ -23,14 +25,16 @@ def read_parts(folder: Path, config, tokenizer: Tokenizer) -> tuple[ImageProcess
         image_processor = LlavaNextImageProcessor.of(image_processor, config)
         if settings.get("image_grid_pinpoints", config.image_grid_pinpoints) != config.image_grid_pinpoints:
             raise ValueError(f"{folder}: image_grid_pinpoints differ between config.json and the processor's settings")
-    return image_processor, find_template(folder, template)
+    return image_processor, find_template(folder, template, tokenizer.special_names.get(theirs, "<image>"))
 
 
-def find_template(folder: Path, name: str):
+def find_template(folder: Path, name: str, image_token: str):
     """The checkpoint's own chat template for the name "own", else an entry of tokenizer.TEMPLATES."""
     if name != "own":
         return TEMPLATES[name]
     from family.chat_template import JinjaTemplate
     from hub.chat_template import find_chat_template, special_tokens
 
-    return JinjaTemplate(find_chat_template(folder), folder, **special_tokens(folder))
+    template = JinjaTemplate(find_chat_template(folder), folder, **special_tokens(folder))
+    template.image_token = image_token
+    return template

@@ -4,9 +4,12 @@ Its parts are the five steps of encoding and their reverse. Added tokens such as
 normalizer rewrites each part between them; the pre_tokenizer splits a part into words; the model merges the letters of
 a word into pieces; the post_processor adds tokens around the ids, such as <s>; the decoder makes text of pieces.
 
-Not implemented: models other than BPE, dropout, added tokens that include the spaces around them. For these and for
-damaged files every function raises ValueError. Settings for truncation and padding are ignored.
+Not implemented: models other than BPE, dropout, added tokens that are cut out of the normalized text with the spaces
+around them. For these and for damaged files every function raises ValueError. Settings for truncation and padding are
+ignored.
 """
+
+from dataclasses import dataclass
 
 from hub.files import SPACE
 from hub.settings import require
@@ -63,18 +66,26 @@ def read_model(settings: dict) -> tuple[dict[str, int], dict[tuple[str, str], in
     return vocab, ranks, entry(model, "ignore_merges", bool, False)
 
 
-def read_added_tokens(settings: dict) -> dict[str, tuple[int, bool, bool]]:
-    """name -> its id; whether decoding may skip it; whether it is cut out of the normalized text."""
+@dataclass
+class AddedToken:
+    id: int
+    special: bool  # decoding may skip it
+    normalized: bool  # it is cut out of the normalized text
+    lstrip: bool  # it includes the spaces on its left
+    rstrip: bool  # and on its right
+
+
+def read_added_tokens(settings: dict) -> dict[str, AddedToken]:
     tokens = {}
     for token in entry(settings, "added_tokens", list, []):
         name = entry(token, "content", str)
-        for flag in ("single_word", "lstrip", "rstrip"):
+        flags = {flag: entry(token, flag, bool, False) for flag in ("special", "normalized", "lstrip", "rstrip")}
+        for flag in ("single_word", *(("lstrip", "rstrip") if flags["normalized"] else ())):
             if entry(token, flag, bool, False):
                 raise ValueError(f"{flag} of the added token {name[:40]!r} is not implemented")
         if not name:
             raise ValueError("an added token is empty")
-        special, normalized = (entry(token, flag, bool, False) for flag in ("special", "normalized"))
-        tokens[name] = check_id(token.get("id"), name), special, normalized
+        tokens[name] = AddedToken(check_id(token.get("id"), name), **flags)
     return tokens
 
 

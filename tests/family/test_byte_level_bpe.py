@@ -302,7 +302,7 @@ DAMAGES = [
     ({"added_tokens": {}}, "added_tokens must be a list"),
     ({"added_tokens": [TOKEN | {"id": True}]}, "the id of '</s>' must be a whole number"),
     ({"added_tokens": [TOKEN | {"id": 3}]}, "has two ids, or the id of another"),
-    ({"added_tokens": [TOKEN | {"lstrip": True}]}, "lstrip of the added token '</s>' is not implemented"),
+    ({"added_tokens": [TOKEN | {"lstrip": True, "normalized": True}]}, "lstrip of the added token '</s>'"),
     ({"added_tokens": [TOKEN | {"content": ""}]}, "an added token is empty"),
     ({"added_tokens": []}, "has the eos_token '</s>', which has no id here"),
 ]

@@ -15,8 +15,12 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 import llava
 from cli.answer import end_ids, render
 from cli.chat import Chat
+from folders import edit_json
+from hub.files import BUNDLED
+from hub.writer import write_tokenizer
 from llava import AutoProcessor, AutoTokenizer, LlavaForConditionalGeneration
 from reference import reference_model
+from tokenizer import Tokenizer
 
 CHATML = (
     "{% for message in messages %}{{'<|im_start|>' + message['role'] + ' '}}"
@@ -122,6 +126,77 @@ def test_a_prompt_begins_with_one_bos_and_a_template_for_text_gets_text(llama3):
     assert processor.tokenizer.eos_token_id in chat.ends
     chat.pictures = [("a", pictures()[0])]
     assert chat.turn_ids("Which colours?") == inputs.input_ids[0].tolist()
+
+
+# --- Special tokens with other names, and with the spaces around them ------------------------------------------------
+
+JOYCAPTION = (  # it writes the picture's token itself, in front of the first question
+    "{{ bos_token }}{% set ns = namespace(first=true) %}{% for message in messages %}"
+    "{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' }}"
+    "{% if message['role'] == 'user' and ns.first %}{% set ns.first = false %}{{ '<|begin|><|picture|><|end|>' }}"
+    "{{ message['content'].replace('<|picture|>', '').lstrip() }}{% else %}{{ message['content'] }}{% endif %}"
+    "{{ '<|eot_id|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+)
+
+
+@torch.no_grad()
+def test_the_image_token_may_have_another_name(tmp_path, capsys):
+    """A small JoyCaption: SigLIP, Llama 3.1, and a reserved token in the place of <image>."""
+    special = ["<|begin_of_text|>", "<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>", "<|begin|>"]
+    names = {"bos_token": "<|begin_of_text|>", "eos_token": "<|eot_id|>", "pad_token": "<|eot_id|>"}
+    tokenizer = byte_level_tokenizer([*special, "<|picture|>", "<|end|>"], **names)
+    image_token = tokenizer.convert_tokens_to_ids("<|picture|>")
+    text = {"vocab_size": len(tokenizer) + 8, "num_key_value_heads": 2, "max_position_embeddings": 400}
+    ids = {"image_token_index": image_token, "vision_feature_select_strategy": "full"}
+    reference = reference_model({"model_type": "siglip", "vision_use_head": False}, text, **ids)
+    theirs = transformers.LlavaProcessor(
+        SiglipImageProcessorPil(size={"height": 28, "width": 28}), tokenizer, patch_size=7, chat_template=JOYCAPTION,
+        vision_feature_select_strategy="full", num_additional_image_tokens=0, image_token="<|picture|>",
+    )  # fmt: skip
+    reference.save_pretrained(tmp_path)
+    theirs.save_pretrained(tmp_path)
+    model, ours = LlavaForConditionalGeneration.from_pretrained(tmp_path), AutoProcessor.from_pretrained(tmp_path)
+    prompt = theirs.apply_chat_template([{"role": "user", "content": "Which colours?"}], add_generation_prompt=True)
+    asked = render(ours, "Which colours?", 1, None)
+    assert "<|begin_of_text|>" + asked.replace("<image>", "<|picture|>") == prompt
+    inputs = ours(text=asked, images=pictures()[:1])
+    expected = theirs(text=prompt, images=pictures()[:1], return_tensors="pt", add_special_tokens=False)
+    assert torch.equal(inputs.input_ids, expected["input_ids"]) and (inputs.input_ids == image_token).sum() == 16
+    assert_close(model(**inputs).logits, reference(**expected).logits, atol=2e-4, rtol=2e-4)
+    assert ours.decode(inputs.input_ids[0]).count("<|picture|>") == 16
+    chat = Chat(model, ours, max_new_tokens=2)
+    chat.pictures = [("a", pictures()[0])]
+    assert chat.turn_ids("Which colours?") == inputs.input_ids[0].tolist()
+    with pytest.raises(ValueError, match="<image>"):  # this template writes it without a picture too
+        ours(text=render(ours, "Which colours?", 0, None))
+    edit_json(tmp_path / "config.json", image_token_index=7000)
+    with pytest.raises(ValueError, match="<image> is token None for the tokenizer and token 7000"):
+        AutoProcessor.from_pretrained(tmp_path)
+
+
+@pytest.fixture
+def phi3(tmp_path):
+    """The files of a tokenizer as Phi-3's: its special tokens include the spaces after them."""
+    write_tokenizer(Tokenizer.from_pretrained(BUNDLED), tmp_path)
+    settings = json.loads((tmp_path / "tokenizer.json").read_text())
+    tokens = settings["added_tokens"]
+    for name in ("<|user|>", "<|end|>", "<|assistant|>"):
+        tokens.append(tokens[-1] | {"id": tokens[-1]["id"] + 1, "content": name, "rstrip": True})
+    (tmp_path / "tokenizer.json").write_text(json.dumps(settings))
+    edit_json(tmp_path / "tokenizer_config.json", added_tokens_decoder={token["id"]: token for token in tokens})
+    return tmp_path
+
+
+def test_special_tokens_may_include_the_spaces_after_them(phi3):
+    assert (phi3 / "tokenizer.model").is_file()  # which tokenizer.py would read, but it knows no such tokens
+    ours, theirs = AutoTokenizer.from_pretrained(phi3), transformers.AutoTokenizer.from_pretrained(phi3)
+    texts = ["<|user|>\n<image>\nWhat is it?<|end|>\n<|assistant|>\n", "<|end|>  \n\n<s> a <|user|> b", "<|user|> "]
+    for text in texts:
+        assert ours.encode(text) == theirs(text).input_ids
+    (phi3 / "tokenizer.json").unlink()
+    with pytest.raises(ValueError, match=r"no tokenizer.json, which is needed for '<\|user\|>' and the spaces"):
+        AutoTokenizer.from_pretrained(phi3)
 
 
 def pictures() -> list[Image.Image]:

@@ -18,7 +18,7 @@ from tokenizer import Tokenizer
 from tokenizers_at_hand import NAMES, long_text, tokenizers
 
 ODD = ["  ", "\n", "\t", "\0", "\x7f", "\r\n", "\u00a0", "\u2581", "\u2581\u2581", "e\u0301", "ﬁ", "🤗"]
-ODD += ["한국", "生活", "<0x41>"]
+ODD += ["한국", "生活", "<0x41>", "\x1c", "\x85", "\u200b", "\u2003", "\u3000"]
 SPECIAL = ["<unk>", "<s>", "</s>", "<image>", "<pad>", "<image", "<new>"]
 PROMPT = ["USER: ", " ASSISTANT:", "the cat", " is on", " a red mat.", " ", "picture"]
 
@@ -39,6 +39,12 @@ def new_token(settings, **flags):
     return settings["added_tokens"] + [token | flags]
 
 
+def with_spaces(settings):
+    """Added tokens that include the spaces around them, as in Phi-3's file."""
+    flags = {"</s>": {"rstrip": True}, "<image>": {"lstrip": True}, "<pad>": {"lstrip": True, "rstrip": True}}
+    return [token | flags.get(token["content"], {}) for token in new_token(settings, rstrip=True)]
+
+
 def strip_nothing(settings):
     return {"decoder": {"type": "Sequence", "decoders": settings["decoder"]["decoders"][:3]}}
 
@@ -54,6 +60,8 @@ FORMS = {  # of the same tokenizer.json
     "ordinary token": lambda s: {"added_tokens": new_token(s)},
     "normalized token": lambda s: {"added_tokens": new_token(s, normalized=True)},
     "normalized token, metaspace": lambda s: metaspace("first") | {"added_tokens": new_token(s, normalized=True)},
+    "tokens with spaces": lambda s: {"added_tokens": with_spaces(s)},
+    "tokens with spaces, metaspace": lambda s: metaspace("first") | {"added_tokens": with_spaces(s)},
     "ignore merges": lambda s: metaspace("first", split=True) | {"model": s["model"] | {"ignore_merges": True}},
     "merges as texts": lambda s: {"model": s["model"] | {"merges": [" ".join(pair) for pair in s["model"]["merges"]]}},
 }
@@ -170,7 +178,7 @@ DAMAGES = [
     (lambda s: {"decoder": None}, "decoder must be Replace, ByteFallback, Fuse"),
     (lambda s: {"decoder": {"type": "Metaspace"}}, "decoder: type must be Replace or"),
     (lambda s: {"decoder": s["decoder"] | {"decoders": s["decoder"]["decoders"][1:]}}, "decoder must be Replace"),
-    (lambda s: {"added_tokens": new_token(s, rstrip=True)}, "rstrip of the added token '<new>' is not implemented"),
+    (lambda s: {"added_tokens": new_token(s, rstrip=True, normalized=True)}, "rstrip of the added token '<new>'"),
 ]
 
 
