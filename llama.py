@@ -300,8 +300,7 @@ class Llama(nn.Module):
             kept = cache.attention_mask if cache is not None else None
             return None if kept is None else F.pad(kept, (0, S - kept.shape[1]), value=True)  # new tokens are real
         if attention_mask.shape != (B, S):
-            shape = list(attention_mask.shape)
-            raise ValueError(f"attention_mask is {shape}, but batch and tokens so far are {[B, S]}")
+            raise ValueError(f"attention_mask is {[*attention_mask.shape]}, but batch and tokens so far are {[B, S]}")
         mask = None if attention_mask.all() else attention_mask.bool()
         if cache is not None:
             cache.attention_mask = mask

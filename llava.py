@@ -118,10 +118,9 @@ class LlavaForConditionalGeneration(nn.Module):
     ) -> Tensor:  # (pictures, 3, image_size, image_size) -> (pictures, P, D), or P + 1 if the strategy is "full"
         """Encode and project pictures. The tower runs only up to the deepest layer that is used."""
         layers = self.config.vision_feature_layer if vision_feature_layer is None else vision_feature_layer
-        layers = [layers] if isinstance(layers, int) else layers
         strategy = vision_feature_select_strategy or self.config.vision_feature_select_strategy
         n = self.config.vision_config.num_hidden_layers
-        interface.check_layers(layers, n, strategy)
+        layers = interface.as_layers(layers, n, strategy)
         layers = [layer % (n + 1) for layer in layers]  # -2 -> n - 1; state 0: the input, state i: output of i-th layer
         hidden_states = self.vision_tower(pixel_values, depth=max(layers))
         first = 1 if strategy == "default" else 0  # 1 drops the class token
@@ -155,18 +154,20 @@ class LlavaForConditionalGeneration(nn.Module):
         return_dict: bool = True,
         logits_to_keep: int | Tensor = 0,  # positions that get logits: the last n (0: all), or a tensor (n,)
         image_sizes: Tensor | None = None,  # (pictures, 2), height and width in pixels; only LLaVA-1.6 needs them
+        cache: KVCache | None = None,  # the newer name of past_key_values
     ) -> interface.LlavaCausalLMOutputWithPast | tuple:
         """Scores for the next token at each position. With a cache, only the new tokens are passed."""
         interface.check_one_prompt(input_ids, inputs_embeds)
-        features = None
+        pictures = features = None
         if pixel_values is not None and len(pixel_values):
             options = vision_feature_layer, vision_feature_select_strategy, image_sizes
-            features = torch.cat([*self.get_image_features(pixel_values, *options)])  # one by one: (pictures * P, D)
+            pictures = [*self.get_image_features(pixel_values, *options)]  # (P, D) each
+            features = torch.cat(pictures)  # (pictures * P, D)
         if inputs_embeds is not None:
             x = inputs_embeds if features is None else interface.merge_embedded(self, inputs_embeds, features)
         else:
             x = self.embed(input_ids) if features is None else self.merge(input_ids, features)
-        cache = past_key_values
+        cache = past_key_values if cache is None else cache
         if cache is None and (use_cache or (use_cache is None and not self.training)):
             cache = self.language_model.new_cache(len(x), x.shape[1] + EXTRA_CAPACITY)
         hidden_states = [] if output_hidden_states else None
@@ -181,12 +182,12 @@ class LlavaForConditionalGeneration(nn.Module):
             hidden_states=tuple(hidden_states) if output_hidden_states else None,
             attentions=tuple(attentions) if output_attentions else None,
             image_hidden_states=features,
+            image_outputs=pictures,
         )
         return out if return_dict else out.to_tuple()
 
-    def step(self, input_ids: Tensor, position_ids: Tensor, cache: KVCache) -> Tensor:
-        """Run one new token per row: ids (B,) at position_ids (B, 1). Returns scores (B, V) for the token after it."""
-        # a method of its own, because on a GPU a CUDA graph takes its place (kernels/graph.py)
+    def step(self, input_ids: Tensor, position_ids: Tensor, cache: KVCache) -> Tensor:  # (B,), (B, 1) -> (B, V)
+        """The scores after one new token per row. On a GPU a CUDA graph takes its place (kernels/graph.py)."""
         return self(input_ids[:, None], position_ids=position_ids, past_key_values=cache).logits[:, -1]
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:  # (B, T, V), (B, T) -> one number

@@ -1,6 +1,7 @@
 """Outputs, inputs and messages with the interface of transformers."""
 
-from dataclasses import dataclass
+from dataclasses import InitVar, dataclass
+from types import SimpleNamespace
 
 import torch
 from PIL import Image
@@ -21,6 +22,7 @@ class ModelOutput(dict):
             self[name] = value
 
     def __getitem__(self, key: str | int | slice):
+        key = "past_key_values" if key == "cache" else key  # the newer name of the same entry
         return super().__getitem__(key) if isinstance(key, str) else self.to_tuple()[key]
 
     def to_tuple(self) -> tuple:
@@ -29,7 +31,10 @@ class ModelOutput(dict):
 
 @dataclass
 class LlavaCausalLMOutputWithPast(ModelOutput):
-    """What the model returns. Entries that were not requested are None."""
+    """What the model returns. Entries that were not requested are None.
+
+    Newer releases of transformers name the cache `cache`, and each picture's vectors image_outputs.pooler_output.
+    """
 
     loss: Tensor | None = None  # one number
     logits: Tensor | None = None  # (B, T, V)
@@ -37,6 +42,11 @@ class LlavaCausalLMOutputWithPast(ModelOutput):
     hidden_states: tuple[Tensor, ...] | None = None  # layers + 1 of (B, T, D), the last one after the final norm
     attentions: tuple[Tensor, ...] | None = None  # layers of (B, H, T, S)
     image_hidden_states: Tensor | None = None  # (pictures * P, D), the projector's output
+    image_outputs: InitVar[list[Tensor] | None] = None  # the same, (P, D) of each picture
+
+    def __post_init__(self, image_outputs: list[Tensor] | None) -> None:
+        vars(self)["cache"] = self.past_key_values  # like image_outputs neither counted nor among the keys
+        vars(self)["image_outputs"] = image_outputs and SimpleNamespace(pooler_output=image_outputs)
 
 
 class Inputs(dict):
@@ -111,11 +121,13 @@ def check_left_padding(input_ids: Tensor, attention_mask: Tensor | None) -> Tens
     return attention_mask
 
 
-def check_layers(layers: list[int], n_layers: int, strategy: str) -> None:
-    """Raise ValueError for hidden states that the tower does not have, or an unknown treatment of the class token."""
+def as_layers(layers: int | list[int], n_layers: int, strategy: str) -> list[int]:
+    """A list. ValueError for hidden states that the tower does not have, or an unknown treatment of the class token."""
+    layers = [layers] if isinstance(layers, int) else layers
     require("vision_feature_select_strategy", strategy, ("default", "full"))
     if not all(-n_layers - 1 <= layer <= n_layers for layer in layers):
         raise ValueError(f"vision_feature_layer must lie from {-n_layers - 1} to {n_layers}, not {layers}")
+    return layers
 
 
 def parse_messages(messages: list[dict]) -> list[tuple[str, list[dict]]]:

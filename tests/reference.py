@@ -56,6 +56,16 @@ def reference_and_ours(folder: Path, *configuration, **options):
     return reference, LlavaForConditionalGeneration.from_pretrained(folder)
 
 
+# What newer releases of transformers call the entries of an output.
+OLD_NAMES = {"cache": "past_key_values", "image_outputs": "image_hidden_states"}
+
+
+def image_vectors(found) -> torch.Tensor:
+    """(pictures * P, D) of image_hidden_states. In newer releases a list, and second in a tuple's image_outputs."""
+    found = found[1] if isinstance(found, tuple) else found
+    return found if isinstance(found, torch.Tensor) else torch.cat(found)
+
+
 def prompts(lengths: list[int], pictures: list[int], patches: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     """A left-padded batch of random prompts, row i with `lengths[i]` words and `pictures[i]` pictures among them."""
     generator = torch.Generator().manual_seed(seed)
