@@ -67,8 +67,8 @@ def config_of(name: str) -> dict:
     return {"vision_config": vision, "text_config": text} | others
 
 
-def measured(Model: type, config: dict, measure: Callable) -> float:
-    """measure(model), a number of bytes. The layers are alike, so three small models give it for a large one."""
+def measured(Model: type, config: dict, measure: Callable) -> int:
+    """measure(model), a number. The layers are alike, so three small models give it for a large one."""
     vision, text = config["vision_config"], config["text_config"]
 
     def size(tower: int, decoder: int) -> int:
@@ -81,7 +81,11 @@ def measured(Model: type, config: dict, measure: Callable) -> float:
     return smallest + more + (text["num_hidden_layers"] - 1) * (decoder - smallest)
 
 
-def memory(Model: type, config: dict, dtype: torch.dtype = torch.bfloat16, quantize: str | None = None) -> float:
+def count_numbers(Model: type, config: dict) -> int:
+    return measured(Model, config, lambda model: sum(parameter.numel() for parameter in model.parameters()))
+
+
+def memory(Model: type, config: dict, dtype: torch.dtype = torch.bfloat16, quantize: str | None = None) -> int:
     """The bytes that a checkpoint needs for one picture, with its weights in `dtype` or quantized to int8 or int4."""
 
     def needed(model) -> int:
@@ -98,10 +102,9 @@ def table(Model: type) -> str:
     lines = [form.format("checkpoint", "licence", "download", "bfloat16", "int8", "int4", "fits here in")]
     for name, licence, width, *_ in MODELS:
         config = config_of(name)
-        download = width * measured(Model, config, lambda model: sum(p.numel() for p in model.parameters()))
         needed = {how: memory(Model, config, quantize=how) for how in (None, "int8", "int4")}
         fits = [how or "bfloat16" for how, size in needed.items() if free is None or size <= free]
-        sizes = [f"{size / 1e9:.1f}" for size in (download, *needed.values())]
+        sizes = [f"{size / 1e9:.1f}" for size in (width * count_numbers(Model, config), *needed.values())]
         lines.append(form.format(name, licence, *sizes, fits[0] if fits else "-"))
     return "\n".join([*lines, "", NOTE])
 
