@@ -138,24 +138,28 @@ def render_in_sandbox(source: str, variables: dict, now: str) -> str:
     return text
 
 
+def text_or_reason(source: str, variables: dict, now: str) -> tuple[str | None, str]:
+    """The prompt or None, and why there is none."""
+    try:
+        return render_in_sandbox(source, variables, now), ""
+    except ImportError as error:
+        return None, f"it needs jinja2 3.1.6 or newer, pip install -r requirements-family.txt ({error})"
+    except MemoryError:
+        return None, "it needs too much memory"
+    except Exception as error:
+        line = f" in line {error.lineno}" if hasattr(error, "lineno") else ""
+        return None, " ".join((getattr(error, "message", None) or str(error)).split())[:300] + line
+
+
 def main() -> None:
-    """Read a job from stdin and print two values: the prompt or null, and why there is none."""
+    """Read a job from stdin and print the result of text_or_reason."""
     import resource
 
-    job, text, why = json.load(sys.stdin), None, ""
+    job = json.load(sys.stdin)
     signal.setitimer(signal.ITIMER_PROF, MAX_SECONDS)  # then SIGPROF ends the process, during a call into C as well
     with suppress(ValueError, OSError):  # macOS may refuse it
         resource.setrlimit(resource.RLIMIT_AS, (MAX_BYTES, resource.getrlimit(resource.RLIMIT_AS)[1]))
-    try:
-        text = render_in_sandbox(**job)
-    except ImportError as error:
-        why = f"it needs jinja2 3.1.6 or newer, pip install -r requirements-family.txt ({error})"
-    except MemoryError:
-        why = "it needs too much memory"
-    except Exception as error:
-        line = f" in line {error.lineno}" if hasattr(error, "lineno") else ""
-        why = " ".join((getattr(error, "message", None) or str(error)).split())[:300] + line
-    print(json.dumps([text, why]))
+    print(json.dumps(text_or_reason(**job)))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,9 @@ from functools import cache
 from pathlib import Path
 
 import mistral_common
-from transformers import AutoTokenizer
+from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer as Library
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from hub.files import BUNDLED
 from hub.writer import write_tokenizer
@@ -34,3 +36,26 @@ def long_text(kind: str) -> str:
     if kind == "letter":
         return "a" * 100_000
     return "".join(rng.choices(pieces if kind == "mixed" else "etaoinshrdlu", k=100_000))[:100_000]
+
+
+QWEN2 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+QWEN2 += r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>"]
+
+
+def byte_level_tokenizer(special: list[str], **names: str) -> PreTrainedTokenizerFast:
+    """A small one as Qwen2's, for whole checkpoints."""
+    tokenizer = Library(models.BPE())
+    tokenizer.normalizer = normalizers.NFC()
+    split = pre_tokenizers.Split(Regex(QWEN2), "isolated")
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    options = {"vocab_size": 400, "initial_alphabet": alphabet, "show_progress": False}
+    trainer = trainers.BpeTrainer(special_tokens=special, **options)
+    tokenizer.train_from_iterator(["Which colours does the cat show? Both show a cat and an apple."] * 20, trainer)
+    if bos := names.get("bos_token"):
+        ids = [(bos, tokenizer.token_to_id(bos))]
+        tokenizer.post_processor = processors.TemplateProcessing(single=f"{bos} $A", special_tokens=ids)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, padding_side="left", **names)

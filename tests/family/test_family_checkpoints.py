@@ -5,7 +5,6 @@ import json
 
 import numpy as np
 import pytest
-import tokenizers
 import torch
 import transformers
 from PIL import Image
@@ -21,6 +20,7 @@ from hub.writer import write_tokenizer
 from llava import AutoProcessor, AutoTokenizer, LlavaForConditionalGeneration
 from reference import reference_model
 from tokenizer import Tokenizer
+from tokenizers_at_hand import SPECIAL, byte_level_tokenizer
 
 CHATML = (
     "{% for message in messages %}{{'<|im_start|>' + message['role'] + ' '}}"
@@ -28,33 +28,11 @@ CHATML = (
     "{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}{{ '\n' + content['text'] }}"
     "{% endfor %}{{'<|im_end|>'}}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant' }}{% endif %}"
 )
-QWEN2 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-QWEN2 += r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>"]
 MESSAGES = [
     {"role": "user", "content": [{"type": "image"}, {"type": "image"}, {"type": "text", "text": "What is the same?"}]},
     {"role": "assistant", "content": [{"type": "text", "text": "Both show a cat."}]},
     {"role": "user", "content": [{"type": "text", "text": "Which colours, naïve or 漢字?"}]},
 ]
-
-
-def byte_level_tokenizer(special: list[str], **names: str) -> transformers.PreTrainedTokenizerFast:
-    from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
-
-    tokenizer = tokenizers.Tokenizer(models.BPE())
-    tokenizer.normalizer = normalizers.NFC()
-    split = pre_tokenizers.Split(tokenizers.Regex(QWEN2), "isolated")
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    options = {"vocab_size": 400, "initial_alphabet": alphabet, "show_progress": False}
-    trainer = trainers.BpeTrainer(special_tokens=special, **options)
-    tokenizer.train_from_iterator(["Which colours does the cat show? Both show a cat and an apple."] * 20, trainer)
-    if bos := names.get("bos_token"):
-        ids = [(bos, tokenizer.token_to_id(bos))]
-        tokenizer.post_processor = processors.TemplateProcessing(single=f"{bos} $A", special_tokens=ids)
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, padding_side="left", **names)
 
 
 @pytest.fixture(scope="module")

@@ -21,14 +21,18 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from cli.arguments import read_prompt
 from cli.chat import Chat
 from clip import ImageProcessor
+from family.chat_template import JinjaTemplate, text_or_reason
+from folders import edit_json
 from hub.pictures import open_image
 from hub.writer import save
-from llava import LlavaForConditionalGeneration, LlavaProcessor
+from llava import AutoTokenizer, LlavaForConditionalGeneration, LlavaProcessor
 from small import small
+from tokenizers_at_hand import SPECIAL, byte_level_tokenizer
 
 TESTS = Path(__file__).parent.parent
 # How many cases of each kind are tried.
@@ -48,6 +52,12 @@ CASES = {
     "shards missing, doubled, overlapping, outside": 100,
     "pickle: bytes flipped or cut": 100,
     "pickle: hostile": 60,
+    "tokenizer.json: bytes flipped or cut": 150,
+    "tokenizer.json: an entry changed": 200,
+    "chat template: bytes flipped or cut": 100,
+    "LLaVA-1.6: sizes of grids and pictures": 100,
+    "adapter: bytes flipped or cut": 60,
+    "adapter: an entry changed": 60,
     "text in a prompt": 150,
     "text in a chat's turn": 150,
 }
@@ -181,9 +191,12 @@ class Checkpoint:
     """A folder with a small random model, in one file or in shards, that is whole again after each damage."""
 
     def __init__(self, folder: Path, shard_bytes: float = 5e9):
-        self.folder = folder
         model, processor = small()
         save(model, processor, folder, shard_bytes)
+        self.read(folder, model)
+
+    def read(self, folder: Path, model) -> None:
+        self.folder = folder
         self.files = {file.name: file.read_bytes() for file in folder.iterdir()}
         self.shapes = {name: (parameter.shape, parameter.dtype) for name, parameter in model.named_parameters()}
         self.settings = [name for name in self.files if name.endswith(".json") and "index" not in name]
@@ -206,23 +219,25 @@ class Checkpoint:
                 if name in self.files:
                     (self.folder / name).write_bytes(self.files[name])
 
-    def answer(self) -> None:
+    def answer(self, size: tuple[int, int] = (30, 40)) -> None:
         """Load, check what was loaded, and generate two tokens about a picture."""
         processor = LlavaProcessor.from_pretrained(self.folder)
         model = LlavaForConditionalGeneration.from_pretrained(self.folder)
         loaded = {name: (parameter.shape, parameter.dtype) for name, parameter in model.named_parameters()}
         half = [{name: (shape, kind) for name, (shape, _) in self.shapes.items()} for kind in HALF]
         assert loaded in [self.shapes, *half]
-        inputs = processor(Image.new("RGB", (30, 40), "red"), processor.template.user + "<image>\nWhat?")
+        content = [{"type": "image"}, {"type": "text", "text": "What?"}]
+        prompt = processor.apply_chat_template([{"role": "user", "content": content}])
+        inputs = processor(Image.new("RGB", size, "red"), prompt)
         model.generate(**inputs, max_new_tokens=2)
 
-    def ends_well(self, kind: str) -> None:
-        ends_well(kind, self.answer, str(self.folder), *NAMED)
+    def ends_well(self, kind: str, *size) -> None:
+        ends_well(kind, lambda: self.answer(*size), str(self.folder), *NAMED)
 
 
 # What an error may name: a file, a tensor, or a setting of generation_config.json that contradicts another.
 NAMED = ("config.json", "tokenizer.model", "tensor", "vision_feature", "pixel_values")
-NAMED += ("temperature", "top_p", "max_length")
+NAMED += ("temperature", "top_p", "max_length", "image_grid_pinpoints")
 HALF = (torch.bfloat16, torch.float16, torch.float64)  # damage to config.json or a header can select these dtypes
 
 
@@ -435,6 +450,144 @@ def test_odd_tensors_in_a_pickle(whole, name):
     with whole.changed(model__safetensors=None, pytorch_model__bin=file.getvalue()):
         ends_well("odd", whole.answer, "lm_head.weight", "pytorch_model.bin")
     assert outcomes.pop("odd") == {"refused": 1}
+
+
+# --- The family ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def family(tmp_path_factory):
+    """A LLaVA-1.6 without tokenizer.model, with a template of its own; beside it, a byte-level tokenizer."""
+    folder = tmp_path_factory.mktemp("family") / "llava"
+    model, processor = small(context=1000)
+    save(model, processor, folder)
+    newline = {"image_newline": torch.ones(model.config.text_config.hidden_size)}
+    save_file(load_file(folder / "model.safetensors") | newline, folder / "model.safetensors")
+    edit_json(folder / "config.json", model_type="llava_next", image_grid_pinpoints=[[28, 56], [56, 28], [56, 56]])
+    (folder / "tokenizer.model").unlink()
+    (folder / "chat_template.jinja").write_text(QUESTION)
+    made = Checkpoint.__new__(Checkpoint)
+    made.read(folder, LlavaForConditionalGeneration.from_pretrained(folder))
+    return made
+
+
+QUESTION = "{% for message in messages %}{% for part in message['content'] %}{% if part['type'] == 'image' %}<image>\n"
+QUESTION += "{% else %}{{ part['text'] | trim }}{% endif %}{% endfor %}{% endfor %}"
+
+
+@pytest.fixture(scope="module")
+def byte_level(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("byte-level")
+    byte_level_tokenizer(SPECIAL, eos_token="<|im_end|>", pad_token="<|endoftext|>").save_pretrained(folder)
+    return folder
+
+
+def encode(kind: str, folder: Path, content: bytes) -> None:
+    """Use a tokenizer.json in a folder with the other files that it needs."""
+    file = folder / "tokenizer.json"
+    original = file.read_bytes()
+    file.write_bytes(content)
+
+    def work():
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        assert isinstance(tokenizer.decode(tokenizer.encode("A <image> and\n 12 naïve 漢字<|im_end|>")), str)
+
+    try:
+        ends_well(kind, work, str(file))
+    finally:
+        file.write_bytes(original)
+
+
+@fuzz("tokenizer.json: bytes flipped or cut", damage=damages(), which=st.booleans())
+def test_flipped_tokenizer_json(family, byte_level, damage, which):
+    folder = byte_level if which else family.folder
+    encode("tokenizer.json: bytes flipped or cut", folder, damaged((folder / "tokenizer.json").read_bytes(), damage))
+
+
+@fuzz("tokenizer.json: an entry changed", **EDITS, data=st.data(), which=st.booleans())
+def test_edited_tokenizer_json(family, byte_level, value, how, data, which):
+    folder = byte_level if which else family.folder
+    content = json.loads((folder / "tokenizer.json").read_text())
+    tables = {"vocab": {}, "merges": []}  # most of the file, whose entries are all alike
+    where = places(content | {"model": content["model"] | tables})
+    changed = edited(content, data.draw(st.sampled_from(where)), value, how)
+    encode("tokenizer.json: an entry changed", folder, json.dumps(changed).encode())
+
+
+@fuzz("chat template: bytes flipped or cut", damage=damages())
+def test_flipped_chat_template(damage):
+    """In this process, without the limits of the child; family/test_chat_template.py has the hostile ones."""
+    source = damaged(QUESTION.encode(), damage).decode(errors="replace")
+
+    def render(job: str) -> str:
+        text, why = text_or_reason(**json.loads(job))
+        if text is None:
+            raise ValueError(why)
+        return text
+
+    def work():
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("family.chat_template.render_in_child", render)
+            content = [{"type": "image"}, {"type": "text", "text": "What is it?"}]
+            assert isinstance(JinjaTemplate(source, "x.jinja").render([{"role": "user", "content": content}]), str)
+
+    ends_well("chat template: bytes flipped or cut", work, "x.jinja")
+
+
+GOOD = st.sampled_from([28, 56, 84])
+SIDES = st.sampled_from([0, -28, 1, 27, 28, 28 * 101, 28 * 10**9, 10**400, 2.5, None, "28", True])
+PAIRS = st.one_of(*[st.lists(sides, min_size=2, max_size=2) for sides in (GOOD, GOOD, GOOD, SIDES)])
+GRIDS = st.one_of(*[st.lists(PAIRS, max_size=3)] * 3, st.sampled_from([None, 0, {}, [[28]]]))
+
+
+SIZES = st.sampled_from([(1, 1), (1, 900), (900, 1), (57, 56)])
+
+
+@fuzz("LLaVA-1.6: sizes of grids and pictures", grids=GRIDS, size=SIZES)
+def test_grids(family, grids, size):
+    config = json.loads(family.files["config.json"]) | {"image_grid_pinpoints": grids}
+    with family.changed(config__json=json.dumps(config).encode()):
+        family.ends_well("LLaVA-1.6: sizes of grids and pictures", size)
+
+
+@pytest.fixture(scope="module")
+def adapter(whole, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("adapter")
+    D = LlavaForConditionalGeneration.from_pretrained(whole.folder).config.text_config.hidden_size
+    name = "base_model.model.model.language_model.layers.0.self_attn.{}_proj.lora_{}.weight"
+    pairs = {name.format(m, half): torch.ones(2, D) if half == "A" else torch.ones(D, 2) for m in "qo" for half in "AB"}
+    save_file(pairs, folder / "adapter_model.safetensors")
+    settings = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "use_rslora": False, "target_modules": ["q_proj"]}
+    (folder / "adapter_config.json").write_text(json.dumps(settings))
+    return folder
+
+
+def adapt(kind: str, whole, folder: Path, file: Path, content: bytes) -> None:
+    original = file.read_bytes()
+    file.write_bytes(content)
+    load = LlavaForConditionalGeneration.from_pretrained
+    try:
+        ends_well(kind, lambda: load(whole.folder, adapter=folder, kernels="torch"), str(folder))
+    finally:
+        file.write_bytes(original)
+
+
+ADAPTER_FILES = st.sampled_from(["adapter_model.safetensors", "adapter_config.json"])
+
+
+@fuzz("adapter: bytes flipped or cut", damage=damages(), name=ADAPTER_FILES)
+def test_flipped_adapter(whole, adapter, damage, name):
+    raw = (adapter / name).read_bytes()
+    end = header_end(raw) if name.endswith("safetensors") and damage[1] == 1 else None
+    adapt("adapter: bytes flipped or cut", whole, adapter, adapter / name, damaged(raw, damage, end=end))
+
+
+@fuzz("adapter: an entry changed", **EDITS, data=st.data())
+def test_edited_adapter(whole, adapter, value, how, data):
+    file = adapter / "adapter_config.json"
+    content = json.loads(file.read_text())
+    changed = edited(content, data.draw(st.sampled_from(places(content))), value, how)
+    adapt("adapter: an entry changed", whole, adapter, file, json.dumps(changed).encode())
 
 
 # --- Text ------------------------------------------------------------------------------------------------------------
