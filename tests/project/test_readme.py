@@ -9,6 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from cli import models
+from llava import LlavaForConditionalGeneration as Llava
+
 ROOT = Path(__file__).parent.parent.parent
 README = (ROOT / "README.md").read_text()
 CORE = ["clip.py", "tokenizer.py", "llama.py", "llava.py", "generate.py", "load_weights.py"]
@@ -64,6 +67,17 @@ def test_the_readmes_python_code_runs(monkeypatch, capsys):
     for code in re.findall(r"```python\n(.*?)```", README, re.DOTALL):
         exec(code, {})
     assert "a rocket on a black background" in capsys.readouterr().out
+
+
+@pytest.mark.quick
+def test_the_table_of_checkpoints_is_that_of_the_command():
+    rows = re.findall(r"^\| [^|]+ \| ([^|]+/[^|]+) \| ([\d., ]+) \| ([\d., ]+) \|$", README, re.M)
+    told = [each for row in rows for each in zip(*(part.split(", ") for part in row), strict=True)]
+    expected = []
+    for name, *_ in models.MODELS:
+        sizes = [models.memory(Llava, models.config_of(name), quantize=how) / 1e9 for how in (None, "int4")]
+        expected.append((name, *(f"{size:.1f}" for size in sizes)))
+    assert sorted(told) == sorted(expected)
 
 
 @pytest.fixture(scope="module")
