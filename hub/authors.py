@@ -9,6 +9,8 @@ from hub.files import file_errors_as_value_error, find_checkpoint, read_json, re
 
 def hub_config(config: dict, folder: Path) -> dict:
     """The config.json of LLaVA's authors, which is the decoder's with additions, in the hub's form."""
+    if config.get("image_aspect_ratio") == "anyres":
+        raise ValueError(f"{folder} is LLaVA-1.6 in its authors' layout: use the hub's llava-hf/llava-v1.6-* instead")
     projector, aspect = config.get("mm_projector_type", "linear"), config.get("image_aspect_ratio", "square")
     if projector != "mlp2x_gelu" or aspect not in ("pad", "square"):
         raise ValueError(f"{folder} is not LLaVA-1.5: mm_projector_type is {projector}, image_aspect_ratio {aspect}")

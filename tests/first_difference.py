@@ -23,6 +23,7 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from cli import run
+from cli.answer import render
 from hub.files import BUNDLED, find_checkpoint
 from hub.pictures import open_image
 from llava import LlavaForConditionalGeneration, LlavaProcessor
@@ -79,18 +80,20 @@ def first_difference(found: dict[str, float], tolerance: float) -> tuple[str, fl
     return next(((name, apart) for name, apart in found.items() if apart > tolerance), None)
 
 
-def compare(args: argparse.Namespace) -> dict[str, float]:
-    """The distances of tokens, pixels and all outputs for a checkpoint."""
-    folder = find_checkpoint(args.model)
-    prompt, image = f"USER: <image>\n{args.prompt} ASSISTANT:", open_image(args.image)
-    inputs = LlavaProcessor.from_pretrained(folder)(text=prompt, images=image)
-    reference = transformers.AutoProcessor.from_pretrained(folder, use_fast=False)
-    expected = reference(text=prompt, images=image, return_tensors="pt")
-    found = {name: distance(inputs[name], expected[name]) for name in ("input_ids", "pixel_values")}
-    if first_difference(found, args.tolerance):  # the models would get different inputs
+def compare(model: str | Path, image: str | Path, prompt: str, tolerance: float) -> dict[str, float]:
+    """The distances of tokens, pixels and all outputs for a checkpoint, in the prompt template that it has."""
+    folder = find_checkpoint(model)
+    processor, image = LlavaProcessor.from_pretrained(folder), open_image(image)
+    prompt = render(processor, prompt, 1, None)
+    inputs = processor(text=prompt, images=image)
+    reference = transformers.AutoProcessor.from_pretrained(folder, backend="pil")
+    named = prompt.replace("<image>", reference.image_token)  # JoyCaption's has another name
+    expected = reference(text=named, images=image, return_tensors="pt")
+    found = {name: distance(inputs[name], expected[name]) for name in inputs}
+    if first_difference(found, tolerance):  # the models would get different inputs
         return found
     ours = LlavaForConditionalGeneration.from_pretrained(folder, torch.float32, kernels="torch")
-    theirs = transformers.LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+    theirs = transformers.AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
     return found | differences(ours, theirs, dict(inputs))
 
 
@@ -102,7 +105,7 @@ def main() -> None:
     parser.add_argument("--tolerance", type=float, default=1e-4, help="relative (default: 1e-4)")
     parser.add_argument("--all", action="store_true", help="print every module's difference")
     args = parser.parse_args()
-    found = compare(args)
+    found = compare(args.model, args.image, args.prompt, args.tolerance)
     if args.all:
         print("\n".join(f"{apart:9.2e}  {name}" for name, apart in found.items()))
     if differs := first_difference(found, args.tolerance):

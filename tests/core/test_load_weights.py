@@ -295,6 +295,12 @@ def test_the_authors_layout(reference, tmp_path, monkeypatch, tower, layout):
     close(logits(ours, ours.config.image_token_index), logits(reference))
 
 
+def test_llava_1_6_in_the_authors_layout_is_refused_by_name(reference, tmp_path):
+    write_authors(reference, tmp_path, "clip", tmp_path / "clip")
+    edit_json(tmp_path / "config.json", image_aspect_ratio="anyres", mm_patch_merge_type="spatial_unpad")
+    refused(tmp_path, str(tmp_path), "is LLaVA-1.6 in its authors' layout: use the hub's llava-hf/llava-v1.6-* instead")
+
+
 @pytest.mark.parametrize("added", [{}, {0: "<unk>", 1: "<s>", 2: "</s>"}], ids=["old-tokenizer", "newer-tokenizer"])
 def test_the_authors_layout_pads_pictures_and_speaks_v1(reference, tmp_path, tokenizer_model, added):
     write_authors(reference, tmp_path, "clip", tmp_path / "clip")

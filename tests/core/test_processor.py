@@ -16,7 +16,7 @@ from llava import AutoProcessor, LlavaConfig, LlavaProcessor
 
 @pytest.fixture(scope="module")
 def pair():
-    return AutoProcessor.from_pretrained(BUNDLED), transformers.AutoProcessor.from_pretrained(BUNDLED, use_fast=False)
+    return AutoProcessor.from_pretrained(BUNDLED), transformers.AutoProcessor.from_pretrained(BUNDLED, backend="pil")
 
 
 def picture(seed: int, size: tuple[int, int] = (150, 120)) -> Image.Image:
@@ -128,7 +128,7 @@ def test_both_layouts_of_the_settings_are_read(pair, tmp_path, do_pad, strategy)
     write_json(tmp_path / "config.json", config_json(config))
     write_processor(changed, config, tmp_path)
     write_tokenizer(ours.tokenizer, tmp_path)
-    theirs = transformers.AutoProcessor.from_pretrained(tmp_path, use_fast=False)
+    theirs = transformers.AutoProcessor.from_pretrained(tmp_path, backend="pil")
     image = picture(5, (90, 200))
     expected = theirs(text="<image>", images=image, return_tensors="pt")
     for _ in range(2):

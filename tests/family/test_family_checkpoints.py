@@ -14,6 +14,7 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 import llava
 from cli.answer import end_ids, render
 from cli.chat import Chat
+from first_difference import PICTURE, compare, first_difference
 from folders import edit_json
 from hub.files import BUNDLED
 from hub.writer import write_tokenizer
@@ -21,6 +22,10 @@ from llava import AutoProcessor, AutoTokenizer, LlavaForConditionalGeneration
 from reference import reference_model
 from tokenizer import Tokenizer
 from tokenizers_at_hand import SPECIAL, byte_level_tokenizer
+from training.lora import Lora
+from training.run import train_on_records
+from training.run_stage import Place
+from training.tune_adapter import train_adapter
 
 CHATML = (
     "{% for message in messages %}{{'<|im_start|>' + message['role'] + ' '}}"
@@ -146,11 +151,45 @@ def test_the_image_token_may_have_another_name(tmp_path, capsys):
     chat = Chat(model, ours, max_new_tokens=2)
     chat.pictures = [("a", pictures()[0])]
     assert chat.turn_ids("Which colours?") == inputs.input_ids[0].tolist()
+    assert differs_nowhere(tmp_path)
     with pytest.raises(ValueError, match="<image>"):  # this template writes it without a picture too
         ours(text=render(ours, "Which colours?", 0, None))
     edit_json(tmp_path / "config.json", image_token_index=7000)
     with pytest.raises(ValueError, match="<image> is token None for the tokenizer and token 7000"):
         AutoProcessor.from_pretrained(tmp_path)
+
+
+def differs_nowhere(folder) -> bool:
+    found = compare(folder, PICTURE, "Which colours?", 1e-4)
+    return first_difference(found, 1e-4) is None and "language_model.layers.1.mlp" in found
+
+
+def test_first_difference_compares_this_family_too(interleave):
+    assert differs_nowhere(interleave[0])
+
+
+def test_training_says_in_a_sentence_that_it_does_not(interleave, llama3, tmp_path):
+    """Before it reads the conversations."""
+    for folder in (interleave[0], llama3[0]):
+        with pytest.raises(ValueError, match=r"only a model with CLIP, a tokenizer.model, .* can be trained and saved"):
+            train_on_records(Place(tmp_path / "out"), tmp_path / "none.json", checkpoint=folder)
+        with pytest.raises(ValueError, match=r"--lora needs a checkpoint with LLaVA-1.5's prompt template"):
+            train_adapter(Place(tmp_path / "out"), tmp_path / "none.json", None, folder, 1, 1, 1e-4, 1e-5, Lora(2, 4))
+    assert not (tmp_path / "out").exists()
+
+
+def test_without_tokenizer_model_and_template_it_is_a_llava(tmp_path):
+    """As bczhou's TinyLLaVA: the prompts are those of the hub's LLaVA-1.5, and the ids those of tokenizer.model."""
+    whole = Tokenizer.from_pretrained(BUNDLED)
+    text = {"vocab_size": max(whole.special_names) + 1}
+    reference_model(text=text, image_token_index=whole.image_token_id, pad_token_id=0).save_pretrained(tmp_path)
+    write_tokenizer(whole, tmp_path)
+    (tmp_path / "tokenizer.model").unlink()
+    processor = AutoProcessor.from_pretrained(tmp_path)
+    prompt = render(processor, "What is it?", 1, None)
+    assert prompt == "USER: <image>\nWhat is it? ASSISTANT:"
+    ids = processor(text=prompt, images=pictures()[:1]).input_ids[0].tolist()
+    assert ids == whole.encode(prompt.replace("<image>", "<image>" * 16))
 
 
 @pytest.fixture

@@ -20,6 +20,7 @@ from cli import loading, memory
 from cli.chat import Chat
 from clip import ImageProcessor
 from family.llava_next import LlavaNextImageProcessor, best_size, count_tokens, most_tokens
+from first_difference import PICTURE, compare, first_difference
 from folders import edit_json
 from hub.files import BUNDLED
 from hub.ranges import GRIDS
@@ -517,6 +518,11 @@ def test_a_long_wait_is_announced(folder, pictures, capsys, monkeypatch):
     words = "A picture becomes up to 88 tokens: reading it takes up to 6 times as long as with LLaVA-1.5.\n"
     assert words in run(capsys, *asks, "--image", pictures / "a.png")[2]
     assert words not in run(capsys, *asks)[2]
+
+
+def test_first_difference_compares_this_family_too(folder):
+    found = compare(folder, PICTURE, "What is it?", 1e-4)
+    assert first_difference(found, 1e-4) is None and {"image_sizes", "language_model.layers.1.mlp"} <= found.keys()
 
 
 def test_the_class_is_a_llava(folder):

@@ -25,7 +25,7 @@ def test_the_bundled_checkpoint_is_the_references_too():
     ours = ours.from_pretrained(BUNDLED, dtype=torch.float32)
     theirs = theirs.from_pretrained(BUNDLED, dtype=torch.float32)
     our_processor = LlavaProcessor.from_pretrained(BUNDLED)
-    their_processor = transformers.AutoProcessor.from_pretrained(BUNDLED, use_fast=False)
+    their_processor = transformers.AutoProcessor.from_pretrained(BUNDLED, backend="pil")
     pictures = [Image.open(ROOT / "images" / f"{name}.jpg") for name in PICTURES]
     message = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Describe the picture."}]}]
     ids = []
@@ -60,7 +60,7 @@ def test_the_code_of_the_references_page_runs_with_its_import_line_changed(tmp_p
         {"image_size": 14, "patch_size": 14}, size, image_token_index=tokenizer.image_token_id, pad_token_id=0
     )
     reference.save_pretrained(snapshot)
-    processor = transformers.AutoProcessor.from_pretrained(BUNDLED, use_fast=False)
+    processor = transformers.AutoProcessor.from_pretrained(BUNDLED, backend="pil")
     processor.image_processor.size = {"shortest_edge": 14}
     processor.image_processor.crop_size = {"height": 14, "width": 14}
     processor.save_pretrained(snapshot)
