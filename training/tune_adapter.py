@@ -18,6 +18,7 @@ from llava import LlavaForConditionalGeneration, LlavaProcessor
 from load_weights import our_name
 from training.lora import Lora, LoraLoss, add_lora, multiply_in_float32
 from training.processes import rank
+from training.recipes import Recipe
 from training.run import run_on_records
 from training.run_stage import Place
 from training.stages import STAGES
@@ -37,6 +38,7 @@ def train_adapter(
     lora: Lora,
     quantize: str | None = None,
     adapter: Path | None = None,  # to continue
+    recipe: Recipe | None = None,
 ) -> None:
     """LLaVA's finetune_lora on a file of conversations. Writes PEFT's two files to the folder of `place`."""
     processor = check(checkpoint, place.folder)  # fails before the model is loaded
@@ -52,7 +54,7 @@ def train_adapter(
         steps=steps or 0, batch=batch, lr=lr, projector_lr=projector_lr, saves_frozen=False,
     )  # fmt: skip
     how = f"on {checkpoint} in {quantize or 'bfloat16'} from {adapter or 'new matrices'}, {lora}, {projector_lr}"
-    run_on_records(place, stage, model, processor, data, images, how, numbered)
+    run_on_records(place, stage, model, processor, data, images, how, numbered, recipe)
     if rank() == 0:
         base = str(Path(checkpoint).resolve()) if Path(checkpoint).is_dir() else str(checkpoint)
         write_adapter(model, place.folder, lora, base)
