@@ -31,10 +31,13 @@ class Log:
     losses: list[float] = field(default_factory=list)  # of the steps since the last row
 
     def __post_init__(self) -> None:
-        self.tokens, self.started, self.printed = 0, time.monotonic(), time.monotonic()
-        self.every = max(1, min(REPORT_EVERY, self.stage.steps // 20))
+        self.tokens = 0
         if not self.quiet and self.file.is_file():
             self.remove_rows_after_first()
+
+    @property
+    def every(self) -> int:  # steps from row to row
+        return max(1, min(REPORT_EVERY, self.stage.steps // 20))
 
     def remove_rows_after_first(self) -> None:
         """An interrupted run may have logged steps that it did not save, and a kill may have cut the last row."""
@@ -48,6 +51,7 @@ class Log:
 
     def counted(self, steps: Iterable[list[dict]]) -> Iterator[list[dict]]:
         """The steps' batches, whose tokens are counted, with padding; other processes have about as many."""
+        self.started = self.printed = time.monotonic()
         for pieces in steps:
             self.tokens += world_size() * sum(piece["input_ids"].numel() for piece in pieces if "input_ids" in piece)
             yield pieces
