@@ -76,6 +76,10 @@ def run_stage(
     parallel = DistributedDataParallel(objective) if dist.is_initialized() else objective
     batches = place.steps(stage, data, first).loader(place.workers)
     gradients = partial(backward, parallel, objective.count, device=place.device, autocast=place.autocast)
+    if first and dist.is_initialized():
+        # DistributedDataParallel orders its buffers in its first backward pass, and the order decides how sums of three
+        # and more processes are rounded. So the first pass of a resumed run is that of the whole run, without a step.
+        gradients(place.steps(stage, data)[0])
     if validation and not first:
         log.validated(0, validation.loss(objective, place).item())
     for done, loss in train(stage, log.counted(batches), gradients, optimizer, first):
