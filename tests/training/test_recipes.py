@@ -5,6 +5,7 @@ import re
 import sys
 from collections import Counter
 from dataclasses import replace
+from functools import partial
 
 import peft
 import pytest
@@ -18,17 +19,19 @@ from transformers import CLIPImageProcessorPil
 import train
 from hub.adapter import write_adapter
 from hub.files import BUNDLED
+from llava import LlavaForConditionalGeneration
 from load_weights import our_name
 from tiny_world import TURNS, logged_losses, tiny_world, write_records
 from training import progress, run_stage, tune_adapter
 from training.conversations import cut, tokenize_conversation, tokenize_plain
 from training.grouping import grouped_order, words
-from training.lora import Lora, matrices
+from training.lora import Lora, LoraLoss, add_lora, matrices
 from training.recipes import RECIPES
 from training.records import Records
 from training.run import train_on_records
 from training.run_stage import Place
 from training.tune_adapter import train_adapter
+from training.validation import Validation
 
 PATCHES, LONGEST = 64, 200  # of the bundled model; and the length at which the test cuts
 SYSTEM = (
@@ -310,24 +313,24 @@ def test_a_share_that_holds_back_nothing_or_all_is_one_sentence(tmp_path, monkey
 
 
 def test_the_validation_loss_is_the_mean_over_the_labels_of_what_is_held_back(tmp_path):
-    """Whatever the size of its batches, without dropout, and drawn."""
-    data, logged = write(tmp_path, CONVERSATIONS * 2), {}
-    recipe = replace(RECIPES["finetune-lora"], validate=0.5, max_length=LONGEST)
-    for batch in (1, 4):
-        place = Place(tmp_path / str(batch))
-        train_adapter(place, data, None, BUNDLED, 1, batch, 0.0, 0.0, Lora(4, 8, dropout=0.5), recipe=recipe)
-        logged[batch] = logged_losses(tmp_path / str(batch))
-        assert Image.open(tmp_path / str(batch) / "log.png").width > 100
-    rows = [("lora validation", 0), ("lora", 1), ("lora validation", 1)]
-    assert list(logged[1]) == list(logged[4]) == rows
-    assert len({log[row] for log in logged.values() for row in rows[::2]}) == 1
+    """Whatever the size of its batches, and without dropout; the other side is PEFT on transformers."""
+    data, recipe = write(tmp_path, CONVERSATIONS * 2), RECIPES["finetune-lora"]
     records = Records(data, tmp_path, recipe.processor(tiny_world().processor), LONGEST, cuts=True)
     held = records.hold_back(0.5, 0)
+    model = LlavaForConditionalGeneration.from_pretrained(BUNDLED, torch.float32, kernels="torch")
+    model.config.ignore_index = -100
+    objective = LoraLoss(model, add_lora(model, Lora(4, 8, dropout=0.5))).train()
+    for linear in matrices(model).values():
+        torch.nn.init.normal_(linear.lora_B.weight, 0, 0.05)
+    write_adapter(model, tmp_path / "adapter", Lora(4, 8), str(BUNDLED))
+    batches = partial(tune_adapter.numbered, held.conversations)
+    ours = [Validation(batches, len(held.records), n).loss(objective, Place(tmp_path)).item() for n in (1, 4)]
+    assert objective(batches(range(5))) != objective(batches(range(5, 10)))  # in training there is dropout again
     chosen = [json.loads(data.read_text())[int(name.split()[1])] for name, _ in held.records]
-    batch = Llava().batch(chosen, tmp_path, "v1")
-    model = transformers.LlavaForConditionalGeneration.from_pretrained(BUNDLED, dtype=torch.float32)
+    plain = transformers.LlavaForConditionalGeneration.from_pretrained(BUNDLED, dtype=torch.float32)
     with torch.no_grad():
-        assert float(logged[1][rows[0]]) == pytest.approx(model(**batch).loss.item(), abs=1e-4)
+        theirs = peft.PeftModel.from_pretrained(plain, tmp_path / "adapter")(**Llava().batch(chosen, tmp_path, "v1"))
+    assert ours == pytest.approx([theirs.loss.item()] * 2, rel=1e-5)
 
 
 @pytest.mark.parametrize("name", ["finetune", "finetune-lora"])
@@ -354,6 +357,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one_to_the_last_bit(tmp_path, mon
     names = ["log.csv", "adapter_model.safetensors" if name == "finetune-lora" else "model.safetensors"]
     assert all((whole.folder / n).read_bytes() == (stopped.folder / n).read_bytes() for n in names)
     assert [step for _, step in logged_losses(whole.folder)] == [0, 2, 3, 4, 5, 5]
+    assert Image.open(whole.folder / "log.png").width > 100
     with pytest.raises(ValueError, match="another run"):
         recipe = replace(recipe, seed=1)
         run(stopped)
