@@ -4,6 +4,7 @@
     python train.py --quick                 a few steps of each stage, in a minute (the model learns next to nothing)
     python train.py --data my.json --images DIR --out DIR      tune the bundled model on your own conversations
     python train.py --data my.json --lora 16 --out DIR         the same with a LoRA: little memory, a small file
+    python train.py --data my.json --recipe finetune-lora      with LLaVA-1.5's own settings (training/recipes.py)
     python train.py --merge --model M --adapter DIR --out DIR  write the model with a LoRA merged into it
     torchrun --nproc-per-node=2 train.py    the same steps, each shared between two processes
 """
@@ -13,6 +14,7 @@ import math
 import os
 import signal
 import sys
+from dataclasses import fields, replace
 from pathlib import Path
 
 # Every batch has new shapes, and oneDNN caches what it has compiled for 1,024 of them, which took 12 GB.
@@ -23,22 +25,27 @@ import torch
 from hub.adapter import base_of, read_adapter_config, warning_of_another_base
 from hub.device import check_device
 from hub.files import BUNDLED
+from tokenizer import TEMPLATES
 from training import processes
 from training.lora import Lora
+from training.recipes import RECIPES, Recipe
 from training.run import train_from_nothing, train_on_records
 from training.run_stage import Place
 from training.tune_adapter import merge, train_adapter
 
-ONLY_FROM_NOTHING = ("quick", "seed")  # and seed with --lora
+ONLY_FROM_NOTHING = ("quick", "seed")  # and seed with --lora or --validate
 ONLY_WITH_LORA = ("alpha", "dropout", "rslora", "projector_lr", "quantize")
-ONLY_WITH_DATA = ("images", "model", "steps", "batch", "lr", "lora", "adapter")
+RECIPE_FLAGS = ("recipe", "warm_up", "template", "pad", "group", "max_length", "validate")
+ONLY_WITH_DATA = ("images", "model", "steps", "batch", "lr", "lora", "adapter", *RECIPE_FLAGS)
 FOR_MERGING = ("merge", "model", "adapter", "out")
 NO_MEMORY = "try a larger --accumulate, a smaller --batch, or with --lora --quantize int4"
 DEFAULTS = {
     **{"out": None, "quick": False, "accumulate": 1, "compile": False, "seed": 0},
     **{"data": None, "images": None, "model": None, "steps": None, "batch": 16, "lr": None},
     **{"lora": None, "alpha": None, "dropout": None, "rslora": False, "projector_lr": 2e-5, "quantize": None},
-    **{"adapter": None, "merge": False},
+    **{"adapter": None, "merge": False, "save_every": None},
+    **{"recipe": None, "warm_up": 0.03, "template": None, "pad": None, "group": False, "max_length": None},
+    **{"validate": None},
     "device": "cuda" if torch.cuda.is_available() else "cpu",
 }
 
@@ -83,12 +90,15 @@ def parse_arguments() -> argparse.Namespace:
     add("--lr", type=rate, help="with --data: the highest learning rate (default: 2e-5; with --lora 2e-4)")
     add("--accumulate", type=positive, help="pieces of a step, to save memory (default: 1)")
     add("--compile", action="store_true", help="torch.compile: faster steps after minutes of compiling")
-    add("--seed", type=int, help="of the recipe's first weights, with --lora of A and dropout (default: 0)")
+    add("--save-every", type=positive, metavar="N", help="steps from one saved state to the next (default: 100)")
+    add("--seed", type=int, help="of the first weights, with --lora of A and dropout, with --validate of the choice")
     add("--device", help="cpu or cuda (default: cuda where there is a GPU)")
     add_lora_options(parser)
+    add_recipe_options(parser)
     given = vars(parser.parse_args())
-    check_together(given)
-    args = argparse.Namespace(**DEFAULTS | given)
+    recipe = RECIPES.get(given.get("recipe"), Recipe())
+    check_together(given, recipe)
+    args = argparse.Namespace(**DEFAULTS | recipe.flags() | given)
     if args.images and not args.images.is_dir():
         raise ValueError(f"there is no folder {args.images}: --images is the folder of the pictures that --data names")
     if args.data and not args.data.is_file():
@@ -111,7 +121,19 @@ def add_lora_options(parser: argparse.ArgumentParser) -> None:
     add("--merge", action="store_true", help="write --model with --adapter merged into it to --out")
 
 
-def check_together(given: dict) -> None:
+def add_recipe_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("LLaVA-1.5's recipes: other flags override theirs").add_argument
+    add("--recipe", choices=RECIPES, help="with --data: the settings of one of LLaVA-1.5's scripts")
+    add("--warm-up", type=share, metavar="SHARE", help="of the steps, in which the learning rate rises (default: .03)")
+    add("--template", choices=TEMPLATES, help="how a conversation is written (default: the checkpoint's)")
+    on_or_off = argparse.BooleanOptionalAction
+    add("--pad", action=on_or_off, help="pad pictures to a square, or crop them (default: as the checkpoint says)")
+    add("--group", action=on_or_off, help="only pictures or only texts in a step, sorted by length")
+    add("--max-length", type=positive, metavar="N", help="cut conversations after N tokens (default: skip long ones)")
+    add("--validate", type=float, metavar="SHARE", help="hold back this share of the records, and log their loss")
+
+
+def check_together(given: dict, recipe: Recipe) -> None:
     """Raise ValueError for flags of another command."""
     if "merge" in given:
         if wrong := [flag for flag in given if flag not in FOR_MERGING]:
@@ -121,15 +143,20 @@ def check_together(given: dict) -> None:
         return
     if "adapter" in given and not {"lora", "data"} & given.keys():
         raise ValueError("--adapter needs --merge to be merged, or --data to be trained: with --lora R as an adapter")
-    if "lora" in given and "compile" in given:
+    if "lora" in given and recipe.name and not recipe.lora:
+        raise ValueError(f"--lora does not go with --recipe {recipe.name}: give --recipe finetune-lora")
+    has_lora = "lora" in given or recipe.lora
+    if has_lora and "compile" in given:
         raise ValueError("--compile does not go with --lora")
+    if not 0 < given.get("validate", 0.5) < 1:
+        raise ValueError(f"--validate {given['validate']:g} is not a share between 0 and 1, such as 0.02")
     for flag in given:
-        if "lora" not in given and flag in ONLY_WITH_LORA:
+        if not has_lora and flag in ONLY_WITH_LORA:
             raise ValueError(f"--{flag.replace('_', '-')} needs --lora")
-        if "data" in given and flag in ONLY_FROM_NOTHING and not (flag == "seed" and "lora" in given):
+        if "data" in given and flag in ONLY_FROM_NOTHING and not (flag == "seed" and (has_lora or "validate" in given)):
             raise ValueError(f"--{flag} does not go with --data: it is for training from nothing")
         if "data" not in given and flag in ONLY_WITH_DATA:
-            raise ValueError(f"--{flag} needs --data: the recipe's own values are in training/stages.py")
+            raise ValueError(f"--{flag.replace('_', '-')} needs --data: training/stages.py has the values without it")
 
 
 def find_place(args: argparse.Namespace) -> Place:
@@ -138,7 +165,7 @@ def find_place(args: argparse.Namespace) -> Place:
     place = Place(folder, processes.join(args.device), f"the emoji world, seed {args.seed}", args.accumulate)
     on_this_machine = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     place.workers = 0 if args.quick else max(1, min(12, (os.cpu_count() or 2) // on_this_machine - 1))
-    place.compile = args.compile
+    place.compile, place.save_every = args.compile, args.save_every
     return place
 
 
@@ -159,6 +186,12 @@ def find_lora(args: argparse.Namespace) -> Lora:
     return Lora(args.lora, int(alpha) if alpha == int(alpha) else alpha, float(dropout), rslora, args.seed)
 
 
+def find_recipe(args: argparse.Namespace) -> Recipe:
+    """--recipe's, with the values of the other flags."""
+    recipe = RECIPES.get(args.recipe, Recipe())
+    return replace(recipe, **{f.name: getattr(args, f.name) for f in fields(Recipe) if hasattr(args, f.name)})
+
+
 def main() -> None:
     args = parse_arguments()
     warn_of_another_base(args)
@@ -174,9 +207,10 @@ def main() -> None:
     records = args.data, args.images, args.model, args.steps, args.batch, args.lr
     if args.lora:
         lora = find_lora(args)
-        train_adapter(place, *records, args.projector_lr, lora, args.quantize, args.adapter)
+        recipe = replace(find_recipe(args), alpha=lora.alpha, dropout=lora.dropout)
+        train_adapter(place, *records, args.projector_lr, lora, args.quantize, args.adapter, recipe)
     elif args.data:
-        train_on_records(place, *records, args.adapter)
+        train_on_records(place, *records, args.adapter, find_recipe(args))
     else:
         train_from_nothing(place, args.quick)
     processes.leave()

@@ -21,7 +21,8 @@ def messages(turns: list[dict]) -> list[dict]:
     for turn in turns:
         text = turn["value"]
         pictures = [{"type": "image"}] * text.count("<image>")
-        text = text.replace("<image>\n", "").replace("\n<image>", "").replace("<image>", "")
+        if pictures:  # the template writes them in front of the text
+            text = text.replace("<image>", "").strip()
         result.append({"role": ROLES[turn["from"]], "content": pictures + [{"type": "text", "text": text}]})
     return result
 
@@ -44,10 +45,37 @@ def tokenize_conversation(turns: list[dict], processor: LlavaProcessor) -> tuple
 def tokenize_caption(caption: str, processor: LlavaProcessor) -> tuple[list[int], list[int]]:
     """A picture and its caption as ids and labels, in the template `plain` of the alignment stage.
 
-    Only the caption and its </s> have labels. Ours is "<image>\\ncaption</s>", LLaVA's is "<image>caption\\n".
+    Only the caption and its </s> have labels. This one is "<image>\\ncaption</s>", LLaVA's is in tokenize_plain.
     """
     turns = [{"from": "human", "value": "<image>\n"}, {"from": "gpt", "value": caption}]
     return tokenize_conversation(turns, LlavaProcessor(None, processor.tokenizer, processor.image_seq_length, "plain"))
+
+
+def tokenize_plain(turns: list[dict], processor: LlavaProcessor) -> tuple[list[int], list[int]]:
+    """Pictures and their caption as ids and labels, as in LLaVA's first stage: "<image>caption\\n".
+
+    The text of the question is left out. Only the caption and the newline have labels.
+    """
+    tokenizer = processor.tokenizer
+    patches = turns[0]["value"].count("<image>") * processor.image_seq_length
+    before = [tokenizer.bos_token_id] + [tokenizer.image_token_id] * patches
+    caption = tokenizer.encode(turns[1]["value"] + "\n", add_special_tokens=False)
+    return before + caption, [IGNORED] * len(before) + caption
+
+
+def cut(
+    row: tuple[list[int], list[int]], longest: int, processor: LlavaProcessor
+) -> tuple[tuple[list[int], list[int]], int]:
+    """At most the first `longest` ids and labels, and how many pictures are in them. No picture is cut in two.
+
+    Raises ValueError if no label is left.
+    """
+    ids, labels = (part[:longest] for part in row)
+    pictures, of_the_last = divmod(ids.count(processor.tokenizer.image_token_id), processor.image_seq_length)
+    end = len(ids) - of_the_last  # only the last picture can be incomplete, and it is at the end
+    if all(label == IGNORED for label in labels[1:end]):
+        raise ValueError(f"no answer begins within the first {longest} of its {len(row[0])} tokens")
+    return (ids[:end], labels[:end]), pictures
 
 
 def collate(rows: Iterable[tuple[list[int], list[int]]], pad: int) -> dict[str, Tensor]:

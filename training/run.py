@@ -11,15 +11,17 @@ import torch
 from hub.files import BUNDLED
 from hub.writer import check_can_save, save
 from llava import LlavaForConditionalGeneration, LlavaProcessor
-from training.conversations import IGNORED
+from training.conversations import IGNORED, tokenize_conversation, tokenize_plain
 from training.emoji_world import load_sprites
-from training.processes import rank, wait_for_all
+from training.processes import rank, wait_for_all, world_size
 from training.progress import plot
+from training.recipes import Recipe, in_force
 from training.records import Records
 from training.run_stage import Place, run_stage
 from training.stage_files import save_stage, snapshot
 from training.stages import STAGES, Stage
 from training.tiny_model import new_model, new_processor, start_projector, train_tokenizer
+from training.validation import Validation
 from training.world_data import World
 
 
@@ -69,18 +71,23 @@ def train_on_records(
     batch: int = 16,
     lr: float = 2e-5,
     adapter: Path | None = None,
+    recipe: Recipe | None = None,
 ) -> None:
-    """LLaVA's second stage on a file of conversations, from any checkpoint, or from one and an adapter."""
+    """LLaVA's second stage, or the one of `recipe`, on a file of records, from a checkpoint or one with an adapter."""
+    recipe = recipe or Recipe()
     model = LlavaForConditionalGeneration.from_pretrained(
         checkpoint, torch.float32, place.device, kernels="torch", adapter=adapter
     )
     processor = LlavaProcessor.from_pretrained(checkpoint)
     check_can_save(model, processor)  # fails here, and not after hours
-    stage = replace(STAGES[-1], steps=steps or 0, batch=batch, lr=lr)
+    stage = next(stage for stage in STAGES if stage.name == recipe.stage)
+    saves_frozen = recipe.stage != "align"  # in which nearly all is frozen
+    stage = replace(stage, steps=steps or 0, batch=batch, lr=lr, saves_frozen=saves_frozen)
     start = f"on {checkpoint}" + (f" with {adapter}" if adapter else "")
-    run_on_records(place, stage, model, processor, data, images, start)
+    run_on_records(place, stage, model, processor, data, images, start, recipe=recipe)
     if rank() == 0:
-        save(model.to(torch.bfloat16), processor, place.folder)
+        is_plain = recipe.template == "plain"  # in which nobody asks a question
+        save(model.to(torch.bfloat16), processor if is_plain else recipe.processor(processor), place.folder)
         print(f"saved to {place.folder}")
 
 
@@ -93,16 +100,38 @@ def run_on_records(
     images: Path | None,
     start: str,  # what the run starts from: it is resumed only from the same
     batches: Callable = lambda conversations, samples: conversations(samples),
+    recipe: Recipe | None = None,
 ) -> None:
     """One stage on a file of conversations."""
+    recipe = recipe or Recipe()
     model.config.ignore_index = IGNORED
-    longest = model.config.text_config.max_position_embeddings
-    records = Records(data, images or data.parent, processor, longest)
-    records.conversations(range(1))  # fails here if no picture can be opened
-    place.source = f"{data} (sha256 {hashlib.sha256(data.read_bytes()).hexdigest()[:12]}), {start}"
-    stage = replace(stage, steps=stage.steps or -(-len(records.records) // stage.batch))
+    records = read_records(recipe, model, processor, data, images or data.parent, stage.batch)
+    held = records.hold_back(recipe.validate, recipe.seed) if recipe.validate is not None else None
+    for part in (records, held) if held else (records,):
+        part.conversations(range(1))  # fails here if no picture can be opened
+    place.source = f"{data} (sha256 {hashlib.sha256(data.read_bytes()).hexdigest()[:12]}), {start}{recipe.source()}"
+    steps = stage.steps or -(-len(records.records) // stage.batch)
+    stage = replace(stage, steps=steps, warm_up=recipe.warm_up, betas=recipe.betas)
     if rank() == 0:
+        rates = {"batch": stage.batch, "lr": stage.lr, "projector_lr": stage.projector_lr}
+        print(in_force(replace(recipe, **rates), records.processor, records.longest))
         for line in records.skipped:
             print(f"skipped: {line}")
-        print(f"{len(records.records)} conversations, {stage.steps} steps of {stage.batch}")
-    run_stage(stage, model, partial(batches, records.conversations), place)
+        beside = f" ({len(held.records)} more are held back)" if held else ""
+        print(f"{len(records.records)} conversations{beside}, {stage.steps} steps of {stage.batch}")
+    pieces = world_size() * place.accumulate
+    validation = held and Validation(partial(batches, held.conversations), len(held.records), stage.batch // pieces)
+    run_stage(stage, model, partial(batches, records.conversations), place, validation)
+    if held and rank() == 0:
+        plot(place.folder / "log.csv", place.folder / "log.png")
+
+
+def read_records(recipe: Recipe, model, processor: LlavaProcessor, data: Path, images: Path, batch: int) -> Records:
+    """The records of a file as the recipe reads them."""
+    context = model.config.text_config.max_position_embeddings
+    return Records(
+        *(data, images, recipe.processor(processor), min(context, recipe.max_length or context)),
+        tokenize=tokenize_plain if recipe.template == "plain" else tokenize_conversation,
+        cuts=recipe.max_length is not None,
+        group=batch if recipe.group else 0,
+    )

@@ -22,6 +22,7 @@ from training.processes import rank, world_size
 from training.progress import Log
 from training.stages import Stage
 from training.steps import Steps, backward
+from training.validation import Validation
 
 SAVE_EVERY = 100  # steps
 
@@ -35,6 +36,7 @@ class Place:
     source: str = "the emoji world"  # what it learns from: an interrupted run resumes only with the same source
     accumulate: int = 1  # pieces of a step, one after the other, to save memory
     workers: int = 0  # processes that prepare batches
+    save_every: int | None = None  # steps; None: SAVE_EVERY
     compile: bool = False  # torch.compile: faster steps after some minutes of compiling in each stage
 
     def autocast(self) -> AbstractContextManager:
@@ -49,16 +51,23 @@ class Place:
 
 
 def run_stage(
-    stage: Stage, model: LlavaForConditionalGeneration, data: Callable[[range], dict[str, Tensor]], place: Place
+    stage: Stage,
+    model: LlavaForConditionalGeneration,
+    data: Callable[[range], dict[str, Tensor]],
+    place: Place,
+    validation: Validation | None = None,
 ) -> None:
-    """Train one stage, or the rest of it. Saves to NAME.pt every 100 steps, and logs to log.csv every 20."""
+    """Train one stage, or the rest of it. Logs to log.csv (progress.py).
+
+    Every place.save_every steps, and at the end, validates and saves to NAME.pt; it also validates before the start.
+    """
     objective = stage.loss(model).to(place.device).train()
     use_training_attention(objective)
     learning = choose_parameters(objective, stage.trainable)
-    optimizer = torch.optim.AdamW(groups(learning, stage), lr=stage.lr, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
+    optimizer = torch.optim.AdamW(groups(learning, stage), lr=stage.lr, betas=stage.betas, weight_decay=0.0, fused=True)
     saved = Saved(stage, objective, optimizer, place)
-    first = saved.load()
-    log = Log(stage, place.folder / "log.csv", first, quiet=rank() > 0)
+    first, losses = saved.load()
+    log = Log(stage, place.folder / "log.csv", first, quiet=rank() > 0, losses=losses)
     if first == stage.steps:
         return
     if place.compile:
@@ -67,10 +76,20 @@ def run_stage(
     parallel = DistributedDataParallel(objective) if dist.is_initialized() else objective
     batches = place.steps(stage, data, first).loader(place.workers)
     gradients = partial(backward, parallel, objective.count, device=place.device, autocast=place.autocast)
-    for done, loss in train(stage, batches, gradients, optimizer, first):
-        if done % SAVE_EVERY == 0 or done == stage.steps:
-            saved.save(done)
+    if first and dist.is_initialized():
+        # DistributedDataParallel orders its buffers in its first backward pass, and the order decides how sums of three
+        # and more processes are rounded. So the first pass of a resumed run is that of the whole run, without a step.
+        gradients(place.steps(stage, data)[0])
+    if validation and not first:
+        log.validated(0, validation.loss(objective, place).item())
+    for done, loss in train(stage, log.counted(batches), gradients, optimizer, first):
         log.add(done, loss)
+        if done % (place.save_every or SAVE_EVERY) == 0 or done == stage.steps:
+            if validation:
+                validated = validation.loss(objective, place)
+                stop_if_diverged(stage, done, "validation loss", [validated])
+                log.validated(done, validated.item())
+            saved.save(done, log.losses)  # after the log, so that the log of what is saved is complete
 
 
 def choose_parameters(objective: nn.Module, trainable: tuple[str, ...]) -> dict[str, nn.Parameter]:
@@ -101,13 +120,13 @@ class Saved:
         self.settings = f"{stage.steps} steps of {stage.batch} at {stage.lr}, from {place.source}"
         place.folder.mkdir(parents=True, exist_ok=True)
 
-    def load(self) -> int:
-        """Restore what the file holds; returns the number of steps taken.
+    def load(self) -> tuple[int, list[float]]:
+        """Restore what the file holds; returns the number of steps taken, and the losses since the log's last row.
 
         Raises ValueError if the file is of a run with other settings, or damaged.
         """
         if not self.file.is_file():
-            return 0
+            return 0, []
         remedy = "delete it, or choose another --out"
         try:
             state = torch.load(self.file, map_location=self.device, weights_only=True)
@@ -121,16 +140,17 @@ class Saved:
             raise ValueError(f"{self.file} is of another run ({settings}): {remedy}")
         if rank() == 0:
             print(f"{self.stage.name}: resumes after step {state['step']} of {self.stage.steps}, from {self.file}")
-        return state["step"]
+        return state["step"], state.get("losses", [])
 
     def weights(self) -> dict[str, Tensor]:
         return {name: p for name, p in self.objective.state_dict().items() if name not in self.left_out}
 
-    def save(self, step: int) -> None:
+    def save(self, step: int, losses: list[float]) -> None:
         """Replace the file. Raises ValueError, and keeps the old one, if a number is not finite."""
         moments = [tensor for state in self.optimizer.state.values() for tensor in state.values()]
         stop_if_diverged(self.stage, step, "result", [*self.weights().values(), *moments])
         if rank() == 0:
             state = {"objective": self.weights(), "optimizer": self.optimizer.state_dict()}
-            torch.save({"step": step, "settings": self.settings, **state}, self.file.with_suffix(".new"))
+            state |= {"step": step, "settings": self.settings, "losses": losses}
+            torch.save(state, self.file.with_suffix(".new"))
             self.file.with_suffix(".new").replace(self.file)

@@ -35,6 +35,8 @@ class Stage:
     lr: float  # the highest learning rate, after the warm-up
     projector_lr: float | None = None  # that of the projector, if it has another
     saves_frozen: bool = True  # whether NAME.pt holds the frozen parts too
+    warm_up: float = 0.03  # share of the steps in which the learning rate rises
+    betas: tuple[float, float] = (0.9, 0.98)  # AdamW's
 
 
 STAGES = [
@@ -54,9 +56,9 @@ STAGES = [
 
 
 def learning_rate(step: int, stage: Stage, highest: float | None = None) -> float:
-    """Rises linearly over the first 3 % of the steps, then falls to zero along half a cosine. `highest`: stage.lr."""
+    """Rises linearly during the warm-up, then falls to zero along half a cosine. `highest`: stage.lr."""
     highest = stage.lr if highest is None else highest
-    warm_up = max(1, round(0.03 * stage.steps))
+    warm_up = max(1, round(stage.warm_up * stage.steps))
     if step < warm_up:
         return highest * (step + 1) / warm_up
     return highest * 0.5 * (1 + math.cos(math.pi * (step - warm_up) / max(1, stage.steps - warm_up)))

@@ -39,9 +39,9 @@ class Steps(Dataset):
         if i >= len(self):
             raise IndexError(i)
         samples = range((self.first + i) * self.batch, (self.first + i + 1) * self.batch)
-        share = len(samples) // (self.world_size * self.pieces)
-        starts = range(self.rank * share * self.pieces, (self.rank + 1) * share * self.pieces, share)
-        return [self.data(samples[start : start + share]) for start in starts]
+        mine = samples[self.rank :: self.world_size]  # they may be sorted by length, so each gets some of all lengths
+        share = len(mine) // self.pieces
+        return [self.data(mine[start : start + share]) for start in range(0, len(mine), share)]
 
     def loader(self, workers: int) -> DataLoader:
         """The items in order. `workers` processes prepare them while this one learns."""

@@ -68,6 +68,8 @@ def test_a_llava_file_is_trained_on_and_what_is_broken_is_named(tmp_path):
     good = write_records(tmp_path)
     words = [turn | {"value": turn["value"].removeprefix("<image>\n")} for turn in TURNS]
     text_only = {"id": "words", "image": None, "conversations": words}
+    two = good[0] | {"conversations": [{"from": "human", "value": "<image><image>Compare."}, TURNS[1]]}
+    late = good[0] | {"conversations": TURNS[3:] + good[0]["conversations"]}
     (tmp_path / "2.png").write_bytes((tmp_path / "2.png").read_bytes()[:300])  # cut short: seen when it is its turn
     broken = {
         "no picture": good[0] | {"image": "gone.png"},
@@ -77,20 +79,21 @@ def test_a_llava_file_is_trained_on_and_what_is_broken_is_named(tmp_path):
         "half": good[0] | {"conversations": TURNS[:1]},
         "numbers": good[0] | {"conversations": [{"from": "human", "value": 3}, TURNS[1]]},
         "long": good[0] | {"conversations": [TURNS[0], {"from": "gpt", "value": "word " * 3000}]},
-        "list": good[0] | {"image": ["0.png"]},
+        "one of two": two | {"image": ["0.png", "gone.png"]},
         "far too long a name": good[0] | {"image": "a" * 5000},
         "no text": good[0] | {"conversations": [TURNS[0], {"from": "gpt", "value": "\ud800"}]},
         "control": good[0] | {"conversations": [TURNS[0], {"from": "gpt", "value": "a</s>b"}]},
         3: good[0] | {"conversations": [TURNS[0], {"from": "gpt", "value": "<image>"}]},
     }
-    content = [*good, text_only, *({**record, "id": name} for name, record in broken.items()), "no record", None]
+    fine = [*good, text_only, two | {"image": ["0.png", "1.png"]}, late]
+    content = [*fine, *({**record, "id": name} for name, record in broken.items()), "no record", None]
     (tmp_path / "my.json").write_text(json.dumps(content))
     done = call("--data", tmp_path / "my.json", "--out", tmp_path / "out", "--batch", "3")
     assert done.returncode == 0, done.stderr
-    for i, record in enumerate(content[7:], 7):
+    for i, record in enumerate(content[len(fine) :], len(fine)):
         name = f" ({record['id']!r})" if isinstance(record, dict) else ""
         assert f"skipped: record {i}{name}: " in done.stdout, (record, done.stdout)
-    assert "8 conversations, 3 steps of 3" in done.stdout and "2.png" in done.stdout
+    assert "10 conversations, 4 steps of 3" in done.stdout and "2.png" in done.stdout
     model = LlavaForConditionalGeneration.from_pretrained(tmp_path / "out", torch.float32)
     before = LlavaForConditionalGeneration.from_pretrained(BUNDLED, torch.float32)
     changed = {name.partition(".")[0] for name, tensor in model.state_dict().items()
@@ -120,16 +123,17 @@ def test_a_command_that_diverges_says_so_and_writes_no_model(tmp_path, processes
     assert errors and all("tune diverged" in line and "--lr" in line for line in errors), done.stderr
     assert done.returncode == (2 if processes == 1 else 1)  # torchrun's own
     assert processes > 1 or done.stderr == errors[0] + "\n"
-    assert [path.name for path in (tmp_path / "out").iterdir()] == []
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["log.csv"]  # the losses up to there
 
 
 # --- Flags -----------------------------------------------------------------------------------------------------------
 
 
 VALUES = {"out": "x", "quick": None, "data": "my.json", "images": "x", "model": "x", "steps": "2", "batch": "2",
-          "lr": "0.1", "accumulate": "1", "compile": None, "seed": "1", "device": "cpu"}  # fmt: skip
-FROM_NOTHING = {"out", "quick", "accumulate", "compile", "seed", "device"}
-WITH_DATA = {"out", "data", "images", "model", "steps", "batch", "lr", "accumulate", "compile", "device"}
+          "lr": "0.1", "save-every": "9", "accumulate": "1", "compile": None, "seed": "1", "device": "cpu"}  # fmt: skip
+FROM_NOTHING = {"out", "quick", "save-every", "accumulate", "compile", "seed", "device"}
+WITH_DATA = {"out", "data", "images", "model", "steps", "batch", "lr", "save-every", "accumulate", "compile",
+             "device"}  # fmt: skip
 
 
 @pytest.mark.quick

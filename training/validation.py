@@ -1,0 +1,34 @@
+"""The loss on records that are held back from training: it rises when a model learns its records by heart."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from training.processes import rank, sum_over_all, world_size
+
+
+@dataclass
+class Validation:
+    data: Callable[[range], dict[str, Tensor]]  # the batch of some of the records
+    records: int
+    batch: int  # records in a forward pass
+
+    @torch.no_grad()
+    def loss(self, objective: nn.Module, place) -> Tensor:
+        """The mean over all labels of all records; the same in every process. `place`: run_stage.Place."""
+        decoder = objective.model.language_model
+        decoder.eval()  # without dropout, which only the decoder can have
+        total, share = torch.zeros(2, dtype=torch.float64, device=place.device), world_size() * self.batch
+        for start in range(0, self.records, share):
+            mine = range(start + rank(), min(start + share, self.records), world_size())
+            # A process without a record left takes part all the same: the weights may be spread over all of them.
+            batch = {name: tensor.to(place.device) for name, tensor in self.data(mine or range(1)).items()}
+            with place.autocast():
+                loss = objective(batch)
+            if mine:
+                total += torch.stack([loss.double(), objective.count(batch).double()])
+        decoder.train()
+        loss, count = sum_over_all(total)
+        return loss / count
