@@ -5,7 +5,7 @@
     python train.py --data my.json --images DIR --out DIR      tune the bundled model on your own conversations
     python train.py --data my.json --lora 16 --out DIR         the same with a LoRA: little memory, a small file
     python train.py --merge --model M --adapter DIR --out DIR  write the model with a LoRA merged into it
-    torchrun --nproc-per-node=2 train.py    the same steps, each shared between two processes
+    torchrun --nproc-per-node=2 train.py    the same steps, each shared between two processes; --shard divides the model
 """
 
 import argparse
@@ -31,14 +31,14 @@ from training.tune_adapter import merge, train_adapter
 
 ONLY_FROM_NOTHING = ("quick", "seed")  # and seed with --lora
 ONLY_WITH_LORA = ("alpha", "dropout", "rslora", "projector_lr", "quantize")
-ONLY_WITH_DATA = ("images", "model", "steps", "batch", "lr", "lora", "adapter")
+ONLY_WITH_DATA = ("images", "model", "steps", "batch", "lr", "lora", "adapter", "shard")
 FOR_MERGING = ("merge", "model", "adapter", "out")
 NO_MEMORY = "try a larger --accumulate, a smaller --batch, or with --lora --quantize int4"
 DEFAULTS = {
     **{"out": None, "quick": False, "accumulate": 1, "compile": False, "seed": 0},
     **{"data": None, "images": None, "model": None, "steps": None, "batch": 16, "lr": None},
     **{"lora": None, "alpha": None, "dropout": None, "rslora": False, "projector_lr": 2e-5, "quantize": None},
-    **{"adapter": None, "merge": False},
+    **{"adapter": None, "merge": False, "shard": False},
     "device": "cuda" if torch.cuda.is_available() else "cpu",
 }
 
@@ -83,6 +83,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--lr", type=rate, help="with --data: the highest learning rate (default: 2e-5; with --lora 2e-4)")
     add("--accumulate", type=positive, help="pieces of a step, to save memory (default: 1)")
     add("--compile", action="store_true", help="torch.compile: faster steps after minutes of compiling")
+    add("--shard", action="store_true", help="with --data and torchrun: each process holds only a part of the model")
     add("--seed", type=int, help="of the recipe's first weights, with --lora of A and dropout (default: 0)")
     add("--device", help="cpu or cuda (default: cuda where there is a GPU)")
     add_lora_options(parser)
@@ -121,8 +122,10 @@ def check_together(given: dict) -> None:
         return
     if "adapter" in given and not {"lora", "data"} & given.keys():
         raise ValueError("--adapter needs --merge to be merged, or --data to be trained: with --lora R as an adapter")
-    if "lora" in given and "compile" in given:
-        raise ValueError("--compile does not go with --lora")
+    if "compile" in given and (wrong := [flag for flag in ("lora", "shard") if flag in given]):
+        raise ValueError(f"--compile does not go with --{wrong[0]}")
+    if "shard" in given and "data" in given and "WORLD_SIZE" not in os.environ:
+        raise ValueError("--shard divides the model over processes: start it with torchrun --nproc-per-node=N")
     for flag in given:
         if "lora" not in given and flag in ONLY_WITH_LORA:
             raise ValueError(f"--{flag.replace('_', '-')} needs --lora")
@@ -138,7 +141,7 @@ def find_place(args: argparse.Namespace) -> Place:
     place = Place(folder, processes.join(args.device), f"the emoji world, seed {args.seed}", args.accumulate)
     on_this_machine = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     place.workers = 0 if args.quick else max(1, min(12, (os.cpu_count() or 2) // on_this_machine - 1))
-    place.compile = args.compile
+    place.compile, place.shard = args.compile, args.shard
     return place
 
 

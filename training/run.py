@@ -72,7 +72,7 @@ def train_on_records(
 ) -> None:
     """LLaVA's second stage on a file of conversations, from any checkpoint, or from one and an adapter."""
     model = LlavaForConditionalGeneration.from_pretrained(
-        checkpoint, torch.float32, place.device, kernels="torch", adapter=adapter
+        checkpoint, torch.float32, place.start, kernels="torch", adapter=adapter
     )
     processor = LlavaProcessor.from_pretrained(checkpoint)
     check_can_save(model, processor)  # fails here, and not after hours
@@ -80,7 +80,9 @@ def train_on_records(
     start = f"on {checkpoint}" + (f" with {adapter}" if adapter else "")
     run_on_records(place, stage, model, processor, data, images, start)
     if rank() == 0:
-        save(model.to(torch.bfloat16), processor, place.folder)
+        for parameter in model.parameters():  # not by model.to, which fails on a model that was divided
+            parameter.data = parameter.data.to(torch.bfloat16)
+        save(model, processor, place.folder)
         print(f"saved to {place.folder}")
 
 
@@ -94,7 +96,7 @@ def run_on_records(
     start: str,  # what the run starts from: it is resumed only from the same
     batches: Callable = lambda conversations, samples: conversations(samples),
 ) -> None:
-    """One stage on a file of conversations."""
+    """One stage on a file of conversations. With `place.shard` only process 0 has the result."""
     model.config.ignore_index = IGNORED
     longest = model.config.text_config.max_position_embeddings
     records = Records(data, images or data.parent, processor, longest)
@@ -106,3 +108,7 @@ def run_on_records(
             print(f"skipped: {line}")
         print(f"{len(records.records)} conversations, {stage.steps} steps of {stage.batch}")
     run_stage(stage, model, partial(batches, records.conversations), place)
+    if place.shard:
+        from training.shard import make_whole
+
+        make_whole(model, frozen=stage.saves_frozen)

@@ -36,6 +36,11 @@ class Place:
     accumulate: int = 1  # pieces of a step, one after the other, to save memory
     workers: int = 0  # processes that prepare batches
     compile: bool = False  # torch.compile: faster steps after some minutes of compiling in each stage
+    shard: bool = False  # each process holds its own part of the model (shard.py)
+
+    @property
+    def start(self) -> str:  # where a model is loaded: it is divided from there, a layer at a time
+        return "cpu" if self.shard else self.device
 
     def autocast(self) -> AbstractContextManager:
         kind = torch.device(self.device).type
@@ -52,11 +57,16 @@ def run_stage(
     stage: Stage, model: LlavaForConditionalGeneration, data: Callable[[range], dict[str, Tensor]], place: Place
 ) -> None:
     """Train one stage, or the rest of it. Saves to NAME.pt every 100 steps, and logs to log.csv every 20."""
-    objective = stage.loss(model).to(place.device).train()
+    objective = stage.loss(model).to(place.start).train()
     use_training_attention(objective)
     learning = choose_parameters(objective, stage.trainable)
+    if place.shard:
+        from training.shard import SavedParts, shard
+
+        learning = shard(objective, place.device)
     optimizer = torch.optim.AdamW(groups(learning, stage), lr=stage.lr, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
     saved = Saved(stage, objective, optimizer, place)
+    saved = SavedParts(saved) if place.shard else saved
     first = saved.load()
     log = Log(stage, place.folder / "log.csv", first, quiet=rank() > 0)
     if first == stage.steps:
@@ -64,7 +74,7 @@ def run_stage(
     if place.compile:
         torch._logging.set_logs(dynamo=logging.ERROR)  # it warns at length that it cannot compile int(sum)
         objective.compile(dynamic=True)
-    parallel = DistributedDataParallel(objective) if dist.is_initialized() else objective
+    parallel = DistributedDataParallel(objective) if dist.is_initialized() and not place.shard else objective
     batches = place.steps(stage, data, first).loader(place.workers)
     gradients = partial(backward, parallel, objective.count, device=place.device, autocast=place.autocast)
     for done, loss in train(stage, batches, gradients, optimizer, first):
@@ -95,8 +105,8 @@ class Saved:
 
     def __init__(self, stage: Stage, objective: nn.Module, optimizer: torch.optim.Optimizer, place: Place):
         self.stage, self.objective, self.optimizer, self.device = stage, objective, optimizer, place.device
-        learning = {name for name, parameter in objective.named_parameters() if parameter.requires_grad}
-        self.left_out = set() if stage.saves_frozen else objective.state_dict().keys() - learning
+        self.learning = {name: p for name, p in objective.named_parameters() if p.requires_grad}
+        self.left_out = set() if stage.saves_frozen else objective.state_dict().keys() - self.learning.keys()
         self.file = place.folder / f"{stage.name}.pt"
         self.settings = f"{stage.steps} steps of {stage.batch} at {stage.lr}, from {place.source}"
         place.folder.mkdir(parents=True, exist_ok=True)
