@@ -59,7 +59,7 @@ def work_with_others(work: Callable[[], None]) -> None:
         raise
 
 
-def end_when_interrupted(grace: float = 3) -> None:
+def end_when_interrupted(grace: float = 2) -> None:
     """End this process `grace` seconds after Ctrl-C if it has not ended by itself.
 
     While it waits for another process, KeyboardInterrupt would wait too: Python raises it between two instructions.

@@ -23,7 +23,8 @@ from torch import Tensor, nn
 
 from hub.tensors import no_weights
 
-ROWS, COLUMNS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"), ("o_proj", "down_proj")
+ROWS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj")
+COLUMNS = ("self_attn.o_proj", "mlp.down_proj")
 
 
 def processes() -> int:
@@ -117,7 +118,7 @@ def divide(model: nn.Module, device: str, dtype: torch.dtype) -> nn.Module:
     from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
     mesh = init_device_mesh(torch.device(device).type, (processes(),))
-    plan = {f"*.{name}": ColwiseParallel() for name in ROWS} | {f"*.{name}": RowwiseParallel() for name in COLUMNS}
+    plan = {name: ColwiseParallel() for name in ROWS} | {name: RowwiseParallel() for name in COLUMNS}
     for layer in model.language_model.layers:
         parallelize_module(layer, mesh, plan, src_data_rank=None)  # None: each process reads its part by itself
         layer.to(device, dtype)

@@ -71,9 +71,11 @@ def train_on_records(
     adapter: Path | None = None,
 ) -> None:
     """LLaVA's second stage on a file of conversations, from any checkpoint, or from one and an adapter."""
+    dtype = None if place.shard and adapter is None else torch.float32  # None: stays in its file until it is divided
     model = LlavaForConditionalGeneration.from_pretrained(
-        checkpoint, torch.float32, place.start, kernels="torch", adapter=adapter
+        checkpoint, dtype, place.start, kernels="torch", adapter=adapter
     )
+    model.vision_tower.float()
     processor = LlavaProcessor.from_pretrained(checkpoint)
     check_can_save(model, processor)  # fails here, and not after hours
     stage = replace(STAGES[-1], steps=steps or 0, batch=batch, lr=lr)

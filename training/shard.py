@@ -32,12 +32,15 @@ from training.processes import rank, wait_for_all, world_size
 def shard(objective: nn.Module, device: str) -> dict[str, nn.Parameter]:
     """Divide a loss and its model, which are on the CPU, over the devices of all processes, a layer at a time.
 
-    Returns the parameters that learn, each a DTensor that holds this process's rows.
+    Returns the parameters that learn, each a DTensor that holds this process's rows. They are in float32 then, also
+    those that were mapped from a file in 16 bits.
     """
     mesh = init_device_mesh(torch.device(device).type, (world_size(),))
-    for layer in objective.model.language_model.layers:
-        fully_shard(layer.to(device), mesh=mesh)
-    fully_shard(objective.to(device), mesh=mesh)
+    for module in (*objective.model.language_model.layers, objective):
+        for parameter in module.parameters():
+            if parameter.requires_grad and parameter.dtype != torch.float32:
+                parameter.data = parameter.data.float()
+        fully_shard(module.to(device), mesh=mesh)
     objective.model.language_model.register_forward_pre_hook(with_gradient)
     return {name: parameter for name, parameter in objective.named_parameters() if parameter.requires_grad}
 

@@ -1,0 +1,160 @@
+"""A model divided over two processes on a CPU: the losses, weights, tokens and answers of one process.
+
+Processes that use torch take seconds to start, so all runs of two processes are parts of one: tests/two_processes.py.
+"""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from contextlib import contextmanager
+
+import pytest
+import torch.distributed as dist
+from safetensors.torch import load_file
+from torch.testing import assert_close
+
+import two_processes
+from hub.files import BUNDLED
+from llava import LlavaProcessor
+from tiny_world import ROOT, TURNS, logged_losses, write_records
+from training import progress, run_stage
+from training.records import Records
+from two_processes import BATCH, COMMANDS, ENDLESS, PARTS, STEPS, STOP, adapt, ask, tune
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Records, some without a picture, and a sharded run that one process began."""
+    folder = tmp_path_factory.mktemp("two")
+    words = [{"conversations": [{"from": "human", "value": "Hello."}, TURNS[1]]}] * 2
+    (folder / "my.json").write_text(json.dumps(write_records(folder, 2) + words))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(progress, "REPORT_EVERY", 1)
+        patch.setattr(run_stage, "SAVE_EVERY", 2)
+        tune(folder, "tuned", shard=False)
+        with alone():
+            tune(folder, "from-1-to-2", stop=STOP)
+        yield folder
+
+
+@contextmanager
+def alone():
+    """A group of this process only."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def ended(folder):
+    """Exit code, standard output and standard error of the two processes, which end by Ctrl-C."""
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(PARTS)]
+    ports = [str(free.getsockname()[1]) for free in sockets]
+    for free in sockets:
+        free.close()
+    command, running = [sys.executable, ROOT / "tests" / "two_processes.py", folder, *ports], []
+    for rank in ("0", "1"):
+        own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+        own |= {"PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests"))), "OMP_NUM_THREADS": "1"}
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        running.append(subprocess.Popen(command, env=os.environ | own, **pipes))
+    lines = []
+    for line in running[0].stdout:
+        lines.append(line)
+        if f"2/{ENDLESS}" in line:
+            break
+    for process in running:
+        process.send_signal(signal.SIGINT)
+    ends = [process.communicate(timeout=60) for process in running]
+    codes = [process.returncode for process in running]
+    return codes, ["".join(lines) + ends[0][0], ends[1][0]], [errors for _, errors in ends]
+
+
+def test_ctrl_c_ends_both_without_a_traceback(ended):
+    codes, _, errors = ended
+    assert codes == [130, 130], errors
+    assert not any("Traceback" in text for text in errors), errors
+
+
+def test_only_the_first_prints(ended):
+    _, (first, second), errors = ended
+    assert second == "" and "saved to" in first and errors[1].count("\n") == 1, (second, errors)
+
+
+@pytest.mark.parametrize("name, by_one", [("from-2-to-2", "tuned"), ("adapted", "adapted-by-one")])
+def test_they_learn_what_one_process_does(folder, ended, name, by_one):
+    """Also where a process has no picture in its samples; frozen numbers in int4 are divided too."""
+    if name == "adapted":
+        adapt(folder, by_one, shard=False)
+    records = Records(folder / "my.json", folder, LlavaProcessor.from_pretrained(BUNDLED), 2048)
+    has_picture = ["pixel_values" in records.conversations(range(n, n + 1)) for n in range(STEPS * BATCH)]
+    assert any(one != other for one, other in zip(has_picture[::2], has_picture[1::2], strict=True))
+    check_losses(folder / name, folder / by_one)
+    file = "adapter_model.safetensors" if name == "adapted" else "model.safetensors"
+    one, two = load_file(folder / by_one / file), load_file(folder / name / file)
+    assert one.keys() == two.keys()
+    for key, tensor in one.items():
+        assert_close(tensor, two[key], atol=2e-3, rtol=1e-2, msg=key)
+
+
+def check_losses(folder, other):
+    ours, theirs = logged_losses(folder), logged_losses(other)
+    assert list(ours) == list(theirs) and len(ours) == STEPS
+    for step, loss in ours.items():
+        assert float(loss) == pytest.approx(float(theirs[step]), abs=2e-4), (step, ours, theirs)
+
+
+@pytest.mark.parametrize("name", ["from-1-to-2", "from-2-to-2", "from-2-to-1"])
+def test_an_interrupted_run_is_resumed_by_as_many_processes_or_others(folder, ended, name):
+    if name == "from-2-to-1":
+        (saved,) = (folder / name / "tune.parts").iterdir()
+        unfinished = saved.with_name("step-3")
+        shutil.copytree(saved, unfinished)
+        (unfinished / "run.json").unlink()
+        with alone():
+            tune(folder, name)
+    check_losses(folder / name, folder / "tuned")
+    assert (folder / name / "model.safetensors").is_file()
+    assert [step.name for step in (folder / name / "tune.parts").iterdir()] == [f"step-{STEPS}"]
+
+
+def test_a_run_that_cannot_be_resumed_is_refused(folder, ended, tmp_path):
+    shutil.copytree(folder / "adapted", tmp_path / "adapted")
+    shutil.copy(folder / "my.json", tmp_path)
+    (tmp_path / "plain").mkdir()
+    (tmp_path / "plain" / "lora.pt").touch()
+    for file in folder.glob("*.png"):
+        shutil.copy(file, tmp_path)
+    with alone():
+        with pytest.raises(ValueError, match="of another run"):
+            adapt(tmp_path, "adapted")
+        with pytest.raises(ValueError, match="without --shard"):
+            adapt(tmp_path, "plain")
+
+
+def made(folder) -> list[dict]:
+    return [json.loads((folder / f"made-{rank}.json").read_text()) for rank in (0, 1)]
+
+
+def test_a_divided_model_with_grouped_heads_says_what_the_whole_one_says(folder, ended):
+    (heads, whole, divided, sampled), other = (each["grouped"] for each in made(folder))
+    assert other == [heads, whole, divided, sampled] and whole == divided != sampled
+    assert 2 * heads == two_processes.grouped().config.text_config.num_key_value_heads
+
+
+def test_the_commands_answer_like_one_process(folder, ended, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
+    for codes in made(folder):
+        assert codes["one answer"] == codes["a list"] == 0 and codes["too long"] == 2
+    _, (printed, _), errors = ended
+    assert ask(*COMMANDS["one answer"]) == 0
+    assert capsys.readouterr().out in printed
+    assert all("error: the prompt is" in text for text in errors)
+    assert ask(*COMMANDS["a list"][:-1], "answers-of-one") == 0
+    of_two, of_one = ([json.loads(line) | {"seconds": 0} for line in (folder / f"answers-of-{n}").read_text().splitlines()]
+                      for n in ("two", "one"))  # fmt: skip
+    assert of_two == of_one and len(of_one) == 2
