@@ -41,9 +41,11 @@ def tune(folder: Path, out: str, shard: bool = True, stop: int | None = None, st
         train_on_records(Place(folder / out, shard=shard), folder / "my.json", None, BUNDLED, steps, BATCH, 1e-3)
 
 
-def adapt(folder: Path, out: str, shard: bool = True, steps: int = STEPS) -> None:
+def adapt(folder: Path, out: str, shard: bool = True, stop: int | None = None, steps: int = STEPS) -> None:
+    """The same with a LoRA beside matrices in int4."""
     place, lora = Place(folder / out, shard=shard), Lora(4, 8, dropout=0.2)
-    train_adapter(place, folder / "my.json", None, BUNDLED, steps, BATCH, 1e-3, 1e-3, lora, "int4")
+    with Interrupted(stop):
+        train_adapter(place, folder / "my.json", None, BUNDLED, steps, BATCH, 1e-3, 1e-3, lora, "int4")
 
 
 class Interrupted:
@@ -92,13 +94,12 @@ def tokens(model: LlavaForConditionalGeneration) -> list:
 
 def train(folder: Path) -> None:
     processes.join("cpu")
-    adapt(folder, "adapted")
-    tune(folder, "from-2-to-2", stop=STOP)
+    tune(folder, "tuned", stop=STOP)
     if processes.rank() == 0:
-        shutil.copytree(folder / "from-2-to-2", folder / "from-2-to-1")
+        shutil.copytree(folder / "tuned", folder / "tuned-then-by-one")
     processes.wait_for_all()
-    tune(folder, "from-2-to-2")
-    tune(folder, "from-1-to-2")
+    tune(folder, "tuned")
+    adapt(folder, "adapted")
     processes.leave()
 
 

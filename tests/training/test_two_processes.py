@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 import torch.distributed as dist
@@ -23,21 +24,21 @@ from llava import LlavaProcessor
 from tiny_world import ROOT, TURNS, logged_losses, write_records
 from training import progress, run_stage
 from training.records import Records
+from training.shard import SavedParts
 from two_processes import BATCH, COMMANDS, ENDLESS, PARTS, STEPS, STOP, adapt, ask, tune
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Records, some without a picture, and a sharded run that one process began."""
+    """Records, two without a picture, and a sharded run that one process began."""
     folder = tmp_path_factory.mktemp("two")
     words = [{"conversations": [{"from": "human", "value": "Hello."}, TURNS[1]]}] * 2
     (folder / "my.json").write_text(json.dumps(write_records(folder, 2) + words))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(progress, "REPORT_EVERY", 1)
         patch.setattr(run_stage, "SAVE_EVERY", 2)
-        tune(folder, "tuned", shard=False)
         with alone():
-            tune(folder, "from-1-to-2", stop=STOP)
+            adapt(folder, "adapted", stop=STOP)
         yield folder
 
 
@@ -85,55 +86,46 @@ def test_only_the_first_prints(ended):
     assert second == "" and "saved to" in first and errors[1].count("\n") == 1, (second, errors)
 
 
-@pytest.mark.parametrize("name, by_one", [("from-2-to-2", "tuned"), ("adapted", "adapted-by-one")])
-def test_they_learn_what_one_process_does(folder, ended, name, by_one):
-    """Also where a process has no picture in its samples; frozen numbers in int4 are divided too."""
-    if name == "adapted":
-        adapt(folder, by_one, shard=False)
+@pytest.mark.parametrize("name, run", [("tuned", tune), ("adapted", adapt)])
+def test_a_resumed_run_of_two_learns_what_one_process_does(folder, ended, name, run):
+    """One was begun by two processes, the other by one. In the last step a process has no picture in its sample."""
     records = Records(folder / "my.json", folder, LlavaProcessor.from_pretrained(BUNDLED), 2048)
-    has_picture = ["pixel_values" in records.conversations(range(n, n + 1)) for n in range(STEPS * BATCH)]
-    assert any(one != other for one, other in zip(has_picture[::2], has_picture[1::2], strict=True))
-    check_losses(folder / name, folder / by_one)
-    file = "adapter_model.safetensors" if name == "adapted" else "model.safetensors"
-    one, two = load_file(folder / by_one / file), load_file(folder / name / file)
+    last = range((STEPS - 1) * BATCH, STEPS * BATCH)
+    assert {"pixel_values" in records.conversations(range(n, n + 1)) for n in last} == {True, False}
+    run(folder, f"{name}-by-one", shard=False)
+    check_same(folder / f"{name}-by-one", folder / name)
+
+
+def check_same(one, two):
+    """The losses of each step, and the weights after the last."""
+    ours, theirs = logged_losses(two), logged_losses(one)
+    assert list(ours) == list(theirs) and len(ours) == STEPS
+    for step, loss in ours.items():
+        assert float(loss) == pytest.approx(float(theirs[step]), abs=2e-4), (step, ours, theirs)
+    (file,) = one.glob("*model.safetensors")
+    one, two = load_file(file), load_file(two / file.name)
     assert one.keys() == two.keys()
     for key, tensor in one.items():
         assert_close(tensor, two[key], atol=2e-3, rtol=1e-2, msg=key)
 
 
-def check_losses(folder, other):
-    ours, theirs = logged_losses(folder), logged_losses(other)
-    assert list(ours) == list(theirs) and len(ours) == STEPS
-    for step, loss in ours.items():
-        assert float(loss) == pytest.approx(float(theirs[step]), abs=2e-4), (step, ours, theirs)
-
-
-@pytest.mark.parametrize("name", ["from-1-to-2", "from-2-to-2", "from-2-to-1"])
-def test_an_interrupted_run_is_resumed_by_as_many_processes_or_others(folder, ended, name):
-    if name == "from-2-to-1":
-        (saved,) = (folder / name / "tune.parts").iterdir()
-        unfinished = saved.with_name("step-3")
-        shutil.copytree(saved, unfinished)
-        (unfinished / "run.json").unlink()
-        with alone():
-            tune(folder, name)
-    check_losses(folder / name, folder / "tuned")
-    assert (folder / name / "model.safetensors").is_file()
-    assert [step.name for step in (folder / name / "tune.parts").iterdir()] == [f"step-{STEPS}"]
+def test_one_process_resumes_a_run_of_two(folder, ended):
+    parts = folder / "tuned-then-by-one" / "tune.parts"
+    assert [step.name for step in parts.iterdir()] == [f"step-{STOP}"]
+    shutil.copytree(parts / f"step-{STOP}", parts / "step-3")
+    (parts / "step-3" / "run.json").unlink()  # not complete: must not be read
+    with alone():
+        tune(folder, "tuned-then-by-one")
+    check_same(folder / "tuned", folder / "tuned-then-by-one")
+    assert [step.name for step in parts.iterdir()] == [f"step-{STEPS}"]
 
 
 def test_a_run_that_cannot_be_resumed_is_refused(folder, ended, tmp_path):
-    shutil.copytree(folder / "adapted", tmp_path / "adapted")
-    shutil.copy(folder / "my.json", tmp_path)
-    (tmp_path / "plain").mkdir()
-    (tmp_path / "plain" / "lora.pt").touch()
-    for file in folder.glob("*.png"):
-        shutil.copy(file, tmp_path)
-    with alone():
-        with pytest.raises(ValueError, match="of another run"):
-            adapt(tmp_path, "adapted")
-        with pytest.raises(ValueError, match="without --shard"):
-            adapt(tmp_path, "plain")
+    with pytest.raises(ValueError, match="of another run"):
+        SavedParts(SimpleNamespace(file=folder / "adapted" / "lora.pt", settings="other steps")).load()
+    (tmp_path / "lora.pt").touch()
+    with pytest.raises(ValueError, match="without --shard"):
+        SavedParts(SimpleNamespace(file=tmp_path / "lora.pt")).load()
 
 
 def made(folder) -> list[dict]:
@@ -155,6 +147,6 @@ def test_the_commands_answer_like_one_process(folder, ended, monkeypatch, capsys
     assert capsys.readouterr().out in printed
     assert all("error: the prompt is" in text for text in errors)
     assert ask(*COMMANDS["a list"][:-1], "answers-of-one") == 0
-    of_two, of_one = ([json.loads(line) | {"seconds": 0} for line in (folder / f"answers-of-{n}").read_text().splitlines()]
-                      for n in ("two", "one"))  # fmt: skip
+    files = [(folder / name).read_text().splitlines() for name in ("answers-of-two", "answers-of-one")]
+    of_two, of_one = ([json.loads(line) | {"seconds": 0} for line in lines] for lines in files)
     assert of_two == of_one and len(of_one) == 2
