@@ -116,9 +116,11 @@ class Saved:
 
         Raises ValueError if the file is of a run with other settings, or damaged.
         """
+        remedy = "delete it, or choose another --out"
+        if (parts := self.file.with_suffix(".parts")).is_dir():
+            raise ValueError(f"{parts} is of a run with --shard: {remedy}")
         if not self.file.is_file():
             return 0
-        remedy = "delete it, or choose another --out"
         try:
             state = torch.load(self.file, map_location=self.device, weights_only=True)
             if (settings := state["settings"]) == self.settings:

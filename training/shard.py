@@ -73,7 +73,7 @@ class SavedParts:
     """The folder NAME.parts of a stage: what run_stage.Saved is without --shard, written and read by all processes.
 
     step-100/ has a safetensors file from each process, and run.json, which is written last: without it the folder is
-    not complete. Another number of processes reads the same files.
+    not complete. Another number of processes can read the same files.
     """
 
     def __init__(self, saved):  # a run_stage.Saved
@@ -87,8 +87,11 @@ class SavedParts:
         if not (steps := self.complete()):
             return 0
         folder = self.folder / f"step-{max(steps)}"
-        if (settings := steps[max(steps)]) != self.saved.settings:
+        settings, files = steps[max(steps)]
+        if settings != self.saved.settings:
             raise ValueError(f"{self.folder} is of another run ({settings}): {self.remedy}")
+        if files != len(list(folder.glob("*.safetensors"))):  # rows that are missing would stay what they were
+            raise ValueError(f"{folder} should have {files} files of weights: {self.remedy}")
         for parameter in self.saved.learning.values():  # AdamW makes its state in its first step
             moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
             taken = torch.tensor(float(max(steps)), device=self.saved.device)
@@ -109,19 +112,20 @@ class SavedParts:
         writer = dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True)
         self.in_all(lambda: dcp.save(tensors, storage_writer=writer), folder)
         if rank() == 0:
-            write_json(folder / "run.new", {"step": step, "settings": self.saved.settings})
+            files = len(list(folder.glob("*.safetensors")))
+            write_json(folder / "run.new", {"step": step, "settings": self.saved.settings, "files": files})
             (folder / "run.new").rename(folder / "run.json")
             for old in self.folder.glob("step-*"):
                 if old != folder:
                     shutil.rmtree(old, ignore_errors=True)
 
-    def complete(self) -> dict[int, str]:
-        """The settings of each step that is complete."""
+    def complete(self) -> dict[int, tuple[str, int]]:
+        """The settings, and the number of files, of each step that is complete."""
         found = {}
         for file in self.folder.glob("step-*/run.json"):
             try:
                 state = json.loads(file.read_text("utf-8"))
-                found[int(state["step"])] = state["settings"]
+                found[int(state["step"])] = state["settings"], state["files"]
             except (ValueError, LookupError, TypeError) as error:
                 raise ValueError(f"{file} is damaged: {self.remedy}") from error
         return found

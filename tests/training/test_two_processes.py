@@ -121,11 +121,24 @@ def test_one_process_resumes_a_run_of_two(folder, ended):
 
 
 def test_a_run_that_cannot_be_resumed_is_refused(folder, ended, tmp_path):
+    shutil.copytree(folder / "adapted" / "lora.parts", tmp_path / "lora.parts")
+    (step,) = (tmp_path / "lora.parts").iterdir()
+    state = json.loads((step / "run.json").read_text())
+    saved = SimpleNamespace(file=tmp_path / "lora.pt", settings=state["settings"])
+    next(step.glob("*.safetensors")).unlink()
+    with pytest.raises(ValueError, match="should have 2 files"):
+        SavedParts(saved).load()
+    saved.settings = "others"
     with pytest.raises(ValueError, match="of another run"):
-        SavedParts(SimpleNamespace(file=folder / "adapted" / "lora.pt", settings="other steps")).load()
-    (tmp_path / "lora.pt").touch()
+        SavedParts(saved).load()
+    (step / "run.json").write_text("{}")
+    with pytest.raises(ValueError, match="damaged"):
+        SavedParts(saved).load()
+    saved.file.touch()
     with pytest.raises(ValueError, match="without --shard"):
-        SavedParts(SimpleNamespace(file=tmp_path / "lora.pt")).load()
+        SavedParts(saved).load()
+    with pytest.raises(ValueError, match="with --shard"):
+        run_stage.Saved.load(saved)
 
 
 def made(folder) -> list[dict]:
