@@ -24,6 +24,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
+from hub.files import file_errors_as_value_error
 from hub.writer import write_json
 from training.loop import stop_if_diverged
 from training.processes import rank, wait_for_all, world_size
@@ -92,11 +93,14 @@ class SavedParts:
             raise ValueError(f"{self.folder} is of another run ({settings}): {self.remedy}")
         if files != len(list(folder.glob("*.safetensors"))):  # rows that are missing would stay what they were
             raise ValueError(f"{folder} should have {files} files of weights: {self.remedy}")
+        reader = dcp.HuggingFaceStorageReader(str(folder))
+        with file_errors_as_value_error(folder):  # dcp.load would print a traceback
+            reader.read_metadata()
         for parameter in self.saved.learning.values():  # AdamW makes its state in its first step
             moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
             taken = torch.tensor(float(max(steps)), device=self.saved.device)
             self.saved.optimizer.state[parameter] = {"step": taken, **moments}
-        self.in_all(lambda: dcp.load(self.tensors(), storage_reader=dcp.HuggingFaceStorageReader(str(folder))), folder)
+        self.in_all(lambda: dcp.load(self.tensors(), storage_reader=reader), folder)
         if rank() == 0:
             stage = self.saved.stage
             print(f"{stage.name}: resumes after step {max(steps)} of {stage.steps}, from {folder}")

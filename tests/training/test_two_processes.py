@@ -125,7 +125,11 @@ def test_a_run_that_cannot_be_resumed_is_refused(folder, ended, tmp_path):
     (step,) = (tmp_path / "lora.parts").iterdir()
     state = json.loads((step / "run.json").read_text())
     saved = SimpleNamespace(file=tmp_path / "lora.pt", settings=state["settings"])
-    next(step.glob("*.safetensors")).unlink()
+    file = next(step.glob("*.safetensors"))
+    os.truncate(file, 1000)
+    with pytest.raises(ValueError, match="truncated"):
+        SavedParts(saved).load()
+    file.unlink()
     with pytest.raises(ValueError, match="should have 2 files"):
         SavedParts(saved).load()
     saved.settings = "others"
