@@ -55,7 +55,7 @@ def work_with_others(work: Callable[[], None]) -> None:
     except RuntimeError as error:
         time.sleep(0.1)  # Ctrl-C ends the other processes too: if it has come, this raises KeyboardInterrupt
         if isinstance(error, torch.distributed.DistError) or "gloo" in str(error):
-            raise ConnectionError("another process ended, and this one cannot go on alone") from error
+            raise ConnectionError("another process ended or cannot be reached, so this one ends too") from error
         raise
 
 
