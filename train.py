@@ -6,7 +6,7 @@
     python train.py --data my.json --lora 16 --out DIR         the same with a LoRA: little memory, a small file
     python train.py --data my.json --recipe finetune-lora      with LLaVA-1.5's own settings (training/recipes.py)
     python train.py --merge --model M --adapter DIR --out DIR  write the model with a LoRA merged into it
-    torchrun --nproc-per-node=2 train.py    the same steps, each shared between two processes
+    torchrun --nproc-per-node=2 train.py    the same steps, each shared between two processes; --shard divides the model
 """
 
 import argparse
@@ -36,14 +36,14 @@ from training.tune_adapter import merge, train_adapter
 ONLY_FROM_NOTHING = ("quick", "seed")  # and seed with --lora or --validate
 ONLY_WITH_LORA = ("alpha", "dropout", "rslora", "projector_lr", "quantize")
 RECIPE_FLAGS = ("recipe", "warm_up", "template", "pad", "group", "max_length", "validate")
-ONLY_WITH_DATA = ("images", "model", "steps", "batch", "lr", "lora", "adapter", *RECIPE_FLAGS)
+ONLY_WITH_DATA = ("images", "model", "steps", "batch", "lr", "lora", "adapter", "shard", *RECIPE_FLAGS)
 FOR_MERGING = ("merge", "model", "adapter", "out")
 NO_MEMORY = "try a larger --accumulate, a smaller --batch, or with --lora --quantize int4"
 DEFAULTS = {
     **{"out": None, "quick": False, "accumulate": 1, "compile": False, "seed": 0},
     **{"data": None, "images": None, "model": None, "steps": None, "batch": 16, "lr": None},
     **{"lora": None, "alpha": None, "dropout": None, "rslora": False, "projector_lr": 2e-5, "quantize": None},
-    **{"adapter": None, "merge": False, "save_every": None},
+    **{"adapter": None, "merge": False, "shard": False, "save_every": None},
     **{"recipe": None, "warm_up": 0.03, "template": None, "pad": None, "group": False, "max_length": None},
     **{"validate": None},
     "device": "cuda" if torch.cuda.is_available() else "cpu",
@@ -90,6 +90,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--lr", type=rate, help="with --data: the highest learning rate (default: 2e-5; with --lora 2e-4)")
     add("--accumulate", type=positive, help="pieces of a step, to save memory (default: 1)")
     add("--compile", action="store_true", help="torch.compile: faster steps after minutes of compiling")
+    add("--shard", action="store_true", help="with --data and torchrun: each process holds only a part of the model")
     add("--save-every", type=positive, metavar="N", help="steps from one saved state to the next (default: 100)")
     add("--seed", type=int, help="of the first weights, with --lora of A and dropout, with --validate of the choice")
     add("--device", help="cpu or cuda (default: cuda where there is a GPU)")
@@ -146,8 +147,10 @@ def check_together(given: dict, recipe: Recipe) -> None:
     if "lora" in given and recipe.name and not recipe.lora:
         raise ValueError(f"--lora does not go with --recipe {recipe.name}: give --recipe finetune-lora")
     has_lora = "lora" in given or recipe.lora
-    if has_lora and "compile" in given:
-        raise ValueError("--compile does not go with --lora")
+    if "compile" in given and (has_lora or "shard" in given):
+        raise ValueError(f"--compile does not go with --{'lora' if has_lora else 'shard'}")
+    if "shard" in given and "data" in given and "WORLD_SIZE" not in os.environ:
+        raise ValueError("--shard divides the model over processes: start it with torchrun --nproc-per-node=N")
     if not 0 < given.get("validate", 0.5) < 1:
         raise ValueError(f"--validate {given['validate']:g} is not a share between 0 and 1, such as 0.02")
     for flag in given:
@@ -165,7 +168,7 @@ def find_place(args: argparse.Namespace) -> Place:
     place = Place(folder, processes.join(args.device), f"the emoji world, seed {args.seed}", args.accumulate)
     on_this_machine = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     place.workers = 0 if args.quick else max(1, min(12, (os.cpu_count() or 2) // on_this_machine - 1))
-    place.compile, place.save_every = args.compile, args.save_every
+    place.compile, place.shard, place.save_every = args.compile, args.shard, args.save_every
     return place
 
 

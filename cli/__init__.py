@@ -15,6 +15,7 @@ from cli.chat import Chat, converse
 from cli.describe import describe
 from cli.errors import run
 from cli.loading import load, settle
+from cli.parallel import connected
 from cli.results import unanswered
 from hub.files import find_checkpoint
 from hub.pictures import open_image
@@ -30,7 +31,12 @@ def main(Model: type, Processor: type, argv: list[str] | None = None) -> int:
     for stream in (sys.stdin, sys.stdout):
         with suppress(AttributeError):  # invalid bytes become a replacement character, not an error
             stream.reconfigure(errors="replace")
-    return run(lambda: dispatch(Model, Processor, parse_arguments(argv)))
+    return run(lambda: connect(Model, Processor, parse_arguments(argv)))
+
+
+def connect(Model: type, Processor: type, args: Namespace) -> None:
+    with connected():
+        dispatch(Model, Processor, args)
 
 
 def dispatch(Model: type, Processor: type, args: Namespace) -> None:

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from cli.parallel import check_flags
 from hub.files import BUNDLED
 from tokenizer import TEMPLATES
 
@@ -111,6 +112,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     if not (args.image or args.images or args.chat or args.prompt is not None):
         parser.print_usage(sys.stderr)
         parser.error("there is nothing to answer: give --image, --images, --chat or --prompt")
+    check_flags(args)
     args.model = default_model(args.adapter) if args.model is None else args.model
     args.prompt = None if args.chat else read_prompt(args.prompt)
     return args

@@ -1,6 +1,7 @@
 """Many answers, for --images: the questions of a folder or a list, answered in batches, a line of JSON for each."""
 
 import json
+import os
 import sys
 import time
 from argparse import Namespace
@@ -11,6 +12,7 @@ from PIL import Image
 
 from cli.answer import ask, check_places, to_json
 from cli.arguments import unicode
+from cli.parallel import is_first, processes, share_list
 from cli.results import Question, answered, question_of
 from hub.pictures import open_image
 
@@ -53,16 +55,19 @@ def answer_many(model, processor, questions: list[Question], args: Namespace) ->
     """Answer batch by batch. Each answer is in the file as soon as its batch is done."""
     failed, start = 0, time.monotonic()
     show = sys.stderr.isatty() and not (args.out is None and sys.stdout.isatty())
-    with nullcontext(sys.stdout) if args.out is None else open(args.out, "a", encoding="utf-8") as out:
-        for first in range(0, len(questions), args.batch_size):
+    file = args.out if is_first() else os.devnull
+    with nullcontext(sys.stdout) if args.out is None else open(file, "a", encoding="utf-8") as out:
+        step = args.batch_size * processes()
+        for first in range(0, len(questions), step):
             progress(first, len(questions), start, show)
-            batch = questions[first : first + args.batch_size]
-            for (paths, prompt), answer in zip(batch, answer_batch(model, processor, batch, args), strict=True):
+            batch = questions[first : first + step]
+            answers = share_list(batch, lambda own: answer_batch(model, processor, own, args))
+            for (paths, prompt), answer in zip(batch, answers, strict=True):
                 out.write(to_json(args, list(paths), prompt, answer) + "\n")
                 failed += "error" in answer
             out.flush()
         progress(len(questions), len(questions), start, show)
-    if args.out is not None:
+    if args.out is not None and is_first():
         answered(args)  # removes errors of questions that now have an answer
     if failed:
         raise ValueError(f'{failed} of {len(questions)} have no answer: their lines say why ("error")')

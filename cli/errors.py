@@ -3,7 +3,11 @@ and print nothing.
 """
 
 import os
+import signal
+import socket
 import sys
+import threading
+import time
 from collections.abc import Callable
 from contextlib import suppress
 
@@ -26,7 +30,7 @@ def run(work: Callable[[], None], remedy: str = REMEDY) -> int:
         if getattr(sys, name) is None:  # closed by the caller: treated as empty
             setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115  (it stays open)
     try:
-        work()
+        work() if "WORLD_SIZE" not in os.environ else work_with_others(work)
         sys.stdout.flush()
     except KeyboardInterrupt:
         return 130
@@ -38,3 +42,36 @@ def run(work: Callable[[], None], remedy: str = REMEDY) -> int:
         print(sentence(error, remedy), file=sys.stderr)
         return 2
     return 0
+
+
+# --- Several processes, started by torchrun --------------------------------------------------------------------------
+
+
+def work_with_others(work: Callable[[], None]) -> None:
+    """Do the work of one process of several. Raises ConnectionError if another one ended, and KeyboardInterrupt."""
+    end_when_interrupted()
+    try:
+        work()
+    except RuntimeError as error:
+        time.sleep(0.1)  # Ctrl-C ends the other processes too: if it has come, this raises KeyboardInterrupt
+        if isinstance(error, torch.distributed.DistError) or "gloo" in str(error):
+            raise ConnectionError("another process ended or cannot be reached, so this one ends too") from error
+        raise
+
+
+def end_when_interrupted(grace: float = 2) -> None:
+    """End this process `grace` seconds after Ctrl-C if it has not ended by itself.
+
+    While it waits for another process, KeyboardInterrupt would wait too: Python raises it between two instructions.
+    """
+    heard, told = socket.socketpair()
+    told.setblocking(False)
+    signal.set_wakeup_fd(told.fileno())  # gets the number of each signal that comes
+
+    def end(told=told) -> None:
+        while heard.recv(1) != bytes([signal.SIGINT]):
+            pass
+        time.sleep(grace)
+        os._exit(130)
+
+    threading.Thread(target=end, daemon=True).start()

@@ -7,6 +7,7 @@ import torch
 
 from cli import models
 from cli.memory import check_memory
+from cli.parallel import divide, is_divided, keep_share, own_device
 from hub.adapter import warning_of_another_base
 from hub.device import check_device, fast_dtype
 from hub.files import BUNDLED, find_checkpoint, weight_files
@@ -24,6 +25,7 @@ def settle(args: Namespace) -> None:
     if args.device == "auto":
         mps = torch.backends.mps.is_available()
         args.device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+    args.device = own_device(args.device)
     check_device(args.device)
     if torch.device(args.device).type == "cuda":
         torch.cuda.set_device(args.device)  # kernels run on the current device only
@@ -61,6 +63,8 @@ def load(Model: type, Processor: type, args: Namespace, rows: int, pictures: int
     model = Model.without_weights(settings)
     if settings.get("quantization_config"):
         unpack(model, expect_packed(model, folder, settings).bits)
+    if is_divided(args):
+        keep_share(model, settings)
     context = model.config.text_config.max_position_embeddings
     tokens = rows * min(pictures * processor.image_seq_length + args.max_new_tokens, context)
     mapped = args.device == "cpu" and not args.quantize and settings["dtype"] == dtype
@@ -75,5 +79,8 @@ def load(Model: type, Processor: type, args: Namespace, rows: int, pictures: int
             most, tile = processor.image_seq_length, model.config.image_seq_length
             times = f"reading it takes up to {most / tile:.0f} times as long as with LLaVA-1.5"
             print(f"A picture becomes up to {most} tokens: {times}.", file=sys.stderr)
+    if is_divided(args):  # without an adapter, which is merged first, from the mapped file
+        whole = Model.from_pretrained(folder, args.adapter and dtype, kernels="torch", adapter=args.adapter)
+        return divide(whole, args.device, dtype), processor
     how = {"quantize": args.quantize, "kernels": args.kernels, "adapter": args.adapter}
     return Model.from_pretrained(folder, dtype, args.device, **how), processor

@@ -3,6 +3,7 @@
 torchrun starts the processes and tells each its number, the rank, in environment variables.
 """
 
+import gc
 import os
 
 import torch
@@ -23,7 +24,10 @@ def join(device: str) -> str:
 
 
 def leave() -> None:
+    """Disconnect, after the run has dropped its model and its optimizer."""
     if dist.is_initialized():
+        gc.collect()  # DTensors that outlive the connection can abort the process when it ends
+        dist.barrier()
         dist.destroy_process_group()
 
 

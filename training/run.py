@@ -75,9 +75,11 @@ def train_on_records(
 ) -> None:
     """LLaVA's second stage, or the one of `recipe`, on a file of records, from a checkpoint or one with an adapter."""
     recipe = recipe or Recipe()
+    dtype = None if place.shard and adapter is None else torch.float32  # None: stays in its file until it is divided
     model = LlavaForConditionalGeneration.from_pretrained(
-        checkpoint, torch.float32, place.device, kernels="torch", adapter=adapter
+        checkpoint, dtype, place.start, kernels="torch", adapter=adapter
     )
+    model.vision_tower.float()
     processor = LlavaProcessor.from_pretrained(checkpoint)
     check_can_save(model, processor)  # fails here, and not after hours
     stage = next(stage for stage in STAGES if stage.name == recipe.stage)
@@ -86,8 +88,10 @@ def train_on_records(
     start = f"on {checkpoint}" + (f" with {adapter}" if adapter else "")
     run_on_records(place, stage, model, processor, data, images, start, recipe=recipe)
     if rank() == 0:
+        for parameter in model.parameters():  # not by model.to, which fails on a model that was divided
+            parameter.data = parameter.data.to(torch.bfloat16)
         is_plain = recipe.template == "plain"  # in which nobody asks a question
-        save(model.to(torch.bfloat16), processor if is_plain else recipe.processor(processor), place.folder)
+        save(model, processor if is_plain else recipe.processor(processor), place.folder)
         print(f"saved to {place.folder}")
 
 
@@ -102,7 +106,7 @@ def run_on_records(
     batches: Callable = lambda conversations, samples: conversations(samples),
     recipe: Recipe | None = None,
 ) -> None:
-    """One stage on a file of conversations."""
+    """One stage on a file of conversations. With `place.shard` only process 0 has the result."""
     recipe = recipe or Recipe()
     model.config.ignore_index = IGNORED
     records = read_records(recipe, model, processor, data, images or data.parent, stage.batch)
@@ -124,6 +128,10 @@ def run_on_records(
     run_stage(stage, model, partial(batches, records.conversations), place, validation)
     if held and rank() == 0:
         plot(place.folder / "log.csv", place.folder / "log.png")
+    if place.shard:
+        from training.shard import make_whole
+
+        make_whole(model, frozen=stage.saves_frozen)
 
 
 def read_records(recipe: Recipe, model, processor: LlavaProcessor, data: Path, images: Path, batch: int) -> Records:

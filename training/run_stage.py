@@ -38,6 +38,11 @@ class Place:
     workers: int = 0  # processes that prepare batches
     save_every: int | None = None  # steps; None: SAVE_EVERY
     compile: bool = False  # torch.compile: faster steps after some minutes of compiling in each stage
+    shard: bool = False  # each process holds its own part of the model (shard.py)
+
+    @property
+    def start(self) -> str:  # where a model is loaded: it is divided from there, a layer at a time
+        return "cpu" if self.shard else self.device
 
     def autocast(self) -> AbstractContextManager:
         kind = torch.device(self.device).type
@@ -61,11 +66,16 @@ def run_stage(
 
     Every place.save_every steps, and at the end, validates and saves to NAME.pt; it also validates before the start.
     """
-    objective = stage.loss(model).to(place.device).train()
+    objective = stage.loss(model).to(place.start).train()
     use_training_attention(objective)
     learning = choose_parameters(objective, stage.trainable)
+    if place.shard:
+        from training.shard import SavedParts, shard
+
+        learning = shard(objective, place.device)
     optimizer = torch.optim.AdamW(groups(learning, stage), lr=stage.lr, betas=stage.betas, weight_decay=0.0, fused=True)
     saved = Saved(stage, objective, optimizer, place)
+    saved = SavedParts(saved) if place.shard else saved
     first, losses = saved.load()
     log = Log(stage, place.folder / "log.csv", first, quiet=rank() > 0, losses=losses)
     if first == stage.steps:
@@ -73,10 +83,10 @@ def run_stage(
     if place.compile:
         torch._logging.set_logs(dynamo=logging.ERROR)  # it warns at length that it cannot compile int(sum)
         objective.compile(dynamic=True)
-    parallel = DistributedDataParallel(objective) if dist.is_initialized() else objective
+    parallel = DistributedDataParallel(objective) if dist.is_initialized() and not place.shard else objective
     batches = place.steps(stage, data, first).loader(place.workers)
     gradients = partial(backward, parallel, objective.count, device=place.device, autocast=place.autocast)
-    if first and dist.is_initialized():
+    if first and parallel is not objective:
         # DistributedDataParallel orders its buffers in its first backward pass, and the order decides how sums of three
         # and more processes are rounded. So the first pass of a resumed run is that of the whole run, without a step.
         gradients(place.steps(stage, data)[0])
@@ -114,8 +124,8 @@ class Saved:
 
     def __init__(self, stage: Stage, objective: nn.Module, optimizer: torch.optim.Optimizer, place: Place):
         self.stage, self.objective, self.optimizer, self.device = stage, objective, optimizer, place.device
-        learning = {name for name, parameter in objective.named_parameters() if parameter.requires_grad}
-        self.left_out = set() if stage.saves_frozen else objective.state_dict().keys() - learning
+        self.learning = {name: p for name, p in objective.named_parameters() if p.requires_grad}
+        self.left_out = set() if stage.saves_frozen else objective.state_dict().keys() - self.learning.keys()
         self.file = place.folder / f"{stage.name}.pt"
         self.settings = f"{stage.steps} steps of {stage.batch} at {stage.lr}, from {place.source}"
         place.folder.mkdir(parents=True, exist_ok=True)
@@ -125,9 +135,11 @@ class Saved:
 
         Raises ValueError if the file is of a run with other settings, or damaged.
         """
+        remedy = "delete it, or choose another --out"
+        if (parts := self.file.with_suffix(".parts")).is_dir():
+            raise ValueError(f"{parts} is of a run with --shard: {remedy}")
         if not self.file.is_file():
             return 0, []
-        remedy = "delete it, or choose another --out"
         try:
             state = torch.load(self.file, map_location=self.device, weights_only=True)
             if (settings := state["settings"]) == self.settings:

@@ -45,7 +45,7 @@ def train_adapter(
     processor = check(checkpoint, place.folder)  # fails before the model is loaded
     before = None if adapter is None else read_adapter(adapter, our_name)
     model = LlavaForConditionalGeneration.from_pretrained(
-        checkpoint, torch.bfloat16, place.device, quantize, kernels="torch"
+        checkpoint, torch.bfloat16, place.start, quantize, kernels="torch"
     )
     masks = add_lora(model, lora, before)
     if fast_dtype(place.device) != torch.bfloat16:

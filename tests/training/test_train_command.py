@@ -168,6 +168,9 @@ def test_flags_that_do_not_go_together_are_refused(tmp_path, monkeypatch):
         (["--data", "missing.json", "--model", "nowhere"], r"missing\.json"),
         (["--accumulate", "3"], "pieces"),
         (["--device", "moon"], "moon"),
+        (["--shard", "--data", "my.json"], "torchrun"),
+        (["--shard"], "--data"),
+        (["--shard", "--data", "my.json", "--compile"], "--compile"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
