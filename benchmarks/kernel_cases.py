@@ -1,28 +1,16 @@
-"""The kernels at the shapes of LLaVA-1.5 7B and Mistral 7B, for gpu.py to check, time and compile.
+"""The kernels at the shapes of LLaVA-1.5 7B and Mistral 7B, for gpu.py to check and time, and targets.py to compile."""
 
-Compiling needs no GPU. A wrapper is run on tensors of the meta device, which have shapes but no numbers. The launches
-it would make are intercepted, and compiled as Triton would compile them for these arguments.
-"""
-
-import re
-import subprocess
 import sys
-import tempfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
-from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
 import torch.nn.functional as F
-import triton
 from torch import Tensor
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from triton.runtime.jit import JITFunction
 
 import llama
 from kernels.attention import attention
@@ -31,10 +19,6 @@ from kernels.int8 import int8_linear
 from kernels.rms_norm import add_rms_norm, rms_norm
 from kernels.rope import rope_into_cache
 from kernels.swiglu import swiglu
-
-POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32",
-            torch.int8: "*i8", torch.int32: "*i32"}  # fmt: skip
-
 
 class Case(NamedTuple):
     kernel: Callable
@@ -77,6 +61,15 @@ def cases(device: str, dtype: torch.dtype = torch.bfloat16) -> dict[str, Case]:
     return found | {what: int8_case(*sizes, device, dtype) for what, sizes in INT8.items()}
 
 
+def compiled_cases(dtype: torch.dtype) -> dict[str, Case]:
+    """The same without numbers, and the widest heads, which need the most shared memory."""
+    widest = {
+        "attention, heads of 256": attention_case(8, 4, 577, 256, True, None, "meta", dtype),
+        "decode attention, heads of 256": decode_case(8, 4, None, "meta", dtype, 256),
+    }
+    return cases("meta", dtype) | widest
+
+
 def attention_case(H: int, K: int, T: int, d: int, causal: bool, window: int | None, device, dtype) -> Case:
     q, k, v = (torch.randn(1, T, n, d, device=device).to(dtype).transpose(1, 2) for n in (H, K, K))
     first_key = torch.zeros(1, dtype=torch.int32, device=device) if causal else None
@@ -88,16 +81,16 @@ def attention_case(H: int, K: int, T: int, d: int, causal: bool, window: int | N
     )
 
 
-def decode_case(H: int, K: int, window: int | None, device, dtype) -> Case:
-    q = torch.randn(1, H, 1, 128, device=device).to(dtype)
-    k, v = (torch.randn(1, K, 1024, 128, device=device).to(dtype) for _ in range(2))
+def decode_case(H: int, K: int, window: int | None, device, dtype, d: int = 128) -> Case:
+    q = torch.randn(1, H, 1, d, device=device).to(dtype)
+    k, v = (torch.randn(1, K, 1024, d, device=device).to(dtype) for _ in range(2))
     past = torch.full((1,), 639, dtype=torch.int32, device=device)
     first_key = torch.zeros(1, dtype=torch.int32, device=device)
     seen_k, seen_v = k[:, :, :640], v[:, :, :640]
     return Case(
         lambda: decode_attention(q, k, v, past, first_key, window),
         lambda: F.scaled_dot_product_attention(q, seen_k, seen_v, enable_gqa=K != H),
-        2 * K * 640 * 128 * k.itemsize,
+        2 * K * 640 * d * k.itemsize,
     )
 
 
@@ -134,64 +127,6 @@ def int8_case(rows: int, out: int, n: int, device, dtype) -> Case:
     q = torch.randint(-127, 128, (out, n), dtype=torch.int8, device=device)
     scale = torch.rand(out, device=device).to(dtype) / 127
     return Case(lambda: int8_linear(x, q, scale), lambda: F.linear(x, q * scale[:, None]), q.nbytes)
-
-
-# --- Compiling without a GPU -----------------------------------------------------------------------------------------
-
-
-def launches(work: Callable, capability: tuple[int, int]) -> list[tuple]:
-    """The kernels that `work` would launch on a GPU of this generation, with arguments and options. Nothing runs."""
-    caught = []
-    with (
-        mock.patch.object(JITFunction, "run", lambda fn, *args, grid, warmup, **how: caught.append((fn, args, how))),
-        mock.patch("kernels.checks.runs_kernels", lambda x: True),
-        mock.patch("kernels.attention.capability", lambda device: capability),
-    ):
-        work()
-    return caught
-
-
-def compile_launch(kernel: JITFunction, args: tuple, how: dict, capability: tuple[int, int]):
-    """Compile one launch, specialised for its arguments as Triton does: None, 1, and multiples of 16."""
-    signature, constants, attributes = {}, {}, {}
-    for i, (parameter, value) in enumerate(zip(kernel.params, args, strict=True)):
-        general = parameter.do_not_specialize
-        if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1 and not general):
-            signature[parameter.name], constants[parameter.name] = "constexpr", value
-        elif isinstance(value, float):
-            signature[parameter.name] = "fp32"
-        else:
-            signature[parameter.name] = POINTERS[value.dtype] if isinstance(value, Tensor) else "i32"
-            if isinstance(value, Tensor) or (value % 16 == 0 and not general):
-                attributes[(i,)] = [["tt.divisibility", 16]]
-    target = GPUTarget("cuda", 10 * capability[0] + capability[1], 32)
-    return triton.compile(ASTSource(kernel, signature, constants, attributes), target=target, options=how)
-
-
-@torch.no_grad()
-def compiled_rows(capability: tuple[int, int]) -> list[dict]:
-    """A row for every kernel of every case: the resources it needs on a GPU of this generation."""
-    rows = []
-    found = cases("meta") | {
-        f"{what}, float32": attention_case(*ATTENTION[what], "meta", torch.float32) for what in list(ATTENTION)[:2]
-    }
-    found |= {f"{what}, float32": decode_case(*sizes, "meta", torch.float32) for what, sizes in DECODE.items()}
-    for what, case in found.items():
-        for kernel, args, how in launches(case.kernel, capability):
-            done = compile_launch(kernel, args, how, capability)
-            with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-                file.write(done.asm["cubin"])
-                file.flush()
-                command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
-                usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-            registers, stack, local = (int(re.search(rf"{key}:(\d+)", usage)[1]) for key in ("REG", "STACK", "LOCAL"))
-            unit = next((name for name in ("wgmma", "mma.sync") if name in done.asm["ptx"]), "")
-            rows.append(
-                {"what": what, "kernel": kernel.__name__, "sm": 10 * capability[0] + capability[1],
-                 "registers": registers, "spilled bytes": stack + local, "shared bytes": done.metadata.shared,
-                 "warps": done.metadata.num_warps, "matrix unit": unit}
-            )  # fmt: skip
-    return rows
 
 
 def markdown(rows: list[dict]) -> str:

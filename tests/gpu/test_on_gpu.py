@@ -34,7 +34,7 @@ from llava import LlavaForConditionalGeneration, LlavaProcessor
 from quantize import quantize_rows
 from tiny_world import ROOT
 
-DEVICE = os.environ.get("TEST_DEVICE", "cuda")  # cpu, with TRITON_INTERPRET=1, tries these tests themselves
+DEVICE = os.environ.get("TEST_DEVICE", "cuda")  # cpu: tries these tests themselves, in the interpreter
 dtypes = pytest.mark.parametrize("dtype", [FP32, FP16, BF16] if DEVICE == "cuda" else [FP32], ids=str)
 
 
@@ -54,7 +54,7 @@ def no_row_is_worse(ours: Tensor, plain: Tensor, exact: Tensor) -> None:
 @pytest.mark.parametrize(("H", "K", "d"), [(4, 4, 64), (8, 2, 128), (4, 1, 80), (2, 2, 256)])
 @pytest.mark.parametrize(("T", "S", "window"), [(577, 577, None), (130, 300, None), (200, 200, 37), (1, 65, None)])
 def test_attention(H, K, d, T, S, window, dtype):
-    q, k, v = random(1, H, T, d), random(1, K, S, d), random(1, K, S, d)
+    q, (k, v) = random(1, H, T, d), random(2, 1, K, S, d)
     mask = llama.visible_keys(torch.ones(1, S, dtype=torch.bool, device=DEVICE), S - T, T, window, DEVICE)
     exact, _ = llama.eager_attention(q, k, v, mask)
     q, k, v = (x.to(dtype) for x in (q, k, v))
@@ -70,7 +70,7 @@ def test_attention(H, K, d, T, S, window, dtype):
     ("past", "first_key", "window"), [(0, 0, None), (640, 0, None), (640, 30, None), (639, 3, 100)]
 )
 def test_decode_attention(H, K, d, past, first_key, window, dtype):
-    q, k, v = random(2, H, 1, d), random(2, K, 1024, d), random(2, K, 1024, d)
+    q, (k, v) = random(2, H, 1, d), random(2, 2, K, 1024, d)
     real = torch.arange(past + 1, device=DEVICE).expand(2, -1) >= min(first_key, past)
     mask = llama.visible_keys(real, past, 1, window, DEVICE)
     exact, _ = llama.eager_attention(q, k[:, :, : past + 1], v[:, :, : past + 1], mask)
@@ -167,7 +167,6 @@ def test_two_models_in_two_threads_do_not_disturb_each_other():
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
-@torch.no_grad()
 def test_scores_in_16_bits_are_as_exact_as_the_plain_models(dtype):
     exact = make("GQA and window").to(DEVICE)
     plain = copy.deepcopy(exact).to(dtype)
