@@ -1,4 +1,4 @@
-"""What every kernel needs on every generation of NVIDIA GPUs since 2020: registers, spills, shared memory. Needs no GPU.
+"""What every kernel needs on each generation of NVIDIA GPUs since 2020: registers, spills, shared memory. Needs no GPU.
 
     python benchmarks/targets.py                                           the table, as Markdown
     python benchmarks/targets.py --targets 90 --dtypes bfloat16            a part of it
@@ -20,7 +20,8 @@ from unittest import mock
 
 import torch
 import triton
-from kernel_cases import compiled_cases, markdown
+from figures import markdown
+from kernel_cases import compiled_makers
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -71,11 +72,13 @@ def usage(cubin: bytes) -> tuple[int, int]:
     return registers, stack + local
 
 
-def compiled(target: int, dtype: torch.dtype) -> Iterator[dict]:
-    """A row for every kernel that the cases compile to; cases that share one make one row."""
+def compiled(target: int, dtype: torch.dtype, words: list[str]) -> Iterator[dict]:
+    """A row for every kernel that the cases with one of `words` in their name compile to; equal ones make one row."""
     seen = []
-    for what, case in compiled_cases(dtype).items():
-        for kernel, args, how in launches(case.kernel, target):
+    for what, make in compiled_makers(dtype).items():
+        if not any(word in what for word in words):
+            continue
+        for kernel, args, how in launches(make().kernel, target):
             source = specialise(kernel, args)
             if (kernel, source, how) in seen:
                 continue
@@ -116,11 +119,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Compile every kernel for GPUs that need not be here.")
     parser.add_argument("--targets", type=int, nargs="+", choices=SHARED, default=list(SHARED), help="default: all")
     dtypes = ("bfloat16", "float16", "float32")
-    parser.add_argument("--dtypes", nargs="+", choices=dtypes, default=dtypes, help="default: all")
+    parser.add_argument("--dtypes", nargs="+", choices=dtypes, default=dtypes[:2], help="default: those of 16 bits")
+    parser.add_argument("--cases", nargs="+", default=[""], metavar="WORD", help="those with a WORD (default: all)")
     parser.add_argument("--json", type=Path, help="also write one row per kernel and target to this file")
     args = parser.parse_args()
     with torch.no_grad():
-        rows = [row for dtype in args.dtypes for sm in args.targets for row in compiled(sm, getattr(torch, dtype))]
+        kinds = [(sm, getattr(torch, dtype)) for dtype in args.dtypes for sm in args.targets]
+        rows = [row for kind in kinds for row in compiled(*kind, args.cases)]
     if args.json:
         args.json.write_text(json.dumps(rows, indent=1))
     print(markdown(by_target(rows)))

@@ -35,7 +35,8 @@ from quantize import quantize_rows
 from tiny_world import ROOT
 
 DEVICE = os.environ.get("TEST_DEVICE", "cuda")  # cpu: tries these tests themselves, in the interpreter
-dtypes = pytest.mark.parametrize("dtype", [FP32, FP16, BF16] if DEVICE == "cuda" else [FP32], ids=str)
+ON_GPU = DEVICE == "cuda"
+dtypes = pytest.mark.parametrize("dtype", [FP32, FP16, BF16] if ON_GPU else [FP32], ids=str)
 
 
 def random(*shape: int, dtype=FP32) -> Tensor:
@@ -148,6 +149,7 @@ def test_the_bundled_model_answers_like_the_plain_one_in_a_batch_and_in_a_chat(q
     assert said[0] == said[1]
 
 
+@pytest.mark.skipif(not ON_GPU, reason="the interpreter runs in one thread only")
 def test_two_models_in_two_threads_do_not_disturb_each_other():
     models = [accelerate(make(kind).to(DEVICE), "triton") for kind in ("MHA", "GQA and window")]
     ids = torch.tensor([[1, 5, 9, 33]], device=DEVICE)
@@ -166,7 +168,7 @@ def test_two_models_in_two_threads_do_not_disturb_each_other():
         assert len(got) == 5 and all(torch.equal(ids, want) for ids in got)
 
 
-@pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
+@pytest.mark.parametrize("dtype", [FP16, BF16] if ON_GPU else [FP16], ids=str)  # no bfloat16 in the interpreter
 def test_scores_in_16_bits_are_as_exact_as_the_plain_models(dtype):
     exact = make("GQA and window").to(DEVICE)
     plain = copy.deepcopy(exact).to(dtype)
