@@ -36,6 +36,7 @@ import transformers  # before our folder is in sys.path: it would mistake our ke
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from figures import bytes_per_token, turns
 from random_weights import make
 
 from hub.device import fast_dtype
@@ -102,27 +103,11 @@ def time_answer(model: torch.nn.Module, inputs: dict, **stop) -> tuple[float, fl
     return clock[0] - start, statistics.median(b - a for a, b in itertools.pairwise(clock)), ids
 
 
-def bytes_per_token(model: LlavaForConditionalGeneration, context: int) -> int:
-    """The bytes read to decode a token: the decoder, the head, and the keys and values of the context."""
-    parts = {id(p): p.nbytes for part in (model.language_model, model.lm_head) for p in part.parameters()}
-    if not model.config.tie_word_embeddings:  # only one row of the table is read
-        del parts[id(model.language_model.embed_tokens.weight)]
-    text = model.config.text_config
-    keys_and_values = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * model.dtype.itemsize
-    return sum(parts.values()) + context * keys_and_values
-
-
 def read_speed(numbers: torch.Tensor) -> float:
     """Bytes per second of a sum, which only reads, over more numbers than a CPU's caches hold."""
     start = time.perf_counter()
     numbers.sum()
     return numbers.nbytes / (time.perf_counter() - start)
-
-
-def turns(names, i: int) -> list:
-    """The names, starting with a different one every round."""
-    names = list(names)
-    return names[i % len(names) :] + names[: i % len(names)]
 
 
 def together(folder: Path, dtype: torch.dtype, plain: bool) -> list[list[str]]:

@@ -1,28 +1,16 @@
-"""The kernels at the shapes of LLaVA-1.5 7B and Mistral 7B, for gpu.py to check, time and compile.
+"""The kernels at the shapes of LLaVA-1.5 7B and Mistral 7B, for gpu.py to check and time, and targets.py to compile."""
 
-Compiling needs no GPU. A wrapper is run on tensors of the meta device, which have shapes but no numbers. The launches
-it would make are intercepted, and compiled as Triton would compile them for these arguments.
-"""
-
-import re
-import subprocess
 import sys
-import tempfile
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
-from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
 import torch.nn.functional as F
-import triton
 from torch import Tensor
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from triton.runtime.jit import JITFunction
 
 import llama
 from kernels.attention import attention
@@ -32,15 +20,27 @@ from kernels.rms_norm import add_rms_norm, rms_norm
 from kernels.rope import rope_into_cache
 from kernels.swiglu import swiglu
 
-POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32",
-            torch.int8: "*i8", torch.int32: "*i32"}  # fmt: skip
+EPS = 1e-5
 
 
 class Case(NamedTuple):
-    kernel: Callable
-    plain: Callable  # computes the same result in the plain model's way
+    """A kernel and the plain computation of the same tensors, as functions of `inputs`."""
+
+    kernel_of: Callable
+    plain_of: Callable
+    inputs: tuple[Tensor, ...]
     bytes: int  # that must be read and written
     flops: int = 0  # on tensor cores
+
+    def kernel(self) -> Tensor | tuple[Tensor, ...]:
+        return self.kernel_of(*self.inputs)
+
+    def plain(self) -> Tensor | tuple[Tensor, ...]:
+        return self.plain_of(*self.inputs)
+
+    def exact(self) -> Tensor | tuple[Tensor, ...]:
+        """The plain computation in float32."""
+        return self.plain_of(*(x.float() if x.is_floating_point() else x for x in self.inputs))
 
 
 # heads, key heads, tokens, head width, causal, window
@@ -60,56 +60,73 @@ INT8 = {
 }
 
 
-def cases(device: str, dtype: torch.dtype = torch.bfloat16) -> dict[str, Case]:
-    found = {what: attention_case(*sizes, device, dtype) for what, sizes in ATTENTION.items()}
-    found |= {what: decode_case(*sizes, device, dtype) for what, sizes in DECODE.items()}
-    found |= {f"add and norm, {rows} rows": norm_case(rows, device, dtype) for rows in (1, 608, 8192)}
-    x = torch.randn(1, 1, 4096, device=device).to(dtype)
-    norm = llama.RMSNorm(4096, 1e-5).to(device, dtype)
-    found["norm, 1 row"] = Case(partial(rms_norm, x, norm.weight, norm.eps), partial(norm, x), 2 * x.nbytes)
-    found |= {f"RoPE and cache, {T} tokens": rope_case(T, device, dtype) for T in (1, 608)}
-    for rows in (1, 608):
-        both = torch.randn(1, rows, 22016, device=device).to(dtype)
-        gate, up = both.split(11008, -1)
-        found[f"SiLU times up, {rows} rows"] = Case(
-            partial(swiglu, gate, up), lambda gate=gate, up=up: F.silu(gate) * up, both.nbytes * 3 // 2
-        )
-    return found | {what: int8_case(*sizes, device, dtype) for what, sizes in INT8.items()}
+def makers(device: str, dtype: torch.dtype = torch.bfloat16) -> dict[str, Callable[[], Case]]:
+    """The cases by name. Each is made when it is called, so that the inputs of one do not stay during the next."""
+    where = device, dtype
+    found = {what: lambda sizes=sizes: attention_case(*sizes, *where) for what, sizes in ATTENTION.items()}
+    found |= {what: lambda sizes=sizes: decode_case(*sizes, *where) for what, sizes in DECODE.items()}
+    found |= {f"add and norm, {rows} rows": lambda rows=rows: add_norm_case(rows, *where) for rows in (1, 608, 8192)}
+    found["norm, 1 row"] = lambda: norm_case(*where)
+    found |= {f"RoPE and cache, {T} tokens": lambda T=T: rope_case(T, *where) for T in (1, 608)}
+    found |= {f"SiLU times up, {rows} rows": lambda rows=rows: swiglu_case(rows, *where) for rows in (1, 608)}
+    return found | {what: lambda sizes=sizes: int8_case(*sizes, *where) for what, sizes in INT8.items()}
+
+
+def compiled_makers(dtype: torch.dtype) -> dict[str, Callable[[], Case]]:
+    """The same without numbers, and the widest heads, which need the most shared memory."""
+    return makers("meta", dtype) | {
+        "attention, heads of 256": lambda: attention_case(8, 4, 577, 256, True, None, "meta", dtype),
+        "decode attention, heads of 256": lambda: decode_case(8, 4, None, "meta", dtype, 256),
+    }
 
 
 def attention_case(H: int, K: int, T: int, d: int, causal: bool, window: int | None, device, dtype) -> Case:
     q, k, v = (torch.randn(1, T, n, d, device=device).to(dtype).transpose(1, 2) for n in (H, K, K))
     first_key = torch.zeros(1, dtype=torch.int32, device=device) if causal else None
     return Case(
-        lambda: attention(q, k, v, causal, first_key, window),
-        lambda: F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=K != H),
+        lambda q, k, v: attention(q, k, v, causal, first_key, window),
+        lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=K != H),
+        (q, k, v),
         2 * q.nbytes + k.nbytes + v.nbytes,
         4 * H * T * T * d // (2 if causal else 1),
     )
 
 
-def decode_case(H: int, K: int, window: int | None, device, dtype) -> Case:
-    q = torch.randn(1, H, 1, 128, device=device).to(dtype)
-    k, v = (torch.randn(1, K, 1024, 128, device=device).to(dtype) for _ in range(2))
+def decode_case(H: int, K: int, window: int | None, device, dtype, d: int = 128) -> Case:
+    q = torch.randn(1, H, 1, d, device=device).to(dtype)
+    k, v = (torch.randn(1, K, 1024, d, device=device).to(dtype) for _ in range(2))
     past = torch.full((1,), 639, dtype=torch.int32, device=device)
     first_key = torch.zeros(1, dtype=torch.int32, device=device)
-    seen_k, seen_v = k[:, :, :640], v[:, :, :640]
     return Case(
-        lambda: decode_attention(q, k, v, past, first_key, window),
-        lambda: F.scaled_dot_product_attention(q, seen_k, seen_v, enable_gqa=K != H),
-        2 * K * 640 * 128 * k.itemsize,
+        lambda q, k, v: decode_attention(q, k, v, past, first_key, window),
+        lambda q, k, v: F.scaled_dot_product_attention(q, k[:, :, :640], v[:, :, :640], enable_gqa=K != H),
+        (q, k, v),
+        2 * K * 640 * d * k.itemsize,
     )
 
 
-def norm_case(rows: int, device, dtype) -> Case:
-    x, y = (torch.randn(1, rows, 4096, device=device).to(dtype) for _ in range(2))
-    norm = llama.RMSNorm(4096, 1e-5).to(device, dtype)
+def plain_norm(x: Tensor, weight: Tensor) -> Tensor:
+    return llama.RMSNorm.forward(SimpleNamespace(weight=weight, eps=EPS), x)
 
-    def plain() -> tuple[Tensor, Tensor]:
-        total = x + y
-        return total, norm(total)
 
-    return Case(lambda: add_rms_norm(x, y, norm.weight, norm.eps), plain, 4 * x.nbytes)
+def norm_case(device, dtype) -> Case:
+    x, weight = (torch.randn(*shape, device=device).to(dtype) for shape in ((1, 1, 4096), (4096,)))
+    return Case(lambda x, weight: rms_norm(x, weight, EPS), plain_norm, (x, weight), 2 * x.nbytes + weight.nbytes)
+
+
+def add_norm_case(rows: int, device, dtype) -> Case:
+    x, y, weight = (torch.randn(*shape, device=device).to(dtype) for shape in (*[(1, rows, 4096)] * 2, (4096,)))
+    return Case(
+        lambda x, y, weight: add_rms_norm(x, y, weight, EPS),
+        lambda x, y, weight: (x + y, plain_norm(x + y, weight)),
+        (x, y, weight),
+        4 * x.nbytes + weight.nbytes,
+    )
+
+
+def swiglu_case(rows: int, device, dtype) -> Case:
+    both = torch.randn(1, rows, 22016, device=device).to(dtype)
+    return Case(swiglu, lambda gate, up: F.silu(gate) * up, both.split(11008, -1), both.nbytes * 3 // 2)
 
 
 def rope_case(T: int, device, dtype) -> Case:
@@ -118,82 +135,24 @@ def rope_case(T: int, device, dtype) -> Case:
     angles = torch.rand(1, 1, T, 64, device=device) * 700
     cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
     k_cache, v_cache = torch.zeros(2, 1, 32, 1024, 128, dtype=dtype, device=device)
-    past = torch.full((1,), 32, dtype=torch.int32, device=device)
+    past, new = torch.full((1,), 32, dtype=torch.int32, device=device), slice(32, 32 + T)
 
-    def plain() -> Tensor:
-        k_cache[:, :, 32 : 32 + T], v_cache[:, :, 32 : 32 + T] = llama.apply_rope(k, cos, sin), v
-        return llama.apply_rope(q, cos, sin)
+    def kernel(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
+        rotated = rope_into_cache(q, k, v, cos, sin, k_cache, v_cache, past)
+        return rotated, k_cache[:, :, new], v_cache[:, :, new]
 
-    return Case(
-        lambda: rope_into_cache(q, k, v, cos, sin, k_cache, v_cache, past), plain, 2 * qkv.nbytes + 2 * cos.nbytes
-    )
+    plain_cache = torch.zeros(2, 1, 32, 1024, 128, dtype=dtype, device=device)
+
+    def plain(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
+        rotated = llama.apply_rope(k, cos, sin)
+        plain_cache[0, :, :, new], plain_cache[1, :, :, new] = rotated, v
+        return llama.apply_rope(q, cos, sin), rotated, v
+
+    return Case(kernel, plain, (q, k, v, cos, sin), 2 * qkv.nbytes + 2 * cos.nbytes)
 
 
 def int8_case(rows: int, out: int, n: int, device, dtype) -> Case:
     x = torch.randn(1, rows, n, device=device).to(dtype)
     q = torch.randint(-127, 128, (out, n), dtype=torch.int8, device=device)
     scale = torch.rand(out, device=device).to(dtype) / 127
-    return Case(lambda: int8_linear(x, q, scale), lambda: F.linear(x, q * scale[:, None]), q.nbytes)
-
-
-# --- Compiling without a GPU -----------------------------------------------------------------------------------------
-
-
-def launches(work: Callable, capability: tuple[int, int]) -> list[tuple]:
-    """The kernels that `work` would launch on a GPU of this generation, with arguments and options. Nothing runs."""
-    caught = []
-    with (
-        mock.patch.object(JITFunction, "run", lambda fn, *args, grid, warmup, **how: caught.append((fn, args, how))),
-        mock.patch("kernels.checks.runs_kernels", lambda x: True),
-        mock.patch("kernels.attention.capability", lambda device: capability),
-    ):
-        work()
-    return caught
-
-
-def compile_launch(kernel: JITFunction, args: tuple, how: dict, capability: tuple[int, int]):
-    """Compile one launch, specialised for its arguments as Triton does: None, 1, and multiples of 16."""
-    signature, constants, attributes = {}, {}, {}
-    for i, (parameter, value) in enumerate(zip(kernel.params, args, strict=True)):
-        general = parameter.do_not_specialize
-        if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1 and not general):
-            signature[parameter.name], constants[parameter.name] = "constexpr", value
-        elif isinstance(value, float):
-            signature[parameter.name] = "fp32"
-        else:
-            signature[parameter.name] = POINTERS[value.dtype] if isinstance(value, Tensor) else "i32"
-            if isinstance(value, Tensor) or (value % 16 == 0 and not general):
-                attributes[(i,)] = [["tt.divisibility", 16]]
-    target = GPUTarget("cuda", 10 * capability[0] + capability[1], 32)
-    return triton.compile(ASTSource(kernel, signature, constants, attributes), target=target, options=how)
-
-
-@torch.no_grad()
-def compiled_rows(capability: tuple[int, int]) -> list[dict]:
-    """A row for every kernel of every case: the resources it needs on a GPU of this generation."""
-    rows = []
-    found = cases("meta") | {
-        f"{what}, float32": attention_case(*ATTENTION[what], "meta", torch.float32) for what in list(ATTENTION)[:2]
-    }
-    found |= {f"{what}, float32": decode_case(*sizes, "meta", torch.float32) for what, sizes in DECODE.items()}
-    for what, case in found.items():
-        for kernel, args, how in launches(case.kernel, capability):
-            done = compile_launch(kernel, args, how, capability)
-            with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-                file.write(done.asm["cubin"])
-                file.flush()
-                command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
-                usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-            registers, stack, local = (int(re.search(rf"{key}:(\d+)", usage)[1]) for key in ("REG", "STACK", "LOCAL"))
-            unit = next((name for name in ("wgmma", "mma.sync") if name in done.asm["ptx"]), "")
-            rows.append(
-                {"what": what, "kernel": kernel.__name__, "sm": 10 * capability[0] + capability[1],
-                 "registers": registers, "spilled bytes": stack + local, "shared bytes": done.metadata.shared,
-                 "warps": done.metadata.num_warps, "matrix unit": unit}
-            )  # fmt: skip
-    return rows
-
-
-def markdown(rows: list[dict]) -> str:
-    lines = ["| " + " | ".join(rows[0]) + " |", "|---" * len(rows[0]) + "|"]
-    return "\n".join(lines + ["| " + " | ".join(map(str, row.values())) + " |" for row in rows])
+    return Case(int8_linear, lambda x, q, scale: F.linear(x, q * scale[:, None]), (x, q, scale), q.nbytes)

@@ -29,6 +29,7 @@ def settle(args: Namespace) -> None:
     check_device(args.device)
     if torch.device(args.device).type == "cuda":
         torch.cuda.set_device(args.device)  # kernels run on the current device only
+        torch.backends.cudnn.allow_tf32 = False  # by default it rounds the patch embedding in float32 to 10 bits
     folder = find_checkpoint(args.model)
     # Reads only the adapter's settings: fails before the model is loaded and quantized.
     if args.adapter is not None and (warning := warning_of_another_base(args.adapter, args.model)):

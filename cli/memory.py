@@ -1,7 +1,7 @@
 """Whether a model fits into memory, checked before its weights are read, so that an error comes at once.
 
     needed = the weights in the dtype and form they will have + the KV cache + OVERHEAD
-             + for LLaVA-1.6 the activations of up to 2,928 tokens a picture
+             + the activations of long prompts: batches, and LLaVA-1.6's up to 2,928 tokens a picture
 
 Weights mapped from a file count too: the system can drop their pages, but every token reads all of them again, which
 is slow. So a model that does not fit runs if it is mapped, with a warning.
@@ -19,7 +19,8 @@ from torch import nn
 
 from quantize import Int4Linear, QuantizedLinear, quantize_model
 
-OVERHEAD = 300_000_000  # bytes: PyTorch, activations, and the words of the prompts
+OVERHEAD = 300_000_000  # bytes: PyTorch, the words of the prompts, and the activations of a short prompt
+SHORT = 1000  # tokens: one picture of LLaVA-1.5 and a question
 
 
 def cache_bytes(config, dtype: torch.dtype) -> int:
@@ -29,9 +30,7 @@ def cache_bytes(config, dtype: torch.dtype) -> int:
 
 
 def activation_bytes(config, dtype: torch.dtype) -> int:
-    """LLaVA-1.6: what a token of a prompt takes in a layer while the prompt runs. LLaVA-1.5's are within OVERHEAD."""
-    if not config.image_grid_pinpoints:
-        return 0
+    """What a token of a prompt takes in a layer while the prompt runs."""
     vision, text = config.vision_config, config.text_config
     tower = 4 * vision.hidden_size + 2 * vision.intermediate_size  # a picture has about as many patches as tokens
     return max(tower, 6 * text.hidden_size + 3 * text.intermediate_size) * dtype.itemsize
@@ -58,8 +57,9 @@ def needed_bytes(
     if quantize:
         model = copy.deepcopy(model)
         quantize_model(model, quantize)
-    token = cache_bytes(model.config, dtype) + activation_bytes(model.config, dtype)
-    needed = weight_bytes(model, dtype, mapped) + tokens * token + OVERHEAD
+    needed = weight_bytes(model, dtype, mapped) + tokens * cache_bytes(model.config, dtype) + OVERHEAD
+    more = tokens if model.config.image_grid_pinpoints else max(0, tokens - SHORT)  # than OVERHEAD is for
+    needed += more * activation_bytes(model.config, dtype)
     if device != "cpu":  # one matrix at a time is dequantized
         sizes = [m.in_features * m.out_features for m in model.modules() if isinstance(m, QuantizedLinear)]
         needed += max(sizes, default=0) * dtype.itemsize

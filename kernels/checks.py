@@ -8,7 +8,7 @@ from torch import Tensor
 
 from kernels.twins import formula_needed
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # read once, as Triton does when a kernel is defined
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # read once: it must be set before triton is imported
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 WIDEST_HEAD = 256
 

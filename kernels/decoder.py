@@ -4,9 +4,10 @@
     clip.attention -> tower_attention
 
 FastLlama has the children of the Llama that it replaces, under the same names, and gives the same results. q, k and v
-are one product, gate and up another. Keys and values go straight into a FastCache, whose length and padding the
-kernels read on the device. FastLlama runs the plain formula for attentions, hidden states, gradients and autocast,
-without a FastCache, for dtypes and devices that the kernels do not support, and for padding between a row's tokens.
+are one product, gate and up another. RoPE's angles are computed once, for all positions. Keys and values go straight
+into a FastCache, whose length and padding the kernels read on the device. FastLlama runs the plain formula for
+attentions, hidden states, gradients and autocast, without a FastCache, for dtypes and devices that the kernels do not
+support, for padding between a row's tokens, and for prompts with positions beyond the model's context and the cache.
 """
 
 from collections.abc import Iterator
@@ -32,11 +33,13 @@ class FastCache(KVCache):
     """A KVCache that also has on the device what the kernels read. `length`, on the host, is the only count of tokens.
 
     `past` (1,) is set to `length` by begin(), before each forward. `first_key` (B,) is where the left padding of each
-    row ends. `holes`: a row has padding elsewhere too, which the kernels do not support. `recorded` is the decode step
-    of this cache as a CUDA graph (kernels/graph.py).
+    row ends. `holes`: a row has padding elsewhere too, which the kernels do not support. `rope` is the model's
+    FastLlama.rope_table. `recorded` is the decode step of this cache as a CUDA graph (kernels/graph.py).
     """
 
-    def __init__(self, config: LlamaConfig, batch: int, capacity: int, dtype: torch.dtype, device):
+    def __init__(self, config: LlamaConfig, batch: int, capacity: int, rope: Tensor):
+        dtype, device = rope.dtype, rope.device
+        self.rope = rope  # kept here too: a graph has its address, and the model may replace it by a longer one
         self.past = torch.zeros(1, dtype=torch.int32, device=device)
         self.first_key = torch.zeros(batch, dtype=torch.int32, device=device)
         self.holes, self.is_recorded, self.recorded = False, False, None
@@ -88,6 +91,7 @@ class FastLlama(Llama):
     def __init__(self, plain: Llama):
         adopt(self, plain)
         self.moves = 0  # how often the weights may have been moved
+        self.rope: Tensor | None = None
         self.fused: list[tuple[FusedLinears, FusedLinears]] = []
         for layer in self.layers:
             qkv = FusedLinears(layer.self_attn, ("q_proj", "k_proj", "v_proj"))
@@ -98,13 +102,26 @@ class FastLlama(Llama):
 
     def _apply(self, fn, recurse: bool = True):  # what .to(), .float() and so on call
         self.moves += 1
+        self.rope = None
         for qkv, gate_up in self.fused:
             qkv.forget()
             gate_up.forget()
         return super()._apply(fn, recurse)
 
     def new_cache(self, batch: int, capacity: int) -> FastCache:
-        return FastCache(self.config, batch, capacity, self.norm.weight.dtype, self.norm.weight.device)
+        return FastCache(self.config, batch, capacity, self.rope_table(capacity))
+
+    def rope_table(self, tokens: int) -> Tensor:  # (2, N, d / 2), in the dtype of the weights
+        """cos and sin of RoPE's angles at positions 0 to N - 1: the model's context, or `tokens` if they are more.
+
+        The formula takes thirteen launches in every step, and indexing the table takes one.
+        """
+        table, weight = self.rope, self.norm.weight
+        if table is None or table.shape[1] < tokens:
+            N = max(tokens, self.config.max_position_embeddings)
+            angles = rope_angles(self.config, torch.arange(N, device=weight.device))  # (N, d / 2)
+            table = self.rope = torch.stack([angles.cos(), angles.sin()]).to(weight.dtype)
+        return table
 
     def can_use(self, cache: KVCache | None, x: Tensor) -> bool:
         """Whether the kernels can run x with this cache."""
@@ -116,14 +133,13 @@ class FastLlama(Llama):
         if attention_mask is not None and isinstance(cache, FastCache) and not asked:
             self.padding_mask(attention_mask, B, cache.length + T, cache)  # the cache keeps it
             attention_mask = None
-        if asked or not self.can_use(cache, x):
+        if asked or not self.can_use(cache, x) or not self.in_table(position_ids, cache):
             return super().forward(x, attention_mask, position_ids, cache, hidden_states, attentions)
         cache.check(B, cache.length + T)
         cache.begin()
-        if position_ids is None:
-            position_ids = torch.arange(cache.length, cache.length + T, device=x.device)[None]
-        angles = rope_angles(self.config, position_ids)[:, None]  # (B, 1, T, d / 2)
-        rope = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+        new = slice(cache.length, cache.length + T)
+        rope = cache.rope[:, None, new] if position_ids is None else cache.rope[:, position_ids]
+        rope = rope[:, :, None].unbind()  # cos and sin, (B or 1, 1, T, d / 2) each
         added = None  # what the last sublayer adds to x: the next norm adds it, in the same kernel
         for layer, (qkv, gate_up) in zip(self.layers, self.fused, strict=True):
             attn, mlp = layer.self_attn, layer.mlp
@@ -133,6 +149,14 @@ class FastLlama(Llama):
             added = mlp.down_proj(swiglu(*gate_up(y)))
         cache.length += T
         return self.add_and_norm(x, added, self.norm)[1]
+
+    @staticmethod
+    def in_table(position_ids: Tensor | None, cache: FastCache) -> bool:
+        """Whether cache.rope has these positions. A decode step does not ask: the host would wait for the GPU."""
+        if position_ids is None or position_ids.shape[1] == 1:
+            return True
+        first, last = position_ids.aminmax()
+        return bool((first >= 0) & (last < cache.rope.shape[1]))
 
     @staticmethod
     def add_and_norm(x: Tensor, added: Tensor | None, norm: RMSNorm) -> tuple[Tensor, Tensor]:

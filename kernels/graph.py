@@ -1,6 +1,6 @@
 """The decode step as a CUDA graph: recorded once, then replayed for every token.
 
-A step of the 7B launches about 340 kernels, and a launch takes the host longer than most kernels run. A graph
+A step of the 7B launches more than 320 kernels, and a launch takes the host longer than most kernels run. A graph
 keeps the list of launches on the GPU, and one call runs it. It records addresses and numbers: a replay makes the same
 launches with the same arguments on the same memory. So whatever changes from token to token must be read from memory at
 a fixed address: the ids and positions here, the cache's length in FastCache.past. The plain decoder cannot be replayed,

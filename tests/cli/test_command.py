@@ -820,6 +820,25 @@ def test_a_model_that_stays_in_its_file_runs_with_a_warning(ask, small, monkeypa
     refused(ask(*arguments), "this model needs")
 
 
+def test_the_activations_of_a_large_batch_are_counted(small):
+    model, dtype = LlavaForConditionalGeneration.without_weights(read_config(small)), torch.float32
+    token = memory.cache_bytes(model.config, dtype)
+    one, short, eight = (memory.needed_bytes(model, dtype, None, n) for n in (1, memory.SHORT, 8 * memory.SHORT))
+    assert short - one == (memory.SHORT - 1) * token
+    text, more = model.config.text_config, 7 * memory.SHORT
+    inside_the_mlp = 3 * text.intermediate_size * dtype.itemsize  # gate, up and their product
+    assert eight - short > more * (token + inside_the_mlp)
+
+
+def test_a_gpu_is_made_the_current_device_and_multiplies_float32_exactly(monkeypatch):
+    chosen = []
+    monkeypatch.setattr(loading, "check_device", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    loading.settle(parse_arguments(["--prompt", "x", "--device", "cuda:1", "--dtype", "float32"]))
+    assert chosen == ["cuda:1"] and not torch.backends.cudnn.allow_tf32
+
+
 def test_the_cache_of_every_row_is_counted(ask, small, folder, monkeypatch):
     """For each row its pictures and its answer, up to the context."""
     counted, picture = [], LlavaProcessor.from_pretrained(small).image_seq_length

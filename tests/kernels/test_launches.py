@@ -51,10 +51,11 @@ def launches_of_a_step() -> Counter:
     return counted
 
 
-def test_a_layer_is_ten_launches_and_nothing_waits_for_the_gpu():
+def test_a_layer_is_ten_launches_five_are_around_them_and_nothing_waits_for_the_gpu():
     counted, layers = launches_of_a_step(), LlavaConfig().text_config.num_hidden_layers
     assert counted["linear"] == 4 * layers + 1  # qkv, o, gate and up, down; the head
     kernels = ("rope_kernel", "decode_kernel", "join_kernel", "swiglu_kernel")
     assert all(counted[name] == layers for name in kernels) and counted["rms_norm_kernel"] == 2 * layers + 1
-    assert counted.total() <= 10 * layers + 20, counted
-    assert not {"_local_scalar_dense", "nonzero"} & counted.keys()
+    outside = {"embedding", "index", "fill_"}  # of RoPE's table; of the cache's length, which a graph does not record
+    assert all(counted[name] == 1 for name in outside)
+    assert counted.total() == 10 * layers + 5, counted  # with the last norm and the head

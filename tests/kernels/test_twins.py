@@ -11,7 +11,7 @@ from torch.testing import assert_close
 from kernel_helpers import BF16, FP16, FP32, KINDS, answer, batch, make, random
 from kernels import accelerate
 from kernels.cpu import AVX2, CpuInt4, CpuInt8, CpuLinear, FusedAttention, FusedMLP
-from llama import KVCache, rope_angles, visible_keys
+from llama import KVCache, Llama, LlamaConfig, rope_angles, visible_keys
 
 pytest.importorskip("triton")
 from kernels.decoder import FastInt8Linear, FastLlama
@@ -223,6 +223,39 @@ def test_the_formula_runs_where_kernels_cannot(why, attended):
     assert not attended
     for ours, theirs in zip(*results, strict=True):
         assert_close(ours, theirs, atol=1e-4 if ours.dtype == FP32 else 0.02, rtol=1e-4)
+
+
+ROPE = {"default": {}, "linear": {"rope_factor": 4.0}, "llama3": {"rope_factor": 8.0, "head_dim": 64}}
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("dtype", [FP32, FP16, BF16], ids=str)
+@pytest.mark.parametrize("kind", ROPE)
+def test_the_table_has_the_cosines_and_sines_of_the_formula(kind, dtype):
+    config = LlamaConfig(8, 64, 8, 1, 2, max_position_embeddings=100, rope_type=kind, **ROPE[kind])
+    decoder = FastLlama(Llama(config).to(dtype))
+    for tokens, positions in ((50, 100), (130, 130), (20, 130)):  # the table grows and does not shrink
+        table = decoder.new_cache(1, tokens).rope
+        assert table.shape == (2, positions, config.head_dim // 2) and table.dtype == dtype
+        for i in range(positions):  # one by one, as in the plain decode step
+            angles = rope_angles(config, torch.tensor([[i]]))[:, None]
+            assert torch.equal(table[:, i], torch.cat([angles.cos(), angles.sin()]).to(dtype)[:, 0, 0])
+    kept = decoder.new_cache(1, 130).rope
+    assert kept is table  # made once,
+    decoder.double()
+    assert decoder.new_cache(1, 130).rope.dtype == torch.float64 and kept.dtype == dtype  # for each dtype
+
+
+def test_a_prompt_with_positions_beyond_the_table_runs_the_formula(attended):
+    plain = make(layers=1)
+    fast, ids = accelerate(copy.deepcopy(plain), "triton"), torch.tensor([[1, 5]])
+    context = plain.config.text_config.max_position_embeddings
+    for first, layers in ((context - 2, 1), (context - 1, 0), (-1, 0)):
+        attended.clear()
+        position_ids = torch.tensor([[first, first + 1]])
+        ours, theirs = (model(ids, position_ids=position_ids).logits for model in (fast, plain))
+        assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+        assert len(attended) == layers
 
 
 def test_a_later_mask_replaces_an_earlier_one():
