@@ -35,7 +35,7 @@ ONLY_WITH_DATA = ("images", "model", "steps", "batch", "lr", "lora", "adapter")
 FOR_MERGING = ("merge", "model", "adapter", "out")
 NO_MEMORY = "try a larger --accumulate, a smaller --batch, or with --lora --quantize int4"
 DEFAULTS = {
-    **{"out": None, "quick": False, "accumulate": 1, "compile": False, "seed": 0},
+    **{"out": None, "quick": False, "accumulate": 1, "recompute": False, "compile": False, "seed": 0},
     **{"data": None, "images": None, "model": None, "steps": None, "batch": 16, "lr": None},
     **{"lora": None, "alpha": None, "dropout": None, "rslora": False, "projector_lr": 2e-5, "quantize": None},
     **{"adapter": None, "merge": False},
@@ -82,6 +82,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--batch", type=positive, help="with --data: conversations in a step (default: 16)")
     add("--lr", type=rate, help="with --data: the highest learning rate (default: 2e-5; with --lora 2e-4)")
     add("--accumulate", type=positive, help="pieces of a step, to save memory (default: 1)")
+    add("--recompute", action="store_true", help="keep one tensor of each decoder layer: less memory, slower steps")
     add("--compile", action="store_true", help="torch.compile: faster steps after minutes of compiling")
     add("--seed", type=int, help="of the recipe's first weights, with --lora of A and dropout (default: 0)")
     add("--device", help="cpu or cuda (default: cuda where there is a GPU)")
@@ -138,7 +139,7 @@ def find_place(args: argparse.Namespace) -> Place:
     place = Place(folder, processes.join(args.device), f"the emoji world, seed {args.seed}", args.accumulate)
     on_this_machine = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     place.workers = 0 if args.quick else max(1, min(12, (os.cpu_count() or 2) // on_this_machine - 1))
-    place.compile = args.compile
+    place.compile, place.recompute = args.compile, args.recompute
     return place
 
 

@@ -20,6 +20,7 @@ from training.loop import stop_if_diverged, train
 from training.losses import ContrastiveLoss
 from training.processes import rank, world_size
 from training.progress import Log
+from training.recompute import recompute_layers
 from training.stages import Stage
 from training.steps import Steps, backward
 
@@ -36,6 +37,7 @@ class Place:
     accumulate: int = 1  # pieces of a step, one after the other, to save memory
     workers: int = 0  # processes that prepare batches
     compile: bool = False  # torch.compile: faster steps after some minutes of compiling in each stage
+    recompute: bool = False  # activations of the decoder's layers twice instead of keeping them, to save memory
 
     def autocast(self) -> AbstractContextManager:
         kind = torch.device(self.device).type
@@ -54,6 +56,8 @@ def run_stage(
     """Train one stage, or the rest of it. Saves to NAME.pt every 100 steps, and logs to log.csv every 20."""
     objective = stage.loss(model).to(place.device).train()
     use_training_attention(objective)
+    if place.recompute:
+        recompute_layers(model)
     learning = choose_parameters(objective, stage.trainable)
     optimizer = torch.optim.AdamW(groups(learning, stage), lr=stage.lr, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
     saved = Saved(stage, objective, optimizer, place)
