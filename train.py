@@ -5,6 +5,7 @@
     python train.py --data my.json --images DIR --out DIR      tune the bundled model on your own conversations
     python train.py --data my.json --lora 16 --out DIR         the same with a LoRA: little memory, a small file
     python train.py --merge --model M --adapter DIR --out DIR  write the model with a LoRA merged into it
+    python train.py --data my.json --plan   what memory it needs, computed before anything is loaded
     torchrun --nproc-per-node=2 train.py    the same steps, each shared between two processes
 """
 
@@ -25,20 +26,21 @@ from hub.device import check_device
 from hub.files import BUNDLED
 from training import processes
 from training.lora import Lora
+from training.plan import Run, check_memory
 from training.run import train_from_nothing, train_on_records
 from training.run_stage import Place
 from training.tune_adapter import merge, train_adapter
 
 ONLY_FROM_NOTHING = ("quick", "seed")  # and seed with --lora
 ONLY_WITH_LORA = ("alpha", "dropout", "rslora", "projector_lr", "quantize")
-ONLY_WITH_DATA = ("images", "model", "steps", "batch", "lr", "lora", "adapter")
+ONLY_WITH_DATA = ("images", "model", "steps", "batch", "lr", "lora", "adapter", "plan")
 FOR_MERGING = ("merge", "model", "adapter", "out")
 NO_MEMORY = "try a larger --accumulate, a smaller --batch, or with --lora --quantize int4"
 DEFAULTS = {
     **{"out": None, "quick": False, "accumulate": 1, "recompute": False, "compile": False, "seed": 0},
     **{"data": None, "images": None, "model": None, "steps": None, "batch": 16, "lr": None},
     **{"lora": None, "alpha": None, "dropout": None, "rslora": False, "projector_lr": 2e-5, "quantize": None},
-    **{"adapter": None, "merge": False},
+    **{"adapter": None, "merge": False, "plan": False},
     "device": "cuda" if torch.cuda.is_available() else "cpu",
 }
 
@@ -84,6 +86,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--accumulate", type=positive, help="pieces of a step, to save memory (default: 1)")
     add("--recompute", action="store_true", help="keep one tensor of each decoder layer: less memory, slower steps")
     add("--compile", action="store_true", help="torch.compile: faster steps after minutes of compiling")
+    add("--plan", action="store_true", help="with --data: print what memory a run with these flags needs, and stop")
     add("--seed", type=int, help="of the recipe's first weights, with --lora of A and dropout (default: 0)")
     add("--device", help="cpu or cuda (default: cuda where there is a GPU)")
     add_lora_options(parser)
@@ -122,6 +125,8 @@ def check_together(given: dict) -> None:
         return
     if "adapter" in given and not {"lora", "data"} & given.keys():
         raise ValueError("--adapter needs --merge to be merged, or --data to be trained: with --lora R as an adapter")
+    if "recompute" in given and "compile" in given:
+        raise ValueError("--compile does not go with --recompute")
     if "lora" in given and "compile" in given:
         raise ValueError("--compile does not go with --lora")
     for flag in given:
@@ -173,8 +178,12 @@ def main() -> None:
     torch.manual_seed(args.seed)
     place = find_place(args)
     records = args.data, args.images, args.model, args.steps, args.batch, args.lr
+    lora = find_lora(args) if args.lora else None
+    if args.data:
+        check_memory(Run(args.model, place, args.batch, lora, args.quantize), args.data, args.images, args.plan)
+    if args.plan:
+        return
     if args.lora:
-        lora = find_lora(args)
         train_adapter(place, *records, args.projector_lr, lora, args.quantize, args.adapter)
     elif args.data:
         train_on_records(place, *records, args.adapter)

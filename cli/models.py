@@ -5,7 +5,8 @@ The sizes of the layers are those in each config.json. The memory is computed fr
 
 import torch
 
-from cli.memory import free_bytes, needed_bytes
+from cli.memory import needed_bytes
+from hub.device import free_bytes
 
 NOTE = """\
 Sizes are in GB. Open one with --model NAME; for int4 write it with quantize.py first. None of them has been run with

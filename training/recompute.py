@@ -1,8 +1,8 @@
 """Activation checkpointing: a decoder layer keeps its input for the backward pass, and computes all else again there.
 
 Without it, autograd keeps some 30 tensors of the size of the layer's input (B, T, D) in every layer until the backward
-pass. With it, it keeps one in every layer, and the 30 of one layer at a time; a step takes about a third longer. PyTorch
-and the papers call it checkpointing, a word that here means the files of a model. Chen et al. 2016,
+pass. With it, it keeps one in every layer, and the 30 of one layer at a time; a step takes about a third longer.
+PyTorch and the papers call it checkpointing, a word that here means the files of a model. Chen et al. 2016,
 https://arxiv.org/abs/1604.06174.
 """
 
