@@ -35,7 +35,7 @@ ONLY_FROM_NOTHING = ("quick", "seed")  # and seed with --lora
 ONLY_WITH_LORA = ("alpha", "dropout", "rslora", "projector_lr", "quantize")
 ONLY_WITH_DATA = ("images", "model", "steps", "batch", "lr", "lora", "adapter", "plan")
 FOR_MERGING = ("merge", "model", "adapter", "out")
-NO_MEMORY = "try a larger --accumulate, a smaller --batch, or with --lora --quantize int4"
+NO_MEMORY = "try --recompute, a larger --accumulate, a smaller --batch, or with --lora --quantize int4"
 DEFAULTS = {
     **{"out": None, "quick": False, "accumulate": 1, "recompute": False, "compile": False, "seed": 0},
     **{"data": None, "images": None, "model": None, "steps": None, "batch": 16, "lr": None},

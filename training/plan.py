@@ -30,6 +30,7 @@ from hub.device import fast_dtype, free_bytes, own_bytes, return_freed_memory
 from hub.files import find_checkpoint
 from hub.settings import read_config
 from hub.tensors import no_weights
+from hub.writer import check_can_save
 from llava import LlavaForConditionalGeneration, LlavaProcessor
 from load_weights import stored_tensors
 from quantize import expect_packed, quantize_model, unpack
@@ -43,6 +44,7 @@ from training.records import Records
 from training.run_stage import Place, choose_parameters
 from training.stages import STAGES
 from training.steps import backward
+from training.tune_adapter import check
 
 FILE_NAMES = [(".base.", "."), (".packed", ".weight_packed"), (".scale", ".weight_scale")]  # ours, and a file's
 RANK = 16  # of the LoRA that is suggested
@@ -64,10 +66,13 @@ def largest_piece(records: Records, B: int) -> Piece:
 
     def length(record: dict) -> float:  # about: four letters to a token
         letters = sum(len(turn["value"]) for turn in record["conversations"])
-        return letters / 4 + (record.get("image") is not None) * records.processor.image_seq_length
+        return letters / 4 + has_picture(record) * records.processor.image_seq_length
+
+    def has_picture(record: dict) -> bool:
+        return record.get("image") is not None
 
     longest = sorted((record for _, record in records.records), key=length)[-4 * B - 16 :]
-    rows = [(*tokenize_conversation(r["conversations"], records.processor), "image" in r) for r in longest]
+    rows = [(*tokenize_conversation(r["conversations"], records.processor), has_picture(r)) for r in longest]
     rows = [row for row in rows if len(row[0]) <= records.longest] or rows[:1]
     rows = sorted(rows, key=lambda row: len(row[0]))[-B:]
     rows = (rows * B)[-B:]  # a file of fewer than B conversations is read several times
@@ -101,8 +106,8 @@ class Run:
         return self.batch // (world_size() * self.pieces)
 
 
-def objective_of(run: Run) -> nn.Module:
-    """The loss and the model as they will be trained, on the meta device."""
+def model_of(run: Run) -> LlavaForConditionalGeneration:
+    """The model as it will be loaded, on the meta device."""
     settings = read_config(run.folder)
     model = LlavaForConditionalGeneration.without_weights(settings)
     if settings.get("quantization_config"):
@@ -110,12 +115,17 @@ def objective_of(run: Run) -> nn.Module:
     elif run.quantize:
         quantize_model(model, run.quantize)
     model.tie_weights()
+    return model.float() if run.lora is None else model.bfloat16()
+
+
+def objective_of(run: Run) -> nn.Module:
+    """The loss and the model as they will be trained, on the meta device."""
+    model = model_of(run)
     if run.lora is None:
-        objective = NextTokenLoss(model.float())
-        choose_parameters(objective, STAGES[-1].trainable)
+        choose_parameters(objective := NextTokenLoss(model), STAGES[-1].trainable)
         return objective
     with no_weights():
-        masks = add_lora(model.bfloat16(), run.lora)
+        masks = add_lora(model, run.lora)
     if fast_dtype(run.place.device) != torch.bfloat16:
         multiply_in_float32(model)
     return LoraLoss(model, masks)
@@ -266,15 +276,21 @@ def table(piece: Piece, needs: Plan, free: int | None) -> str:
 
 def plan_on_records(run: Run, data: Path, images: Path | None = None) -> tuple[Piece, Plan]:
     """The plan of a run on the file `data`, and the piece that it is for. Reads no weights."""
-    context = LlavaForConditionalGeneration.without_weights(read_config(run.folder)).config.text_config
-    processor = LlavaProcessor.from_pretrained(run.folder)
-    records = Records(data, images or data.parent, processor, context.max_position_embeddings)
+    longest = model_of(run).config.text_config.max_position_embeddings
+    records = Records(data, images or data.parent, LlavaProcessor.from_pretrained(run.folder), longest)
     piece = largest_piece(records, run.share)
     return piece, plan(run, piece)
 
 
 def check_memory(run: Run, data: Path, images: Path | None, show: bool) -> None:
-    """Raise ValueError, after printing the plan, if a run on the file `data` cannot fit. `show`: print it always."""
+    """Raise ValueError, after printing the plan, if a run on the file `data` cannot fit. `show`: print it always.
+
+    Where a run takes more than half of a computer's free memory, freed memory is given back at once from now on.
+    """
+    if run.lora:
+        check(run.checkpoint, run.place.folder)
+    else:
+        check_can_save(model_of(run), LlavaProcessor.from_pretrained(run.folder))
     run.place.steps(replace(STAGES[-1], batch=run.batch), None)  # ValueError if the samples cannot be divided
     on_cpu = torch.device(run.place.device).type == "cpu"
     copies = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if on_cpu else 1  # processes that share the free memory
