@@ -6,6 +6,7 @@
     python train.py --data my.json --lora 16 --out DIR         the same with a LoRA: little memory, a small file
     python train.py --data my.json --recipe finetune-lora      with LLaVA-1.5's own settings (training/recipes.py)
     python train.py --merge --model M --adapter DIR --out DIR  write the model with a LoRA merged into it
+    python train.py --data my.json --plan   what memory it needs, computed before anything is loaded
     torchrun --nproc-per-node=2 train.py    the same steps, each shared between two processes; --shard divides the model
 """
 
@@ -28,6 +29,7 @@ from hub.files import BUNDLED
 from tokenizer import TEMPLATES
 from training import processes
 from training.lora import Lora
+from training.plan import Run, check_memory
 from training.recipes import RECIPES, Recipe
 from training.run import train_from_nothing, train_on_records
 from training.run_stage import Place
@@ -36,14 +38,14 @@ from training.tune_adapter import merge, train_adapter
 ONLY_FROM_NOTHING = ("quick", "seed")  # and seed with --lora or --validate
 ONLY_WITH_LORA = ("alpha", "dropout", "rslora", "projector_lr", "quantize")
 RECIPE_FLAGS = ("recipe", "warm_up", "template", "pad", "group", "max_length", "validate")
-ONLY_WITH_DATA = ("images", "model", "steps", "batch", "lr", "lora", "adapter", "shard", *RECIPE_FLAGS)
+ONLY_WITH_DATA = ("images", "model", "steps", "batch", "lr", "lora", "adapter", "shard", "plan", *RECIPE_FLAGS)
 FOR_MERGING = ("merge", "model", "adapter", "out")
-NO_MEMORY = "try a larger --accumulate, a smaller --batch, or with --lora --quantize int4"
+NO_MEMORY = "try --recompute, a larger --accumulate, a smaller --batch, or with --lora --quantize int4"
 DEFAULTS = {
-    **{"out": None, "quick": False, "accumulate": 1, "compile": False, "seed": 0},
+    **{"out": None, "quick": False, "accumulate": 1, "recompute": False, "compile": False, "seed": 0},
     **{"data": None, "images": None, "model": None, "steps": None, "batch": 16, "lr": None},
     **{"lora": None, "alpha": None, "dropout": None, "rslora": False, "projector_lr": 2e-5, "quantize": None},
-    **{"adapter": None, "merge": False, "shard": False, "save_every": None},
+    **{"adapter": None, "merge": False, "shard": False, "plan": False, "save_every": None},
     **{"recipe": None, "warm_up": 0.03, "template": None, "pad": None, "group": False, "max_length": None},
     **{"validate": None},
     "device": "cuda" if torch.cuda.is_available() else "cpu",
@@ -89,7 +91,9 @@ def parse_arguments() -> argparse.Namespace:
     add("--batch", type=positive, help="with --data: conversations in a step (default: 16)")
     add("--lr", type=rate, help="with --data: the highest learning rate (default: 2e-5; with --lora 2e-4)")
     add("--accumulate", type=positive, help="pieces of a step, to save memory (default: 1)")
+    add("--recompute", action="store_true", help="keep one tensor of each decoder layer: less memory, slower steps")
     add("--compile", action="store_true", help="torch.compile: faster steps after minutes of compiling")
+    add("--plan", action="store_true", help="with --data: print what memory a run with these flags needs, and stop")
     add("--shard", action="store_true", help="with --data and torchrun: each process holds only a part of the model")
     add("--save-every", type=positive, metavar="N", help="steps from one saved state to the next (default: 100)")
     add("--seed", type=int, help="of the first weights, with --lora of A and dropout, with --validate of the choice")
@@ -147,8 +151,11 @@ def check_together(given: dict, recipe: Recipe) -> None:
     if "lora" in given and recipe.name and not recipe.lora:
         raise ValueError(f"--lora does not go with --recipe {recipe.name}: give --recipe finetune-lora")
     has_lora = "lora" in given or recipe.lora
-    if "compile" in given and (has_lora or "shard" in given):
-        raise ValueError(f"--compile does not go with --{'lora' if has_lora else 'shard'}")
+    if "compile" in given and (has_lora or {"shard", "recompute"} & given.keys()):
+        wrong = "lora" if has_lora else "shard" if "shard" in given else "recompute"
+        raise ValueError(f"--compile does not go with --{wrong}")
+    if "shard" in given and "plan" in given:
+        raise ValueError("--plan does not go with --shard: it counts a model that is whole in each process")
     if "shard" in given and "data" in given and "WORLD_SIZE" not in os.environ:
         raise ValueError("--shard divides the model over processes: start it with torchrun --nproc-per-node=N")
     if not 0 < given.get("validate", 0.5) < 1:
@@ -168,7 +175,8 @@ def find_place(args: argparse.Namespace) -> Place:
     place = Place(folder, processes.join(args.device), f"the emoji world, seed {args.seed}", args.accumulate)
     on_this_machine = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     place.workers = 0 if args.quick else max(1, min(12, (os.cpu_count() or 2) // on_this_machine - 1))
-    place.compile, place.shard, place.save_every = args.compile, args.shard, args.save_every
+    place.compile, place.recompute, place.shard = args.compile, args.recompute, args.shard
+    place.save_every = args.save_every
     return place
 
 
@@ -208,12 +216,18 @@ def main() -> None:
     torch.manual_seed(args.seed)
     place = find_place(args)
     records = args.data, args.images, args.model, args.steps, args.batch, args.lr
+    lora = find_lora(args) if args.lora else None
+    recipe = find_recipe(args)
+    if args.data and not args.shard:
+        run = Run(args.model, place, args.batch, lora, args.quantize, recipe)
+        check_memory(run, args.data, args.images, args.plan)
+    if args.plan:
+        return
     if args.lora:
-        lora = find_lora(args)
-        recipe = replace(find_recipe(args), alpha=lora.alpha, dropout=lora.dropout)
+        recipe = replace(recipe, alpha=lora.alpha, dropout=lora.dropout)
         train_adapter(place, *records, args.projector_lr, lora, args.quantize, args.adapter, recipe)
     elif args.data:
-        train_on_records(place, *records, args.adapter, find_recipe(args))
+        train_on_records(place, *records, args.adapter, recipe)
     else:
         train_from_nothing(place, args.quick)
     processes.leave()

@@ -8,15 +8,14 @@ is slow. So a model that does not fit runs if it is mapped, with a warning.
 """
 
 import copy
-import os
 import sys
 from collections.abc import Callable
 from contextlib import suppress
-from pathlib import Path
 
 import torch
 from torch import nn
 
+from hub.device import free_bytes
 from quantize import Int4Linear, QuantizedLinear, quantize_model
 
 OVERHEAD = 300_000_000  # bytes: PyTorch, the words of the prompts, and the activations of a short prompt
@@ -71,24 +70,6 @@ def needed_bytes(
 def is_in_file(name: str) -> bool:
     """Whether a parameter can be a view of a file: int8 cannot, because files hold q + 128."""
     return not name.endswith(".q")
-
-
-def free_bytes(device: str) -> int | None:
-    """Free memory of a GPU, or of the computer within the limit of its container. None if it is unknown."""
-    if torch.device(device).type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    free = None
-    with suppress(AttributeError, OSError, ValueError, KeyError):  # each line improves on the one before it
-        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")  # all memory
-        free = kernel_counts("/proc/meminfo")["MemAvailable:"] * 1024  # Linux
-        limit, used = (int(Path(f"/sys/fs/cgroup/memory.{name}").read_text()) for name in ("max", "current"))
-        free = min(free, limit - used + kernel_counts("/sys/fs/cgroup/memory.stat")["inactive_file"])  # file pages
-    return free
-
-
-def kernel_counts(file: str) -> dict[str, int]:
-    lines = map(str.split, Path(file).read_text().splitlines())
-    return {name: int(count) for name, count, *_ in lines}
 
 
 def check_memory(

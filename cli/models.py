@@ -7,7 +7,8 @@ from collections.abc import Callable
 
 import torch
 
-from cli.memory import free_bytes, needed_bytes
+from cli.memory import needed_bytes
+from hub.device import free_bytes
 from hub.ranges import GRIDS
 
 NOTE = """\

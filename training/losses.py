@@ -3,18 +3,22 @@
 `forward` returns a sum over `count(batch)` things, and steps.backward divides it by the count of the whole step, so
 that a step is the same however its samples are shared. ContrastiveLoss returns a mean, and counts as one.
 
-    B batch    N pictures of all processes    P patches    D width
+    B batch    T tokens    N pictures of all processes    P patches    D width    V vocabulary
 """
 
 import math
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from llama import Llama, LlamaConfig
 from llava import LlavaForConditionalGeneration
 from training.processes import gather
+
+ROWS = 1024  # positions whose scores are computed at a time: 131 MB in float32 for 32,000 words
 
 
 def init_weights(model: nn.Module) -> None:
@@ -27,17 +31,38 @@ def init_weights(model: nn.Module) -> None:
 
 
 class NextTokenLoss(nn.Module):
-    """The loss of LLaVA's two stages: cross-entropy of each next token that has a label, summed over a batch."""
+    """The loss of LLaVA's two stages: cross-entropy of each next token that has a label, summed over a batch.
+
+    It is the model's own loss times `count`, but only positions that predict a label get scores: patches and questions
+    have none, and the scores of all positions, (B, T, V) in float32, would be the largest tensor of a step.
+    """
 
     def __init__(self, model: LlavaForConditionalGeneration):
         super().__init__()
         self.model = model
 
     def forward(self, batch: dict[str, Tensor]) -> Tensor:
-        loss = self.model(**batch).loss * self.count(batch)
-        if "pixel_values" not in batch:  # a gradient of zero for the projector: the other processes wait for one
-            loss = loss + 0 * sum(part.sum() for part in self.model.multi_modal_projector.parameters())
-        return loss
+        model, ids = self.model, batch["input_ids"]
+        if "pixel_values" in batch:
+            x = model.merge(ids, model.get_image_features(batch["pixel_values"]).flatten(0, 1))
+            return self.of_labels(x, batch["labels"])
+        loss = self.of_labels(model.embed(ids), batch["labels"])
+        # a gradient of zero for the projector: the other processes wait for one
+        return loss + 0 * sum(part.sum() for part in model.multi_modal_projector.parameters())
+
+    def of_labels(self, x: Tensor, labels: Tensor) -> Tensor:  # the decoder's input (B, T, D), (B, T) -> one number
+        x, labels = self.model.language_model(x)[:, :-1], labels[:, 1:]  # position t predicts the label at t + 1
+        return self.of_rows(x[labels >= 0], labels[labels >= 0])
+
+    def of_rows(self, x: Tensor, labels: Tensor) -> Tensor:  # (n, D), (n,) -> one number
+        """The summed cross-entropy of n positions. The scores of ROWS of them exist at a time, in float32."""
+        pieces = zip(x.split(ROWS), labels.split(ROWS), strict=True)
+        # Scores are not kept for the backward pass, which computes them again. There is no randomness to restore.
+        again = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+        return sum(again(self.of_scores, *piece) for piece in pieces)
+
+    def of_scores(self, x: Tensor, labels: Tensor) -> Tensor:  # (n, D), (n,) -> one number
+        return F.cross_entropy(self.model.lm_head(x).float(), labels, reduction="sum")
 
     @staticmethod
     def count(batch: dict[str, Tensor]) -> Tensor:
@@ -61,7 +86,7 @@ class SpeltOutLoss(NextTokenLoss):
         words = self.model.language_model.embed_tokens(batch["spelt"]).mean(2)  # (B, P, D)
         places = (self.rows[:, None] + self.columns).flatten(0, 1)  # (P, D)
         x = self.model.merge(batch["input_ids"], (words + places).flatten(0, 1))
-        return self.model(inputs_embeds=x, labels=batch["labels"]).loss * self.count(batch)
+        return self.of_labels(x, batch["labels"])
 
 
 class ContrastiveLoss(nn.Module):

@@ -92,14 +92,19 @@ class Records:
 
     def read(self, record: dict) -> tuple[list[Tensor], tuple[list[int], list[int]]]:
         """The pixels of a record's pictures, and its ids and labels."""
+        images, row = self.read_text(record)
+        pictures = [open_image(self.images / image) for image in images]
+        return [self.processor.image_processor([picture])[0] for picture in pictures], row
+
+    def read_text(self, record: dict) -> tuple[list[str], tuple[list[int], list[int]]]:
+        """The names of a record's pictures, and its ids and labels. Raises ValueError if they are too many."""
         row, images = self.tokenize(dialogue(record), self.processor), pictures_of(record)
         if len(row[0]) > self.longest:
             if not self.cuts:
                 raise ValueError(f"its {len(row[0])} tokens are more than the model's {self.longest}")
             row, remaining = cut(row, self.longest, self.processor)
             images = images[:remaining]
-        pictures = [open_image(self.images / image) for image in images]
-        return [self.processor.image_processor([picture])[0] for picture in pictures], row
+        return images, row
 
     def order(self, epoch: int) -> list[int]:
         """The numbers of the records in the order of an epoch."""

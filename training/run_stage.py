@@ -20,6 +20,7 @@ from training.loop import stop_if_diverged, train
 from training.losses import ContrastiveLoss
 from training.processes import rank, world_size
 from training.progress import Log
+from training.recompute import recompute_layers
 from training.stages import Stage
 from training.steps import Steps, backward
 from training.validation import Validation
@@ -38,6 +39,7 @@ class Place:
     workers: int = 0  # processes that prepare batches
     save_every: int | None = None  # steps; None: SAVE_EVERY
     compile: bool = False  # torch.compile: faster steps after some minutes of compiling in each stage
+    recompute: bool = False  # activations of the decoder's layers twice instead of keeping them, to save memory
     shard: bool = False  # each process holds its own part of the model (shard.py)
 
     @property
@@ -68,6 +70,8 @@ def run_stage(
     """
     objective = stage.loss(model).to(place.start).train()
     use_training_attention(objective)
+    if place.recompute:
+        recompute_layers(model)
     learning = choose_parameters(objective, stage.trainable)
     if place.shard:
         from training.shard import SavedParts, shard
