@@ -22,7 +22,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 import train  # noqa: E402
-from training.plan import Run, plan_on_records  # noqa: E402
+from training.plan import Run, largest_piece, plan, read_longest  # noqa: E402
 
 
 def write_records(folder: Path, count: int) -> Path:
@@ -71,7 +71,7 @@ def main() -> None:
             flags = train.parse_arguments()
             lora = train.find_lora(flags) if flags.lora else None
             run = Run(flags.model, train.find_place(flags), flags.batch, lora, flags.quantize)
-            needed = plan_on_records(run, flags.data)[1].needed
+            needed = plan(run, largest_piece(read_longest(run, flags.data), run.share)).needed
             most, seconds = measure(words, not args.plenty)
         sizes = f"{needed / 1e9:.2f} GB | {most / 1e9:.2f} GB | {needed / most:.2f}"
         print(f"| {Path(args.model).name} | `{case}` | {sizes} | {seconds:.0f} |", flush=True)

@@ -55,7 +55,7 @@ STATE = 2  # AdamW's moments: numbers for each one that learns
 
 @dataclass(frozen=True)
 class Piece:
-    """The largest piece of a step: B conversations of T tokens, `labels` of which count, with `pictures`."""
+    """Conversations that are taken at a time: B of T tokens, `labels` of which count, and their pictures."""
 
     B: int
     T: int
@@ -63,25 +63,29 @@ class Piece:
     pictures: int
 
 
-def largest_piece(records: Records, B: int) -> Piece:
-    """The piece with the B longest conversations of a file. Only those that look longest are tokenized."""
+def longest_conversations(records: Records, count: int) -> list[tuple[int, int, int]]:
+    """Tokens, labels and pictures of each, the longest last. Only what looks long is tokenized."""
 
-    def length(record: dict) -> float:  # about: four letters to a token
+    def tokens(record: dict) -> float:  # about: four letters to a token
         letters = sum(len(turn["value"]) for turn in dialogue(record))
         return letters / 4 + len(pictures_of(record)) * records.processor.image_seq_length
 
-    rows = []
-    for record in sorted((record for _, record in records.records), key=length, reverse=True):
-        with suppress(ValueError):  # too long: it will be skipped
+    found = []
+    for record in sorted((record for _, record in records.records), key=tokens, reverse=True):
+        with suppress(ValueError):  # it is too long, and will be skipped
             images, (ids, labels) = records.read_text(record)
-            rows.append((len(ids), sum(label >= 0 for label in labels[1:]), len(images)))
-        if len(rows) == 4 * B + 16:
+            found.append((len(ids), sum(label >= 0 for label in labels[1:]), len(images)))
+        if len(found) == 4 * count + 16:
             break
-    if not rows:
+    if not found:
         raise ValueError(f"none of the conversations in {records.file} can be trained on")
-    rows = sorted(rows)[-B:]
-    lengths, labels, pictures = zip(*(rows * B)[-B:], strict=True)  # a file of fewer than B is read several times
-    return Piece(B, max(lengths), sum(labels), sum(pictures))
+    return sorted(found)[-count:]
+
+
+def largest_piece(longest: list[tuple[int, int, int]], B: int) -> Piece:
+    rows = (longest * B)[-B:]  # a file of fewer than B conversations is read several times
+    tokens, labels, pictures = zip(*rows, strict=True)
+    return Piece(B, max(tokens), sum(labels), sum(pictures))
 
 
 # --- The model -------------------------------------------------------------------------------------------------------
@@ -109,6 +113,10 @@ class Run:
     @property
     def pieces(self) -> int:
         return self.place.accumulate
+
+    @property
+    def on_cpu(self) -> bool:
+        return torch.device(self.place.device).type == "cpu"
 
     @property
     def share(self) -> int:  # conversations in a piece
@@ -143,12 +151,12 @@ def objective_of(run: Run) -> nn.Module:
 def weight_bytes(objective: nn.Module, run: Run) -> tuple[int, int]:
     """Bytes of the weights in memory, and of those that stay mapped from the files."""
     dtypes = {name: tensor.dtype for name, _, tensor in stored_tensors(run.folder)}  # of headers: no weight is read
-    loaded_in, on_cpu = torch.bfloat16 if run.lora else torch.float32, torch.device(run.place.device).type == "cpu"
+    loaded_in = torch.bfloat16 if run.lora else torch.float32
     held = mapped = 0
     for name, parameter in objective.model.named_parameters():
         in_file = dtypes.get(reduce(lambda name, pair: name.replace(*pair), FILE_NAMES, name))
         unchanged = in_file == loaded_in == parameter.dtype or (in_file is not None and name.endswith(".packed"))
-        if on_cpu and unchanged and not parameter.requires_grad:
+        if run.on_cpu and unchanged and not parameter.requires_grad:
             mapped += parameter.nbytes
         else:
             held += parameter.nbytes
@@ -182,16 +190,17 @@ class Living(TorchDispatchMode):
 
 def step_bytes(objective: nn.Module, run: Run, piece: Piece) -> int:
     """The most that gradients and activations take together in a step. `objective`, on the meta device, is used up."""
+    device = run.place.device if torch.device(run.place.device).type == "cuda" else "cpu"
     use_training_attention(objective)
     if run.place.recompute:
         recompute_layers(objective.model)
     with FakeTensorMode():
-        objective.train()._apply(lambda x: torch.empty(x.shape, dtype=x.dtype, device=run.place.device))
+        objective.train()._apply(lambda x: torch.empty(x.shape, dtype=x.dtype, device=device))
         objective.model.tie_weights()
         skip_values(objective, piece)
         with Living(list(objective.parameters())) as living:
             batches = [fake_batch(objective, piece) for _ in range(min(run.pieces, 2))]  # a third is like the second
-            backward(objective, objective.count, batches, run.place.device, run.place.autocast)
+            backward(objective, objective.count, batches, device, run.place.autocast)
     return living.most
 
 
@@ -231,7 +240,7 @@ class Plan:
     learning: int  # parameters that learn
     weights: int
     mapped: int  # weights in files, which the system can drop and read again
-    gradients: int
+    gradients: int  # with DistributedDataParallel's copy of them
     state: int  # of the optimizer
     activations: int  # what else exists when gradients and activations together are largest
     process: int  # Python and PyTorch
@@ -249,9 +258,8 @@ def plan(run: Run, piece: Piece) -> Plan:
     held, mapped = weight_bytes(objective, run)
     activations = step_bytes(objective, run, piece) - gradients
     buckets = gradients * (world_size() > 1)  # DistributedDataParallel's copy of the gradients
-    on_cpu = torch.device(run.place.device).type == "cpu"
-    return Plan(numbers, held, mapped, gradients + buckets, STATE * gradients, activations,
-                own_bytes() if on_cpu else 0)  # fmt: skip
+    process = own_bytes() if run.on_cpu else 0
+    return Plan(numbers, held, mapped, gradients + buckets, STATE * gradients, activations, process)
 
 
 def cheaper(run: Run) -> Iterator[tuple[str, Run]]:
@@ -278,17 +286,16 @@ def table(piece: Piece, needs: Plan, free: int | None) -> str:
     rows += [("activations", needs.activations), ("Python and PyTorch", needs.process), ("together", needs.needed)]
     rows += [("mapped from files", needs.mapped)] * bool(needs.mapped)
     rows += [("free", free)] * (free is not None)
-    batch = f"batches of {piece.B} x {piece.T} tokens with {piece.pictures} pictures"
-    head = f"{needs.learning:,} numbers learn, from {batch}; in each process:"
+    batch = f"{piece.B} x {piece.T} tokens and {piece.pictures} pictures at a time"
+    head = f"{needs.learning:,} numbers learn from up to {batch}. Each process needs"
     return "\n".join([head, *(f"{name:>20} {size / 1e9:8.2f} GB" for name, size in rows)])
 
 
-def plan_on_records(run: Run, data: Path, images: Path | None = None) -> tuple[Piece, Plan]:
-    """The plan of a run on the file `data`, and the piece that it is for. Reads no weights."""
+def read_longest(run: Run, data: Path, images: Path | None = None) -> list[tuple[int, int, int]]:
+    """longest_conversations of the file `data`: as many as the run takes at a time without --accumulate."""
     processor = LlavaProcessor.from_pretrained(run.folder)
     records = read_records(run.recipe, model_of(run), processor, data, images or data.parent, run.batch)
-    piece = largest_piece(records, run.share)
-    return piece, plan(run, piece)
+    return longest_conversations(records, run.batch // world_size())
 
 
 def check_memory(run: Run, data: Path, images: Path | None, show: bool) -> None:
@@ -296,28 +303,36 @@ def check_memory(run: Run, data: Path, images: Path | None, show: bool) -> None:
 
     Where a run takes more than half of a computer's free memory, freed memory is given back at once from now on.
     """
-    if run.lora:
-        check(run.checkpoint, run.place.folder)
-    else:
-        check_can_save(model_of(run), LlavaProcessor.from_pretrained(run.folder))
+    check_trainable(run)
     run.place.steps(replace(run.stage, batch=run.batch), None)  # ValueError if the samples cannot be divided
-    on_cpu = torch.device(run.place.device).type == "cpu"
-    copies = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if on_cpu else 1  # processes that share the free memory
-    free = free_bytes(run.place.device)
+    copies = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if run.on_cpu else 1  # processes that share the free memory
+    free, longest = free_bytes(run.place.device), read_longest(run, data, images)
 
     def fits(needs: Plan) -> bool:  # `free` is what is left beside this process
         return free is None or copies * (needs.needed - needs.process) <= free
 
-    piece, needs = plan_on_records(run, data, images)
-    if on_cpu and free is not None and 2 * copies * needs.needed > free:
+    needs = plan(run, piece := largest_piece(longest, run.share))
+    if run.on_cpu and free is not None and 2 * copies * needs.needed > free:
         return_freed_memory()
     if fits(needs) and not show:
         return
-    others = [(flags, plan_on_records(other, data, images)[1]) for flags, other in cheaper(run)]
+    lines, remedy = [table(piece, needs, free)], "try a smaller model"
+    for flags, other in reversed([*cheaper(run)]):
+        with suppress(ValueError):  # --lora or --quantize is not for this model
+            check_trainable(other)
+            less = plan(other, largest_piece(longest, other.share))
+            lines.insert(1, f"with {flags}: {less.needed / 1e9:.2f} GB" + ", which fits" * fits(less))
+            remedy = f"{flags} makes it fit" if fits(less) else remedy
     if rank() == 0:
-        print(table(piece, needs, free))
-        for flags, less in others:
-            print(f"with {flags}: {less.needed / 1e9:.2f} GB" + ", which fits" * (fits(less) and not fits(needs)))
+        print(*lines, sep="\n")
     if not fits(needs):
-        remedy = next((f"{flags} makes it fit" for flags, less in others if fits(less)), "try a smaller model")
-        raise ValueError(f"the run needs {needs.needed / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free: {remedy}")
+        each = f" in each of {copies} processes" * (copies > 1)
+        raise ValueError(f"the run needs {needs.needed / 1e9:.2f} GB{each}, and {free / 1e9:.2f} are free: {remedy}")
+
+
+def check_trainable(run: Run) -> None:
+    """Raise ValueError for a model that cannot be trained so, before it is loaded."""
+    if run.lora:
+        check(run.checkpoint, run.place.folder)
+    else:
+        check_can_save(model_of(run), LlavaProcessor.from_pretrained(run.folder))

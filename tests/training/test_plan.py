@@ -16,7 +16,17 @@ from training.attention import use_training_attention
 from training.conversations import tokenize_conversation
 from training.lora import Lora, LoraLoss, add_lora, matrices, multiply_in_float32
 from training.losses import NextTokenLoss
-from training.plan import Living, Piece, Run, largest_piece, objective_of, plan, step_bytes, weight_bytes
+from training.plan import (
+    Living,
+    Piece,
+    Run,
+    largest_piece,
+    longest_conversations,
+    objective_of,
+    plan,
+    step_bytes,
+    weight_bytes,
+)
 from training.recompute import recompute_layers
 from training.records import Records
 from training.run_stage import Place, choose_parameters
@@ -109,7 +119,7 @@ def test_what_learns_is_counted_by_the_formula_of_each_kind_of_training(fast, tm
 def test_a_step_on_fake_tensors_allocates_what_a_real_one_does(rank, pieces, recompute, data, tmp_path):
     run = run_of(tmp_path, lora=Lora(rank, 8, 0.1) if rank else None, accumulate=pieces, recompute=recompute)
     records = Records(data, data.parent, tiny_world().processor, 2048)
-    piece = largest_piece(records, run.share)
+    piece = largest_piece(longest_conversations(records, run.share), run.share)
     batches = [fitting(records, piece, lora=bool(rank)) for _ in range(pieces)]
     real = loaded(run).train()
     use_training_attention(real)
@@ -140,7 +150,7 @@ def test_the_largest_piece_has_the_longest_conversations_that_fit(tmp_path):
     turns = [record["conversations"] for _, record in records.records]
     (short, _), (long, labels), (too_long, _), _ = (tokenize_conversation(each, records.processor) for each in turns)
     assert len(short) < len(long) < 2048 < len(too_long)
-    one, two, four = (largest_piece(records, B) for B in (1, 2, 4))
+    one, two, four = (largest_piece(longest_conversations(records, 4), B) for B in (1, 2, 4))
     assert one == Piece(1, len(long), sum(label >= 0 for label in labels), 1)
     assert (two.T, two.pictures) == (one.T, 2) and two.labels > one.labels
     assert four.B == 4 and four.pictures == 3  # of three conversations that fit, one is read again
