@@ -42,4 +42,4 @@ def my_shards(sizes: dict[str, int], limit: int) -> list[list[str]]:
 def my_longest(model, dtype: torch.dtype, quantize: str | None, memory: int) -> int:
     left = memory - needed_bytes(model, dtype, quantize, 0)
     tokens = left // cache_bytes(model.config, dtype)
-    return max(0, min(tokens, model.config.text_config.max_position_embeddings))
+    return max(0, min(tokens, 1000))
