@@ -20,6 +20,7 @@ from llama import LlamaConfig
 from llava import LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
 from training import processes, progress, run_stage
 from training.lora import Lora
+from training.recipes import Recipe
 from training.records import Records
 from training.run import train_on_records
 from training.run_stage import Place
@@ -39,6 +40,12 @@ def tune(folder: Path, out: str, shard: bool = True, stop: int | None = None, st
     """Tune on my.json in FOLDER/out, interrupted when step `stop` asks for its samples."""
     with Interrupted(stop):
         train_on_records(Place(folder / out, shard=shard), folder / "my.json", None, BUNDLED, steps, BATCH, 1e-3)
+
+
+def tune_and_validate(folder: Path, out: str, shard: bool = True) -> None:
+    """One step, with the loss on records that are held back before and after it."""
+    place, recipe = Place(folder / out, shard=shard, recompute=shard), Recipe(validate=0.4)
+    train_on_records(place, folder / "my.json", None, BUNDLED, 1, BATCH, 1e-3, recipe=recipe)
 
 
 def adapt(folder: Path, out: str, shard: bool = True, stop: int | None = None, steps: int = STEPS) -> None:
@@ -100,6 +107,7 @@ def train(folder: Path) -> None:
     processes.wait_for_all()
     tune(folder, "tuned")
     adapt(folder, "adapted")
+    tune_and_validate(folder, "validated")
     processes.leave()
 
 

@@ -30,5 +30,7 @@ class Validation:
             if mine:
                 total += torch.stack([loss.double(), objective.count(batch).double()])
         decoder.train()
+        if place.shard:
+            objective.reshard()  # the weights gathered in a forward pass are kept for a backward pass, and none comes
         loss, count = sum_over_all(total)
         return loss / count

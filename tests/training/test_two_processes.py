@@ -25,7 +25,7 @@ from tiny_world import ROOT, TURNS, logged_losses, write_records
 from training import progress, run_stage
 from training.records import Records
 from training.shard import SavedParts
-from two_processes import BATCH, COMMANDS, ENDLESS, PARTS, STEPS, STOP, adapt, ask, tune
+from two_processes import BATCH, COMMANDS, ENDLESS, PARTS, STEPS, STOP, adapt, ask, tune, tune_and_validate
 
 
 @pytest.fixture(scope="module")
@@ -96,10 +96,17 @@ def test_a_resumed_run_of_two_learns_what_one_process_does(folder, ended, name, 
     check_same(folder / f"{name}-by-one", folder / name)
 
 
-def check_same(one, two):
+def test_a_sharded_run_validates_and_recomputes_as_one_process_does(folder, ended):
+    tune_and_validate(folder, "validated-by-one", shard=False)
+    rows = [("tune validation", 0), ("tune", 1), ("tune validation", 1)]
+    check_same(folder / "validated-by-one", folder / "validated", rows)
+
+
+def check_same(one, two, logged=tuple(("tune", step) for step in range(1, STEPS + 1))):
     """The losses of each step, and the weights after the last."""
     ours, theirs = logged_losses(two), logged_losses(one)
-    assert list(ours) == list(theirs) and len(ours) == STEPS
+    assert list(ours) == list(theirs) and {step for _, step in ours} == {step for _, step in logged}
+    assert len(ours) == len(logged)
     for step, loss in ours.items():
         assert float(loss) == pytest.approx(float(theirs[step]), abs=2e-4), (step, ours, theirs)
     (file,) = one.glob("*model.safetensors")
