@@ -1,4 +1,4 @@
-"""The contrastive loss between its two ends: a tower that knows nothing, and one that knows all."""
+"""The contrastive loss at its two extremes: an untrained tower and a perfect one."""
 
 import pytest
 import torch
