@@ -15,7 +15,8 @@ def any_of(words: list[str]) -> str:
 SINGULAR = {form.lower(): name for name in OBJECTS for form in (name, plural(name))}
 A_THING = re.compile(rf"(?:\b({any_of(['a', 'an', 'the', *NUMBERS])}|\d+)\s+)?\b({any_of(list(SINGULAR))})\b")
 NINTHS = {place: (row, column) for row, places in enumerate(PLACES) for column, place in enumerate(places)}
-PLACED = re.compile(rf"\b({any_of(list(SINGULAR))}) ({any_of(list(NINTHS))})\b")
+NAME, PLACE = rf"\b(?P<name>{any_of(list(SINGULAR))})\b", rf"\b(?P<place>{any_of(list(NINTHS))})\b"
+PLACED = (rf"{PLACE}(?: there (?:is|are))? \w+ {NAME}", f"{NAME} {PLACE}")
 NOT = re.compile(r"\bnot\b|n't\b")
 NO = re.compile(r"\bno\b|" + NOT.pattern)
 
@@ -72,11 +73,13 @@ def well_placed(text: str, truth: dict) -> bool:
     def is_at(thing: dict, row: int, column: int) -> bool:
         return abs(thing["y"] - (row + 0.5) / 3) < 1 / 6 + 0.1 and abs(thing["x"] - (column + 0.5) / 3) < 1 / 6 + 0.1
 
-    for form, place in PLACED.findall(text):
-        row, column = NINTHS[place]
-        if not any(thing["name"] == SINGULAR[form] and is_at(thing, row, column) for thing in truth["things"]):
-            return False
-    return True
+    return all(any(thing["name"] == name and is_at(thing, *NINTHS[place]) for thing in truth["things"])
+               for name, place in placed(text))
+
+
+def placed(text: str) -> list[tuple[str, str]]:
+    """The things of which a text says the place: (name, place)."""
+    return [(SINGULAR[match["name"]], match["place"]) for form in PLACED for match in re.finditer(form, text)]
 
 
 def directions(text: str) -> set[str]:

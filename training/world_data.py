@@ -18,7 +18,7 @@ from training.conversations import collate, tokenize_caption, tokenize_conversat
 from training.emoji_world import wording
 
 OUTSIDE_EVERY = 12  # one in so many pictures of the last stage is from outside the emoji world
-TURNS = 3  # questions and answers in a conversation about a scene
+TURNS = 4  # questions and answers in a conversation about a scene
 NAME_TOKENS = 4  # per patch of a picture in words: a shorter name is repeated, a longer one is cut
 PARTS, PART_BYTES = 5, 24  # of a scene: up to four things and the background, and the longest name of one in bytes
 
