@@ -262,7 +262,7 @@ def test_a_thing_is_where_the_answer_says():
     for answer in ("On the left there is a cat and on the right an apple.", "on the right an apple, on the left a cat",
                    "A cat on the left and an apple on the right.", "an apple at the bottom right, a cat in the middle"):
         assert score("what", answer, CAT_APPLE) and score("describe", answer, CAT_APPLE), answer
-    for answer in ("On the right there is a cat and on the left an apple.", "On the left an apple and at the top a cat.",
+    for answer in ("On the right there is a cat and on the left an apple.", "On the left an apple, at the top a cat.",
                    "A cat on the right and an apple on the left.", "A cat at the top left, and an apple"):
         assert not score("what", answer, CAT_APPLE), answer
     assert not score("which:animal", "At the top there is a cat.", CAT_APPLE)
