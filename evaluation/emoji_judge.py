@@ -82,7 +82,7 @@ def evaluate_all(
 
 
 def evaluate_stages(folder: Path, n_scenes: int, device: str = "cpu", first: int = UNSEEN) -> None:
-    """Print a model's table: a column for each stage whose weights are kept, and one for the model in int8."""
+    """Print a model's table: a column for each stage whose weights are kept, and the model in 8 and 4 bits."""
     load = partial(LlavaForConditionalGeneration.from_pretrained, folder, torch.float32, device, kernels="torch")
     model, processor = load(), LlavaProcessor.from_pretrained(folder)
     kept = (folder.parent if folder.resolve() == BUNDLED.resolve() else folder) / "stages"
@@ -92,7 +92,8 @@ def evaluate_stages(folder: Path, n_scenes: int, device: str = "cpu", first: int
             continue
         load_stage(model, final, kept, name)
         columns[title] = evaluate_all(model, processor, n_scenes, first)
-    columns["in int8"] = evaluate_all(load(quantize="int8"), processor, n_scenes, first)
+    for bits in ("int8", "int4"):
+        columns[f"in {bits}"] = evaluate_all(load(quantize=bits), processor, n_scenes, first)
     print(table(columns))
 
 
