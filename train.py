@@ -30,7 +30,7 @@ from tokenizer import TEMPLATES
 from training import processes
 from training.lora import Lora
 from training.plan import Run, check_memory
-from training.recipes import RECIPES, Recipe
+from training.recipes import OURS, RECIPES, Recipe
 from training.run import train_from_nothing, train_on_records
 from training.run_stage import Place
 from training.tune_adapter import merge, train_adapter
@@ -45,7 +45,7 @@ DEFAULTS = {
     **{"out": None, "quick": False, "accumulate": 1, "recompute": False, "compile": False, "seed": 0},
     **{"data": None, "images": None, "model": None, "steps": None, "batch": 16, "lr": None},
     **{"lora": None, "alpha": None, "dropout": None, "rslora": False, "projector_lr": 2e-5, "quantize": None},
-    **{"adapter": None, "merge": False, "shard": False, "plan": False, "save_every": None},
+    **{"adapter": None, "merge": False, "shard": False, "plan": False, "save_every": 100},
     **{"recipe": None, "warm_up": 0.03, "template": None, "pad": None, "group": False, "max_length": None},
     **{"validate": None},
     "device": "cuda" if torch.cuda.is_available() else "cpu",
@@ -101,7 +101,7 @@ def parse_arguments() -> argparse.Namespace:
     add_lora_options(parser)
     add_recipe_options(parser)
     given = vars(parser.parse_args())
-    recipe = RECIPES.get(given.get("recipe"), Recipe())
+    recipe = RECIPES.get(given.get("recipe"), OURS)
     check_together(given, recipe)
     args = argparse.Namespace(**DEFAULTS | recipe.flags() | given)
     if args.images and not args.images.is_dir():
@@ -199,7 +199,7 @@ def find_lora(args: argparse.Namespace) -> Lora:
 
 def find_recipe(args: argparse.Namespace) -> Recipe:
     """--recipe's, with the values of the other flags."""
-    recipe = RECIPES.get(args.recipe, Recipe())
+    recipe = RECIPES.get(args.recipe, OURS)
     return replace(recipe, **{f.name: getattr(args, f.name) for f in fields(Recipe) if hasattr(args, f.name)})
 
 

@@ -22,6 +22,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 import train  # noqa: E402
+from hub.device import own_bytes  # noqa: E402
 from training.plan import Run, largest_piece, plan, read_longest  # noqa: E402
 
 
@@ -36,18 +37,13 @@ def write_records(folder: Path, count: int) -> Path:
     return folder / "data.json"
 
 
-def anonymous_bytes(process: int) -> int:
-    lines = Path(f"/proc/{process}/status").read_text().splitlines()
-    return max((int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon:")), default=0)
-
-
 def measure(words: list[str], short: bool) -> tuple[int, float]:
     """The highest RssAnon of a run in bytes, and its time in seconds. `short`: as if little memory were free."""
     start, most = time.perf_counter(), 0
     env = os.environ | ({"MALLOC_MMAP_THRESHOLD_": str(2**20)} if short else {})
     with subprocess.Popen([sys.executable, ROOT / "train.py", *words], stdout=subprocess.DEVNULL, env=env) as run:
         while run.poll() is None:
-            most = max(most, anonymous_bytes(run.pid))
+            most = max(most, own_bytes(run.pid) or 0)
             time.sleep(0.005)
     if run.returncode:
         sys.exit(f"train.py {' '.join(words)} failed")
@@ -70,7 +66,7 @@ def main() -> None:
             sys.argv = ["train.py", *words]
             flags = train.parse_arguments()
             lora = train.find_lora(flags) if flags.lora else None
-            run = Run(flags.model, train.find_place(flags), flags.batch, lora, flags.quantize)
+            run = Run(flags.model, train.find_place(flags), flags.batch, lora, flags.quantize, train.find_recipe(flags))
             needed = plan(run, largest_piece(read_longest(run, flags.data), run.share)).needed
             most, seconds = measure(words, not args.plenty)
         sizes = f"{needed / 1e9:.2f} GB | {most / 1e9:.2f} GB | {needed / most:.2f}"

@@ -41,16 +41,16 @@ def free_bytes(device: str) -> int | None:
 
 
 def kernel_counts(file: str) -> dict[str, int]:
+    """The lines of a file that are a name and a whole number."""
     lines = map(str.split, Path(file).read_text().splitlines())
-    return {name: int(count) for name, count, *_ in lines}
+    return {name: int(rest[0]) for name, *rest in lines if rest and rest[0].isdecimal()}
 
 
-def own_bytes() -> int:
-    """The memory of this process, without what is mapped from files."""
-    with suppress(OSError, StopIteration):
-        lines = Path("/proc/self/status").read_text().splitlines()  # Linux
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon:"))
-    return 300_000_000
+def own_bytes(process: int | str = "self") -> int | None:
+    """The memory of a process, this one by default, without what is mapped from files. None if it is unknown."""
+    with suppress(OSError, KeyError):
+        return kernel_counts(f"/proc/{process}/status")["RssAnon:"] * 1024  # Linux
+    return None
 
 
 def return_freed_memory() -> None:

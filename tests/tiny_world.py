@@ -1,6 +1,7 @@
 """The emoji world with the bundled vocabulary, an untrained tiny model for it, and a run's log, for several tests."""
 
 import csv
+import json
 import random
 from functools import lru_cache
 from pathlib import Path
@@ -47,3 +48,9 @@ def write_records(folder: Path, n: int = 6) -> list[dict]:
         turns = emoji_world.conversation(truth, random.Random(i), 2)
         made.append({"id": f"r{i}", "image": f"{i}.png", "conversations": turns})
     return made
+
+
+def write_file(folder: Path, n: int) -> Path:
+    """The same as a file, my.json in `folder`."""
+    (folder / "my.json").write_text(json.dumps(write_records(folder, n)))
+    return folder / "my.json"

@@ -18,7 +18,7 @@ from clip import CLIPVisionConfig
 from hub.files import BUNDLED
 from llama import LlamaConfig
 from llava import LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
-from training import processes, progress, run_stage
+from training import processes, progress
 from training.lora import Lora
 from training.recipes import Recipe
 from training.records import Records
@@ -38,8 +38,9 @@ ENDLESS = 10_000  # steps of the run that Ctrl-C interrupts
 
 def tune(folder: Path, out: str, shard: bool = True, stop: int | None = None, steps: int = STEPS) -> None:
     """Tune on my.json in FOLDER/out, interrupted when step `stop` asks for its samples."""
+    place = Place(folder / out, save_every=2, shard=shard)
     with Interrupted(stop):
-        train_on_records(Place(folder / out, shard=shard), folder / "my.json", None, BUNDLED, steps, BATCH, 1e-3)
+        train_on_records(place, folder / "my.json", None, BUNDLED, steps, BATCH, 1e-3)
 
 
 def tune_and_validate(folder: Path, out: str, shard: bool = True) -> None:
@@ -50,7 +51,7 @@ def tune_and_validate(folder: Path, out: str, shard: bool = True) -> None:
 
 def adapt(folder: Path, out: str, shard: bool = True, stop: int | None = None, steps: int = STEPS) -> None:
     """The same with a LoRA beside matrices in int4."""
-    place, lora = Place(folder / out, shard=shard), Lora(4, 8, dropout=0.2)
+    place, lora = Place(folder / out, save_every=2, shard=shard), Lora(4, 8, dropout=0.2)
     with Interrupted(stop):
         train_adapter(place, folder / "my.json", None, BUNDLED, steps, BATCH, 1e-3, 1e-3, lora, "int4")
 
@@ -119,7 +120,7 @@ def train_without_end(folder: Path) -> None:
 def main(folder: Path, ports: list[str]) -> int:
     """Each part connects the two processes anew, at a port of its own."""
     os.chdir(folder)
-    progress.REPORT_EVERY, run_stage.SAVE_EVERY = 1, 2
+    progress.REPORT_EVERY = 1
     torch.set_num_threads(1)
 
     def at_next_port() -> None:

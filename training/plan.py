@@ -17,7 +17,7 @@ import os
 import weakref
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import reduce
 from pathlib import Path
 
@@ -39,7 +39,7 @@ from training.attention import use_training_attention
 from training.lora import Lora, LoraLoss, add_lora, multiply_in_float32
 from training.losses import NextTokenLoss
 from training.processes import rank, world_size
-from training.recipes import Recipe
+from training.recipes import OURS, Recipe
 from training.recompute import recompute_layers
 from training.records import Records, dialogue, pictures_of
 from training.run import read_records
@@ -50,6 +50,7 @@ from training.tune_adapter import check
 
 FILE_NAMES = [(".base.", "."), (".packed", ".weight_packed"), (".scale", ".weight_scale")]  # ours, and a file's
 RANK = 16  # of the LoRA that is suggested
+UNKNOWN = 300_000_000  # bytes of Python and PyTorch, where the system does not say
 STATE = 2  # AdamW's moments: numbers for each one that learns
 
 
@@ -100,7 +101,7 @@ class Run:
     batch: int  # of a step, over all processes
     lora: Lora | None = None
     quantize: str | None = None
-    recipe: Recipe = field(default_factory=Recipe)
+    recipe: Recipe = OURS
 
     @property
     def stage(self) -> Stage:
@@ -258,7 +259,7 @@ def plan(run: Run, piece: Piece) -> Plan:
     held, mapped = weight_bytes(objective, run)
     activations = step_bytes(objective, run, piece) - gradients
     buckets = gradients * (world_size() > 1)  # DistributedDataParallel's copy of the gradients
-    process = own_bytes() if run.on_cpu else 0
+    process = (own_bytes() or UNKNOWN) if run.on_cpu else 0
     return Plan(numbers, held, mapped, gradients + buckets, STATE * gradients, activations, process)
 
 

@@ -55,9 +55,10 @@ class Recipe:
         """What changes the samples or their order, or how they are learnt, beside what a run's other settings say."""
         apart = dict.fromkeys(("name", "batch", "lr", "projector_lr", "lora", "alpha", "dropout"))
         only = replace(self, **apart, seed=0 if self.validate is None else self.seed)
-        return "" if only == Recipe() else f", {only}"
+        return "" if only == OURS else f", {only}"
 
 
+OURS = Recipe()  # without --recipe
 LLAVA = Recipe(betas=(0.9, 0.999), batch=128, template="v1", pad=True, group=True, max_length=2048)
 RECIPES = {
     "pretrain": replace(LLAVA, stage="align", lr=1e-3, batch=256, template="plain", pad=False, group=False),

@@ -15,7 +15,7 @@ from training.conversations import IGNORED, tokenize_conversation, tokenize_plai
 from training.emoji_world import load_sprites
 from training.processes import rank, wait_for_all, world_size
 from training.progress import plot
-from training.recipes import Recipe, in_force
+from training.recipes import OURS, Recipe, in_force
 from training.records import Records
 from training.run_stage import Place, run_stage
 from training.stage_files import save_stage, snapshot
@@ -71,10 +71,9 @@ def train_on_records(
     batch: int = 16,
     lr: float = 2e-5,
     adapter: Path | None = None,
-    recipe: Recipe | None = None,
+    recipe: Recipe = OURS,
 ) -> None:
     """LLaVA's second stage, or the one of `recipe`, on a file of records, from a checkpoint or one with an adapter."""
-    recipe = recipe or Recipe()
     dtype = None if place.shard and adapter is None else torch.float32  # None: stays in its file until it is divided
     model = LlavaForConditionalGeneration.from_pretrained(
         checkpoint, dtype, place.start, kernels="torch", adapter=adapter
@@ -104,10 +103,9 @@ def run_on_records(
     images: Path | None,
     start: str,  # what the run starts from: it is resumed only from the same
     batches: Callable = lambda conversations, samples: conversations(samples),
-    recipe: Recipe | None = None,
+    recipe: Recipe = OURS,
 ) -> None:
     """One stage on a file of conversations. With `place.shard` only process 0 has the result."""
-    recipe = recipe or Recipe()
     model.config.ignore_index = IGNORED
     records = read_records(recipe, model, processor, data, images or data.parent, stage.batch)
     held = records.hold_back(recipe.validate, recipe.seed) if recipe.validate is not None else None
@@ -124,7 +122,9 @@ def run_on_records(
         beside = f" ({len(held.records)} more are held back)" if held else ""
         print(f"{len(records.records)} conversations{beside}, {stage.steps} steps of {stage.batch}")
     pieces = world_size() * place.accumulate
-    validation = held and Validation(partial(batches, held.conversations), len(held.records), stage.batch // pieces)
+    validation = held and Validation(
+        stage, partial(batches, held.conversations), len(held.records), stage.batch // pieces
+    )
     run_stage(stage, model, partial(batches, records.conversations), place, validation)
     if held and rank() == 0:
         plot(place.folder / "log.csv", place.folder / "log.png")

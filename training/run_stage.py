@@ -25,8 +25,6 @@ from training.stages import Stage
 from training.steps import Steps, backward
 from training.validation import Validation
 
-SAVE_EVERY = 100  # steps
-
 
 @dataclass
 class Place:
@@ -37,7 +35,7 @@ class Place:
     source: str = "the emoji world"  # what it learns from: an interrupted run resumes only with the same source
     accumulate: int = 1  # pieces of a step, one after the other, to save memory
     workers: int = 0  # processes that prepare batches
-    save_every: int | None = None  # steps; None: SAVE_EVERY
+    save_every: int = 100  # steps
     compile: bool = False  # torch.compile: faster steps after some minutes of compiling in each stage
     recompute: bool = False  # activations of the decoder's layers twice instead of keeping them, to save memory
     shard: bool = False  # each process holds its own part of the model (shard.py)
@@ -68,18 +66,7 @@ def run_stage(
 
     Every place.save_every steps, and at the end, validates and saves to NAME.pt; it also validates before the start.
     """
-    objective = stage.loss(model).to(place.start).train()
-    use_training_attention(objective)
-    if place.recompute:
-        recompute_layers(model)
-    learning = choose_parameters(objective, stage.trainable)
-    if place.shard:
-        from training.shard import SavedParts, shard
-
-        learning = shard(objective, place.device)
-    optimizer = torch.optim.AdamW(groups(learning, stage), lr=stage.lr, betas=stage.betas, weight_decay=0.0, fused=True)
-    saved = Saved(stage, objective, optimizer, place)
-    saved = SavedParts(saved) if place.shard else saved
+    objective, optimizer, saved = prepare(stage, model, place)
     first, losses = saved.load()
     log = Log(stage, place.folder / "log.csv", first, quiet=rank() > 0, losses=losses)
     if first == stage.steps:
@@ -95,15 +82,29 @@ def run_stage(
         # and more processes are rounded. So the first pass of a resumed run is that of the whole run, without a step.
         gradients(place.steps(stage, data)[0])
     if validation and not first:
-        log.validated(0, validation.loss(objective, place).item())
+        log.validated(0, validation.loss(objective, place, 0))
     for done, loss in train(stage, log.counted(batches), gradients, optimizer, first):
         log.add(done, loss)
-        if done % (place.save_every or SAVE_EVERY) == 0 or done == stage.steps:
+        if done % place.save_every == 0 or done == stage.steps:
             if validation:
-                validated = validation.loss(objective, place)
-                stop_if_diverged(stage, done, "validation loss", [validated])
-                log.validated(done, validated.item())
+                log.validated(done, validation.loss(objective, place, done))
             saved.save(done, log.losses)  # after the log, so that the log of what is saved is complete
+
+
+def prepare(stage: Stage, model: LlavaForConditionalGeneration, place: Place) -> tuple:
+    """The loss with the model in it, an optimizer of what learns, and the stage's Saved or SavedParts."""
+    objective = stage.loss(model).to(place.start).train()
+    use_training_attention(objective)
+    if place.recompute:
+        recompute_layers(model)
+    learning = choose_parameters(objective, stage.trainable)
+    if place.shard:
+        from training.shard import SavedParts, shard
+
+        learning = shard(objective, place.device)
+    optimizer = torch.optim.AdamW(groups(learning, stage), lr=stage.lr, betas=stage.betas, weight_decay=0.0, fused=True)
+    saved = Saved(stage, objective, optimizer, place)
+    return objective, optimizer, SavedParts(saved) if place.shard else saved
 
 
 def choose_parameters(objective: nn.Module, trainable: tuple[str, ...]) -> dict[str, nn.Parameter]:

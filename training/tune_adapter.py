@@ -18,7 +18,7 @@ from llava import LlavaForConditionalGeneration, LlavaProcessor
 from load_weights import our_name
 from training.lora import Lora, LoraLoss, add_lora, multiply_in_float32
 from training.processes import rank
-from training.recipes import Recipe
+from training.recipes import OURS, Recipe
 from training.run import run_on_records
 from training.run_stage import Place
 from training.stages import STAGES
@@ -39,7 +39,7 @@ def train_adapter(
     lora: Lora,
     quantize: str | None = None,
     adapter: Path | None = None,  # to continue
-    recipe: Recipe | None = None,
+    recipe: Recipe = OURS,
 ) -> None:
     """LLaVA's finetune_lora on a file of conversations. Writes PEFT's two files to the folder of `place`."""
     processor = check(checkpoint, place.folder)  # fails before the model is loaded
@@ -59,7 +59,7 @@ def train_adapter(
     if rank() == 0:
         base = str(Path(checkpoint).resolve()) if Path(checkpoint).is_dir() else str(checkpoint)
         write_adapter(model, place.folder, lora, base)
-        if recipe and (recipe.template, recipe.pad) != (None, None):  # for `merge`
+        if (recipe.template, recipe.pad) != (None, None):  # for `merge`
             write_processor(recipe.processor(processor), model.config, place.folder)
         flags = f"--model {checkpoint} --adapter {place.folder}" + (f" --quantize {quantize}" if quantize else "")
         print(f"saved to {place.folder}: python llava.py {flags} --image x.jpg")

@@ -6,18 +6,24 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from training.loop import stop_if_diverged
 from training.processes import rank, sum_over_all, world_size
+from training.stages import Stage
 
 
 @dataclass
 class Validation:
+    stage: Stage
     data: Callable[[range], dict[str, Tensor]]  # the batch of some of the records
     records: int
     batch: int  # records in a forward pass
 
     @torch.no_grad()
-    def loss(self, objective: nn.Module, place) -> Tensor:
-        """The mean over all labels of all records; the same in every process. `place`: run_stage.Place."""
+    def loss(self, objective: nn.Module, place, step: int) -> float:
+        """The mean over all labels of all records after `step` steps; the same in every process.
+
+        `place`: a run_stage.Place. Raises ValueError if it is not finite.
+        """
         decoder = objective.model.language_model
         decoder.eval()  # without dropout, which only the decoder can have
         total, share = torch.zeros(2, dtype=torch.float64, device=place.device), world_size() * self.batch
@@ -33,4 +39,5 @@ class Validation:
         if place.shard:
             objective.reshard()  # the weights gathered in a forward pass are kept for a backward pass, and none comes
         loss, count = sum_over_all(total)
-        return loss / count
+        stop_if_diverged(self.stage, step, "validation loss", [loss / count])
+        return (loss / count).item()

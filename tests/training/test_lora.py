@@ -20,8 +20,8 @@ from llava import LlavaForConditionalGeneration, LlavaProcessor
 from load_weights import our_name
 from quantize import quantize_model
 from small import small
-from tiny_world import ROOT, logged_losses, write_records
-from training import progress, run_stage, tune_adapter
+from tiny_world import ROOT, logged_losses, write_file
+from training import progress, tune_adapter
 from training.dropout import Masks
 from training.lora import Lora, LoraLoss, add_lora, matrices, multiply_in_float32
 from training.records import Records
@@ -34,9 +34,7 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("data")
-    (folder / "my.json").write_text(json.dumps(write_records(folder, 6)))
-    return folder / "my.json"
+    return write_file(tmp_path_factory.mktemp("data"), 6)
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +51,8 @@ def bundled(dtype=torch.float32, **options):
 
 def tune(data, folder, steps=3, lora=None, **options):
     lora = lora or Lora(4, 8)
-    train_adapter(Place(folder), data, None, BUNDLED, steps, 2, options.pop("lr", 1e-2), 2e-5, lora, **options)
+    place, lr = Place(folder, save_every=2), options.pop("lr", 1e-2)
+    train_adapter(place, data, None, BUNDLED, steps, 2, lr, 2e-5, lora, **options)
     return folder
 
 
@@ -257,7 +256,6 @@ def test_dropout_zeroes_a_share_in_training_only(batch):
 
 
 def test_a_resumed_run_has_the_losses_of_an_uninterrupted_one(data, tmp_path, monkeypatch):
-    monkeypatch.setattr(run_stage, "SAVE_EVERY", 2)
     monkeypatch.setattr(progress, "REPORT_EVERY", 1)
     lora = Lora(4, 8, dropout=0.2)
     tune(data, tmp_path / "whole", 5, lora)

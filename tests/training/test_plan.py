@@ -10,7 +10,7 @@ import train
 from cli.quantizing import quantize_checkpoint
 from hub.files import BUNDLED
 from llava import LlavaForConditionalGeneration
-from tiny_world import tiny_world, write_records
+from tiny_world import tiny_world, write_file, write_records
 from training import plan as planning
 from training.attention import use_training_attention
 from training.conversations import tokenize_conversation
@@ -42,9 +42,7 @@ def in_float32(monkeypatch):
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("data")
-    (folder / "my.json").write_text(json.dumps(write_records(folder, 4)))
-    return folder / "my.json"
+    return write_file(tmp_path_factory.mktemp("data"), 4)
 
 
 @pytest.fixture(scope="module")

@@ -30,6 +30,7 @@ from training.recipes import RECIPES
 from training.records import Records
 from training.run import train_on_records
 from training.run_stage import Place
+from training.stages import STAGES
 from training.tune_adapter import train_adapter
 from training.validation import Validation
 
@@ -324,7 +325,7 @@ def test_the_validation_loss_is_the_mean_over_the_labels_of_what_is_held_back(tm
         torch.nn.init.normal_(linear.lora_B.weight, 0, 0.05)
     write_adapter(model, tmp_path / "adapter", Lora(4, 8), str(BUNDLED))
     batches = partial(tune_adapter.numbered, held.conversations)
-    ours = [Validation(batches, len(held.records), n).loss(objective, Place(tmp_path)).item() for n in (1, 4)]
+    ours = [Validation(STAGES[-1], batches, len(held.records), n).loss(objective, Place(tmp_path), 0) for n in (1, 4)]
     assert objective(batches(range(5))) != objective(batches(range(5, 10)))  # in training there is dropout again
     chosen = [json.loads(data.read_text())[int(name.split()[1])] for name, _ in held.records]
     plain = transformers.LlavaForConditionalGeneration.from_pretrained(BUNDLED, dtype=torch.float32)

@@ -1,6 +1,5 @@
 """Recomputed layers: the same gradients, from fewer tensors kept for the backward pass."""
 
-import json
 
 import pytest
 import torch
@@ -8,7 +7,7 @@ from safetensors.torch import load_file
 
 from hub.files import BUNDLED
 from llava import LlavaForConditionalGeneration
-from tiny_world import tiny_world, write_records
+from tiny_world import tiny_world, write_file
 from training.lora import Lora, LoraLoss, add_lora, matrices
 from training.losses import NextTokenLoss
 from training.recompute import recompute_layers
@@ -51,9 +50,9 @@ def test_recomputed_layers_have_the_same_gradients_and_keep_less(bits, dropout):
 
 def test_a_run_with_pieces_and_dropout_ends_with_the_same_adapter(tmp_path):
     """The masks of a piece are computed again from the piece's own sample numbers."""
-    (tmp_path / "my.json").write_text(json.dumps(write_records(tmp_path, 4)))
+    data = write_file(tmp_path, 4)
     for name in ("kept", "again"):
         place = Place(tmp_path / name, accumulate=2, recompute=name == "again")
-        train_adapter(place, tmp_path / "my.json", None, BUNDLED, 2, 4, 1e-2, 2e-5, Lora(4, 8, dropout=0.3))
+        train_adapter(place, data, None, BUNDLED, 2, 4, 1e-2, 2e-5, Lora(4, 8, dropout=0.3))
     one, two = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("kept", "again"))
     assert all(torch.equal(tensor, two[name]) for name, tensor in one.items())

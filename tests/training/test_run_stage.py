@@ -33,7 +33,6 @@ def test_a_stage_changes_its_own_parts_and_nothing_else(stage, tmp_path):
 
 def test_a_resumed_run_has_the_losses_of_an_uninterrupted_one(tmp_path, monkeypatch):
     stage = replace(TUNE, steps=8, batch=3)
-    monkeypatch.setattr(run_stage, "SAVE_EVERY", 4)
     monkeypatch.setattr(progress, "REPORT_EVERY", 1)
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     weights = {}
@@ -46,7 +45,7 @@ def test_a_resumed_run_has_the_losses_of_an_uninterrupted_one(tmp_path, monkeypa
             return WORLD.conversations(seeds)
 
         try:
-            run(stage, Place(folder), model, draw)
+            run(stage, Place(folder, save_every=4), model, draw)
         except KeyboardInterrupt:
             assert len(logged_losses(folder)) == 6  # two steps more than are saved
         weights[folder] = snapshot(model)
@@ -99,11 +98,10 @@ class Lost(NextTokenLoss):
         ({"lr": 1e39, "steps": 1}, "result"),  # finite numbers lead to a last step out of float32's range
     ],
 )
-def test_a_run_that_diverges_stops_and_saves_nothing_of_it(tmp_path, monkeypatch, how, what):
-    monkeypatch.setattr(run_stage, "SAVE_EVERY", 1)
+def test_a_run_that_diverges_stops_and_saves_nothing_of_it(tmp_path, how, what):
     stage = replace(TUNE, batch=2, **how)
     with pytest.raises(ValueError, match=f"diverged.*{what}"):
-        run(stage, Place(tmp_path))
+        run(stage, Place(tmp_path, save_every=1))
     saved = tmp_path / "tune.pt"
     assert saved.is_file() == (stage.steps > 1) and not saved.with_suffix(".new").exists()
     if saved.is_file():

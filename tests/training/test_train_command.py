@@ -14,7 +14,7 @@ import train
 from evaluation import emoji_judge
 from hub.files import BUNDLED
 from llava import LlavaForConditionalGeneration, LlavaProcessor
-from tiny_world import ROOT, TURNS, logged_losses, tiny_world, write_records
+from tiny_world import ROOT, TURNS, logged_losses, tiny_world, write_file, write_records
 from training import emoji_world
 from training.stages import STAGES
 
@@ -115,7 +115,7 @@ def test_two_processes_take_what_has_no_picture(tmp_path):
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_command_that_diverges_says_so_and_writes_no_model(tmp_path, processes):
-    (tmp_path / "my.json").write_text(json.dumps(write_records(tmp_path, 4)))
+    write_file(tmp_path, 4)
     launch = [*TORCHRUN, f"--nproc-per-node={processes}"] if processes > 1 else [sys.executable]
     command = [*launch, ROOT / "train.py", "--data", tmp_path / "my.json", "--out", tmp_path / "out"]
     command += ["--batch", "2", "--steps", "20", "--lr", "1e5"]

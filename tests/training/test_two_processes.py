@@ -36,7 +36,6 @@ def folder(tmp_path_factory):
     (folder / "my.json").write_text(json.dumps(write_records(folder, 2) + words))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(progress, "REPORT_EVERY", 1)
-        patch.setattr(run_stage, "SAVE_EVERY", 2)
         with alone():
             adapt(folder, "adapted", stop=STOP)
         yield folder
