@@ -8,6 +8,7 @@ because it slices the cache at a length that only the host knows; nor can a step
 """
 
 import gc
+import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -77,6 +78,7 @@ class GraphStep:
         try:
             with (
                 RECORDING,
+                interrupts_later(),
                 no_collection(),
                 cache.recording(),
                 torch.cuda.graph(graph, capture_error_mode="thread_local"),  # other threads may allocate memory
@@ -100,6 +102,22 @@ def no_collection() -> Iterator[None]:
     finally:
         if was_on:
             gc.enable()
+
+
+@contextmanager
+def interrupts_later() -> Iterator[None]:
+    """Ctrl-C during the block takes effect at its end: in PyTorch's own code it could leave the stream recording."""
+    if threading.current_thread() is not threading.main_thread():  # others are not interrupted
+        yield
+        return
+    came = []
+    before = signal.signal(signal.SIGINT, lambda *_: came.append(True))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        if came:
+            signal.raise_signal(signal.SIGINT)
 
 
 def on_gpu(x: Tensor) -> bool:  # a function, so that tests can record a stand-in for a graph without a GPU
