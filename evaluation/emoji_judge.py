@@ -81,13 +81,20 @@ def evaluate_all(
     return evaluate(model, processor, n_scenes, first=first) | {"all, on pairs never shown together": apart}
 
 
-def evaluate_stages(folder: Path, n_scenes: int, device: str = "cpu", first: int = UNSEEN) -> None:
-    """Print a model's table: a column for each stage whose weights are kept, and the model in 8 and 4 bits."""
-    load = partial(LlavaForConditionalGeneration.from_pretrained, folder, torch.float32, device, kernels="torch")
+def evaluate_stages(
+    folder: Path, n_scenes: int, device: str = "cpu", first: int = UNSEEN, adapter: Path | None = None
+) -> None:
+    """Print a model's table: a column for each stage whose weights are kept, and the model in 8 and 4 bits.
+
+    With `adapter`, a LoRA's folder, all columns are with it, and there are none for earlier stages.
+    """
+    load = partial(
+        LlavaForConditionalGeneration.from_pretrained, folder, torch.float32, device, kernels="torch", adapter=adapter
+    )
     model, processor = load(), LlavaProcessor.from_pretrained(folder)
     kept = (folder.parent if folder.resolve() == BUNDLED.resolve() else folder) / "stages"
     columns, final = {}, snapshot(model)
-    for title, name in STAGE_FILES.items():
+    for title, name in ({"with the adapter": None} if adapter else STAGE_FILES).items():
         if name and not (kept / f"{name}.safetensors").is_file():
             continue
         load_stage(model, final, kept, name)
