@@ -64,6 +64,18 @@ def evaluate(
     return {row: (right, n) for row, (right, n) in tally.items()}
 
 
+def evaluate_outside(model: LlavaForConditionalGeneration, processor: LlavaProcessor, n: int, first: int) -> Score:
+    """How many of `n` crops of photographs that training never used get the answer OUTSIDE."""
+    photographs, side = emoji_world.load_photographs(judged=True), processor.image_processor.crop_size["height"]
+    crops = [emoji_world.make_outside(photographs, seed, side) for seed in range(first, first + n)]
+    truths = [emoji_world.make_truth(seed) for seed in range(first, first + n)]  # only to have questions to ask
+    asked = [emoji_world.questions(truth, emoji_world.wording(i))[i % 3][1] for i, truth in enumerate(truths)]
+    said = []
+    for start in range(0, n, BATCH):
+        said += answers(model, processor, crops[start : start + BATCH], asked[start : start + BATCH])
+    return sum(answer == emoji_world.OUTSIDE for answer in said), n
+
+
 def questions(processor: LlavaProcessor, seeds: range, sprites: dict | None, apart: bool) -> list[tuple]:
     """(picture, truth, kind, question, answer) for each question, sorted by length to keep padding small."""
     sprites, side, found = sprites or emoji_world.load_sprites(), processor.image_processor.crop_size["height"], []
@@ -76,9 +88,10 @@ def questions(processor: LlavaProcessor, seeds: range, sprites: dict | None, apa
 def evaluate_all(
     model: LlavaForConditionalGeneration, processor: LlavaProcessor, n_scenes: int, first: int
 ) -> dict[str, Score]:
-    """`evaluate`, with a row for other scenes with the same seeds, each with a pair that training never shows."""
+    """`evaluate`, with rows for scenes with a pair that training never shows, and for crops of photographs."""
     apart = evaluate(model, processor, n_scenes, apart=True, first=first)["all"]
-    return evaluate(model, processor, n_scenes, first=first) | {"all, on pairs never shown together": apart}
+    found = evaluate(model, processor, n_scenes, first=first) | {"all, on pairs never shown together": apart}
+    return found | {"photographs": evaluate_outside(model, processor, n_scenes, first)}
 
 
 def evaluate_stages(

@@ -93,7 +93,7 @@ def named(text: str) -> Counter:
 
 def names(said: list[str], truths: list[dict]) -> Rate:
     """Things that are named, of all things."""
-    wanted = [Counter(emoji_world.left_to_right(truth)) for truth in truths]
+    wanted = [Counter(emoji_world.names_of(truth)) for truth in truths]
     found = [named(text) & those for text, those in zip(said, wanted, strict=True)]
     return sum(each.total() for each in found), sum(each.total() for each in wanted)
 
@@ -128,7 +128,7 @@ def erased(model, processor, scenes) -> Rates:
     """The name of one thing per scene, which occurs once and was named: is it lost?"""
     own, others, chosen, rng = scenes.features.clone(), scenes.features.clone(), {}, Random(0)
     for i, (truth, said) in enumerate(zip(scenes.truths, map(named, scenes.described), strict=True)):
-        there = emoji_world.left_to_right(truth)
+        there = emoji_world.names_of(truth)
         once = [thing for thing in truth["things"] if there.count(thing["name"]) == said[thing["name"]] == 1]
         for thing in once[:1]:
             on = covered(thing, 8)

@@ -3,7 +3,7 @@
 import re
 from collections import Counter
 
-from training.emoji_talk import SIDES, left_to_right, of_kind, on_side, relations
+from training.emoji_talk import PLACES, SIDES, names_of, of_kind, on_side, relations
 from training.emoji_things import GROUNDS, NUMBERS, OBJECTS, plural
 
 
@@ -14,6 +14,10 @@ def any_of(words: list[str]) -> str:
 
 SINGULAR = {form.lower(): name for name in OBJECTS for form in (name, plural(name))}
 A_THING = re.compile(rf"(?:\b({any_of(['a', 'an', 'the', *NUMBERS])}|\d+)\s+)?\b({any_of(list(SINGULAR))})\b")
+NINTHS = {place: (row, column) for row, places in enumerate(PLACES) for column, place in enumerate(places)}
+NOT_OF = r"(?! of (?!the (?:picture|image)))"  # "on the left of the cat" is no ninth of the picture
+NAME, PLACE = rf"\b(?P<name>{any_of(list(SINGULAR))})\b", rf"\b(?P<place>{any_of(list(NINTHS))})\b{NOT_OF}"
+PLACED = (rf"{PLACE}(?: there (?:is|are))? \w+ {NAME}", f"{NAME} (?:is )?{PLACE}")
 NOT = re.compile(r"\bnot\b|n't\b")
 NO = re.compile(r"\bno\b|" + NOT.pattern)
 
@@ -44,7 +48,7 @@ def score(kind: str, answer: str, truth: dict) -> bool:
     text = re.sub(r"\b(left|right)[- ]hand\b", r"\1", text.replace("i saw", "i see"))
     text = re.sub(r"\b(none|zero|nothing|empty)\b", "no", text)
     family, *about = kind.split(":")
-    names, named = left_to_right(truth), named_things(text)
+    names, named = names_of(truth), named_things(text)
     numbers = {to_number(word) for word in mentioned([*NUMBERS, *map(str, range(11))], text)}
     colours, no = mentioned(GROUNDS, text), bool(NO.search(text))
     if family == "ground":
@@ -61,8 +65,22 @@ def score(kind: str, answer: str, truth: dict) -> bool:
         side, other = about
         right = Counter(one for one, *place in relations(truth) if place == [side, other])
         return not no and named - Counter([other]) == right and directions(text) <= {side}
-    wanted = Counter(of_kind(truth, about[0]) if family == "which" else names)
-    return named == wanted and colours <= {truth["ground"]} and no == (not wanted)
+    wanted = Counter(thing["name"] for thing in of_kind(truth, about[0])) if family == "which" else Counter(names)
+    return named == wanted and colours <= {truth["ground"]} and no == (not wanted) and well_placed(text, truth)
+
+
+def well_placed(text: str, truth: dict) -> bool:
+    """Whether each thing that a text gives a place has its centre there, or hardly outside (0.1 of the picture)."""
+    def is_at(thing: dict, row: int, column: int) -> bool:
+        return abs(thing["y"] - (row + 0.5) / 3) < 1 / 6 + 0.1 and abs(thing["x"] - (column + 0.5) / 3) < 1 / 6 + 0.1
+
+    return all(any(thing["name"] == name and is_at(thing, *NINTHS[place]) for thing in truth["things"])
+               for name, place in placed(text))
+
+
+def placed(text: str) -> list[tuple[str, str]]:
+    """The things of which a text says the place: (name, place)."""
+    return [(SINGULAR[match["name"]], match["place"]) for form in PLACED for match in re.finditer(form, text)]
 
 
 def directions(text: str) -> set[str]:
@@ -74,10 +92,13 @@ def directions(text: str) -> set[str]:
 def verdict(family: str, about: list[str], text: str, truth: dict) -> bool:
     """Whether a yes or no is right, and the rest of the answer true."""
     if family == "exists":
-        right = about[0] in left_to_right(truth)
+        right = about[0] in names_of(truth)
     else:
         side, one, other = about
         right = (one, side, other) in relations(truth)
+        if not well_placed(text, truth):
+            return False
+        text = re.sub(PLACE, "", text)  # "on the left" alone says nothing about the other thing
         order = [SINGULAR[form] for _, form in A_THING.findall(text)]
         if len(order) == 2 and len(directions(text)) == 1:
             (said,) = directions(text)

@@ -5,7 +5,8 @@ A question that ends with SHORT, the line that LLaVA-1.5 uses, has a word or phr
 
 import random
 
-from training.emoji_things import KINDS, NUMBERS, OBJECTS, a, plural, there, things
+from training.emoji_things import KINDS, NUMBERS, OBJECTS, a, listing, plural, things
+from training.outside import OUTSIDE
 
 SHORT = "\nAnswer the question using a single word or phrase."
 SIDES = {"left": "on the left", "right": "on the right", "top": "at the top", "bottom": "at the bottom",
@@ -23,18 +24,36 @@ QUESTIONS = {
     "is beside": ("Is the {name} {side} the {other}?",),
     **dict.fromkeys(SIDES, ("What is {side}?", "What is {side} of the picture?", "Which object is {side}?")),
 }
+WEIGHTS = {"describe": 2, "what": 2, "which": 2, "is beside": 2, "count": 0.5, "ground": 0.5}  # hard ones more often
+PLACES = (("at the top left", "at the top", "at the top right"), ("on the left", "in the middle", "on the right"),
+          ("at the bottom left", "at the bottom", "at the bottom right"))  # the ninths of a picture
 OPPOSITE = {"left": "right", "right": "left", "top": "bottom", "bottom": "top"}
 
 
 # --- What is true ----------------------------------------------------------------------------------------------------
 
 
-def left_to_right(truth: dict) -> list[str]:
-    return [thing["name"] for thing in sorted(truth["things"], key=lambda thing: thing["x"])]
+def ninth(thing: dict) -> tuple[int, int]:  # -> the row and the column of PLACES
+    """The ninth of the picture that the centre of a thing is in."""
+    return min(int(3 * thing["y"]), 2), min(int(3 * thing["x"]), 2)
 
 
-def of_kind(truth: dict, kind: str) -> list[str]:
-    return [name for name in left_to_right(truth) if name in KINDS[kind]]
+def place_of(thing: dict) -> str:
+    row, column = ninth(thing)
+    return PLACES[row][column]
+
+
+def in_reading_order(truth: dict) -> list[dict]:
+    """The things by the row, then the column of their ninth, and within one from left to right."""
+    return sorted(truth["things"], key=lambda thing: (ninth(thing), thing["x"]))
+
+
+def names_of(truth: dict) -> list[str]:
+    return [thing["name"] for thing in in_reading_order(truth)]
+
+
+def of_kind(truth: dict, kind: str) -> list[dict]:
+    return [thing for thing in in_reading_order(truth) if thing["name"] in KINDS[kind]]
 
 
 def on_side(truth: dict, side: str) -> str | None:
@@ -59,9 +78,26 @@ def is_beside(thing: dict, side: str, other: dict) -> bool:
 
 def relations(truth: dict) -> list[tuple[str, str, str]]:
     """(one, side, other): one is to that side of the other. Only for things that occur once: "the cat" is clear."""
-    once = [t for t in truth["things"] if left_to_right(truth).count(t["name"]) == 1]
+    once = [t for t in truth["things"] if names_of(truth).count(t["name"]) == 1]
     return [(t["name"], side, other["name"]) for t in once for other in once for side in BESIDE
             if is_beside(t, side, other)]
+
+
+def with_places(members: list[dict]) -> str:
+    """As a phrase: "at the top left a cat, on the right a dog and at the bottom a key".
+
+    The model finds the next thing more easily when it says the place first: the places said so far tell it which things
+    are done, and the name is then that of the thing at the place.
+    """
+    return listing([f"{place_of(thing)} {a(thing['name'])}" for thing in members]) or "nothing"
+
+
+def there(members: list[dict]) -> str:
+    """The same as a sentence: "At the top left there is a cat, on the right a dog and at the bottom a key."."""
+    if not members:
+        return "There is nothing in the picture."
+    place = place_of(members[0])
+    return f"{place.capitalize()} there is{with_places(members).removeprefix(place)}."
 
 
 # --- Questions and answers -------------------------------------------------------------------------------------------
@@ -74,10 +110,10 @@ Fact = tuple[str, dict, str, str | None]
 
 def facts(truth: dict, rng: random.Random) -> list[Fact]:
     """All facts about a scene that are asked for, in the order of their kinds."""
-    names, ground = left_to_right(truth), truth["ground"]
+    names, ground, members = names_of(truth), truth["ground"], in_reading_order(truth)
     n = len(names)
-    found = [("describe", {}, f"The picture shows {things(names)} on {a(ground)} background.", None),
-             ("what", {}, f"{there(names)} in the picture.", things(names)),
+    found = [("describe", {}, f"{there(members)} The background is {ground}.", None),
+             ("what", {}, there(members), with_places(members)),
              ("count", {}, f"There {'is one object' if n == 1 else f'are {NUMBERS[n]} objects'} in the picture.",
               str(n)),
              ("ground", {}, f"The background is {ground}.", ground)]
@@ -107,9 +143,9 @@ def facts_of_kinds(truth: dict, rng: random.Random) -> list[Fact]:
     found, kinds = [], [kind for kind in KINDS if kind != "thing"]
     for kind in dict.fromkeys([rng.choice(kinds), *(kind for kind in kinds if of_kind(truth, kind))]):
         members = of_kind(truth, kind)
-        said = there(members) if members else f"There are no {plural(kind)}"
-        word = things(members) if members else "none"
-        found.append((f"which:{kind}", {"names": plural(kind)}, f"{said} in the picture.", word))
+        said = there(members) if members else f"There are no {plural(kind)} in the picture."
+        word = with_places(members) if members else "none"
+        found.append((f"which:{kind}", {"names": plural(kind)}, said, word))
     return found
 
 
@@ -123,10 +159,11 @@ def facts_beside(truth: dict, rng: random.Random) -> list[Fact]:
             found.append((f"beside:{side}:{other}", {"side": BESIDE[side], "name": other}, said, names[0]))
     if known:
         one, side, other = rng.choice(known)
-        said = f"the {one} is {BESIDE[side]} the {other}."
+        places = {thing["name"]: place_of(thing) for thing in truth["things"]}
+        said = f"The {one} is {places[one]} and the {other} {places[other]}, so "
         for asked, yes_or_no in ((side, "yes"), (OPPOSITE[side], "no")):
             filling = {"name": one, "side": BESIDE[asked], "other": other}
-            found.append((f"is beside:{asked}:{one}:{other}", filling, f"{yes_or_no.capitalize()}, {said}", yes_or_no))
+            found.append((f"is beside:{asked}:{one}:{other}", filling, f"{said}{yes_or_no}.", yes_or_no))
     rng.shuffle(found)
     return found[:3]
 
@@ -146,17 +183,23 @@ def wording(seed: int) -> random.Random:
     return random.Random(f"words {seed}")
 
 
-def conversation(truth: dict, rng: random.Random, turns: int = 3) -> list[dict[str, str]]:
-    """Up to `turns` questions and answers in LLaVA's JSON form. The first question begins with <image>."""
+def conversation(truth: dict, rng: random.Random, turns: int = 3, outside: bool = False) -> list[dict[str, str]]:
+    """Up to `turns` questions and answers in LLaVA's JSON form. The first question begins with <image>.
+
+    With `outside` the picture is no scene, and the answer to at most two questions is OUTSIDE.
+    """
     asked = questions(truth, rng)
-    spoken = [text for turn in rng.sample(asked, min(turns, len(asked))) for text in turn[1:]]
+    asked.sort(key=lambda turn: rng.random() ** (1 / WEIGHTS.get(turn[0].partition(":")[0], 1)), reverse=True)
+    if outside:
+        asked = [(kind, asks, OUTSIDE) for kind, asks, _ in asked[:2]]
+    spoken = [text for turn in asked[:turns] for text in turn[1:]]
     spoken[0] = "<image>\n" + spoken[0]
     return [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(spoken)]
 
 
 def caption(truth: dict, rng: random.Random) -> str:
     """A phrase that names everything in the picture, for the alignment stage."""
-    what, ground = things(left_to_right(truth)), a(f"{truth['ground']} background")
+    what, ground = things(names_of(truth)), a(f"{truth['ground']} background")
     if len(truth["things"]) == 2 and (known := relations(truth)):
         one, side, other = rng.choice(known)
         what = f"{a(one)} {BESIDE[side]} {a(other)}"

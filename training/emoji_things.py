@@ -67,7 +67,3 @@ def listing(names: list[str]) -> str:
 def things(names: list[str]) -> str:
     """["cat", "dog", "cat"] -> "two cats and a dog"."""
     return listing([number(count, name) for name, count in Counter(names).items()]) or "nothing"
-
-
-def there(names: list[str]) -> str:
-    return f"There {'are' if names and names.count(names[0]) > 1 else 'is'} {things(names)}"

@@ -40,13 +40,14 @@ from training.emoji_talk import (
     SIDES,
     caption,
     conversation,
-    left_to_right,
+    names_of,
     on_side,
     questions,
     relations,
     wording,
 )
-from training.emoji_things import GROUNDS, KINDS, NUMBERS, OBJECTS, a, plural, there, things
+from training.emoji_things import GROUNDS, KINDS, NUMBERS, OBJECTS, a, plural, things
+from training.outside import OUTSIDE, load_photographs, make_outside
 
 __all__ = [
     "A_THING",
@@ -56,6 +57,7 @@ __all__ = [
     "KINDS",
     "NUMBERS",
     "OBJECTS",
+    "OUTSIDE",
     "SHORT",
     "SIDES",
     "SINGULAR",
@@ -64,10 +66,12 @@ __all__ = [
     "conversation",
     "draw_thing",
     "kept_apart",
-    "left_to_right",
+    "load_photographs",
     "load_sprites",
+    "make_outside",
     "make_scene",
     "make_truth",
+    "names_of",
     "on_side",
     "plain_look",
     "plan_ground",
@@ -75,7 +79,6 @@ __all__ = [
     "questions",
     "relations",
     "score",
-    "there",
     "things",
     "wording",
 ]

@@ -41,7 +41,7 @@ def train_tokenizer(scenes: int = 20000) -> Tokenizer:
     text = []
     for i in range(scenes):
         truth = emoji_world.make_truth(i)
-        said = messages(emoji_world.conversation(truth, rng, turns=9))
+        said = messages(emoji_world.conversation(truth, rng, turns=9, outside=i % 12 == 0))
         text += [emoji_world.caption(truth, rng), TEMPLATES["v1"].render(said, add_generation_prompt=True)]
     text = [line for part in text for line in part.replace("<image>", "\n").replace("</s>", "\n").split("\n") if line]
     model = io.BytesIO()

@@ -6,9 +6,10 @@ that is shared between processes, therefore sees exactly the samples of an unint
     B batch    T tokens    P patches
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from llava import LlavaProcessor
@@ -16,9 +17,14 @@ from training import emoji_world
 from training.conversations import collate, tokenize_caption, tokenize_conversation
 from training.emoji_world import wording
 
+OUTSIDE_EVERY = 12  # one in so many pictures of the last stage is from outside the emoji world
 TURNS = 3  # questions and answers in a conversation about a scene
 NAME_TOKENS = 4  # per patch of a picture in words: a shorter name is repeated, a longer one is cut
 PARTS, PART_BYTES = 5, 24  # of a scene: up to four things and the background, and the longest name of one in bytes
+
+
+def is_outside(seed: int) -> bool:
+    return seed % OUTSIDE_EVERY == 0
 
 
 @dataclass
@@ -27,6 +33,7 @@ class World:
 
     sprites: dict
     processor: LlavaProcessor
+    photographs: list[Image.Image] = field(default_factory=emoji_world.load_photographs)
 
     @property
     def side(self) -> int:
@@ -40,11 +47,17 @@ class World:
     def pad(self) -> int:
         return self.processor.tokenizer.pad_token_id
 
-    def pictures(self, seeds: range, full: bool = False) -> tuple[Tensor, list[dict]]:  # -> (B, 3, side, side), truths
-        """With `full`, three pictures in four have four things."""
+    def pictures(
+        self, seeds: range, full: bool = False, outside: bool = False
+    ) -> tuple[Tensor, list[dict]]:  # -> (B, 3, side, side), truths
+        """With `full`, three pictures in four have four things. With `outside`, some are no scenes: `is_outside`."""
         fewest = {n: 4 if full and n % 4 else 0 for n in seeds}
         drawn = [emoji_world.make_scene(self.sprites, n, self.side, at_least=fewest[n]) for n in seeds]
-        return self.processor.image_processor([picture for picture, _ in drawn]), [truth for _, truth in drawn]
+        pictures = [
+            emoji_world.make_outside(self.photographs, n, self.side) if outside and is_outside(n) else picture
+            for n, (picture, _) in zip(seeds, drawn, strict=True)
+        ]
+        return self.processor.image_processor(pictures), [truth for _, truth in drawn]
 
     def parts(self, seeds: range) -> dict[str, Tensor]:
         """Pictures, and for each of up to PARTS parts the weight of each patch in it and the bytes of its name.
@@ -78,8 +91,8 @@ class World:
     def caption(self, truth: dict, seed: int) -> tuple[list[int], list[int]]:
         return tokenize_caption(emoji_world.caption(truth, wording(seed)), self.processor)
 
-    def conversation(self, truth: dict, seed: int) -> tuple[list[int], list[int]]:
-        return tokenize_conversation(emoji_world.conversation(truth, wording(seed), TURNS), self.processor)
+    def conversation(self, truth: dict, seed: int, outside: bool = False) -> tuple[list[int], list[int]]:
+        return tokenize_conversation(emoji_world.conversation(truth, wording(seed), TURNS, outside), self.processor)
 
     def captions(self, seeds: range) -> dict[str, Tensor]:
         """Pictures with one caption each."""
@@ -88,8 +101,9 @@ class World:
 
     def conversations(self, seeds: range) -> dict[str, Tensor]:
         """Pictures with several questions and answers each."""
-        pixel_values, truths = self.pictures(seeds)
-        return {"pixel_values": pixel_values, **collate(map(self.conversation, truths, seeds), self.pad)}
+        pixel_values, truths = self.pictures(seeds, outside=True)
+        rows = map(self.conversation, truths, seeds, map(is_outside, seeds))
+        return {"pixel_values": pixel_values, **collate(rows, self.pad)}
 
     def spelt_out(self, truth: dict) -> list[list[int]]:  # -> P of NAME_TOKENS ids
         """A picture in words: for each patch the name of the thing there, or the colour of the background."""

@@ -20,7 +20,7 @@ def mcnemar(first, second):
 
 def chair(descriptions, truths):
     named = [named_things(text.lower()) for text in descriptions]
-    extra = [each - Counter(emoji_world.left_to_right(truth)) for each, truth in zip(named, truths, strict=True)]
+    extra = [each - Counter(emoji_world.names_of(truth)) for each, truth in zip(named, truths, strict=True)]
     share = sum(each.total() for each in extra) / sum(each.total() for each in named)
     return share, sum(map(bool, extra)) / len(extra)
 

@@ -1,4 +1,4 @@
-"""Anybody's conversations as batches, and which files are refused."""
+"""Conversations in LLaVA's format as batches, and which files are refused."""
 
 import json
 import random

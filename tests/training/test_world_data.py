@@ -55,7 +55,7 @@ def test_a_picture_in_words_has_its_words_where_its_things_are():
         for thing in truth["things"]:
             column, row = (int(thing[axis] * 8) for axis in "xy")
             assert grid[8 * row + column] == thing["name"] or len(truth["things"]) > 1  # another may overlap it
-        assert set(grid) <= {truth["ground"], *emoji_world.left_to_right(truth)}
+        assert set(grid) <= {truth["ground"], *emoji_world.names_of(truth)}
 
 
 def test_a_picture_in_words_takes_the_place_of_the_projected_patches():
