@@ -17,6 +17,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from cli import models
 from generate import GenerationConfig
 from hub.text_watcher import TextWatcher
 
@@ -121,6 +122,8 @@ def answer_one(model, processor, images: list[Image.Image], args: Namespace) -> 
     streamer = None if args.json else lambda text: print(text, end="", flush=True)
     (answer,) = ask(model, processor, [(images, args.prompt)], args, streamer)
     print(to_json(args, args.image, args.prompt, answer) if args.json else "")
+    if answer["text"] == model.generation_config.get("outside"):
+        print(models.hint(type(model), model.device.type, model.dtype), file=sys.stderr)
     if answer["finish_reason"] == "context":
         context = model.config.text_config.max_position_embeddings
         print(f"The answer stops here: the context of {context} tokens is full.", file=sys.stderr)

@@ -5,12 +5,11 @@ from argparse import Namespace
 
 import torch
 
-from cli import models
 from cli.memory import check_memory
 from cli.parallel import divide, is_divided, keep_share, own_device
 from hub.adapter import warning_of_another_base
 from hub.device import check_device, fast_dtype
-from hub.files import BUNDLED, find_checkpoint, weight_files
+from hub.files import find_checkpoint, weight_files
 from hub.packed import read_scheme
 from hub.processor_settings import read_processor_settings
 from hub.settings import read_config
@@ -49,14 +48,6 @@ def settle(args: Namespace) -> None:
 def load(Model: type, Processor: type, args: Namespace, rows: int, pictures: int) -> tuple:
     """The model and its processor, if memory is enough for batches of `rows` prompts with `pictures` pictures each."""
     folder, dtype = find_checkpoint(args.model), getattr(torch, args.dtype)
-    if args.model == BUNDLED and args.adapter is None:
-        name = models.best(Model, args.device, dtype)
-        larger = "a larger one" if name is None else f"{name}, which fits into memory here"
-        print(
-            "The bundled tiny model knows only its small world: emoji on plain backgrounds. "
-            f"For photographs use {larger}: python llava.py --models lists some.",
-            file=sys.stderr,
-        )
     processor = Processor.from_pretrained(folder)
     if args.template in TEMPLATES:  # else the checkpoint's own, which the processor has
         processor.template = TEMPLATES[args.template]

@@ -110,6 +110,13 @@ def table(Model: type) -> str:
     return "\n".join([*lines, "", NOTE])
 
 
+def hint(Model: type, device: str, dtype: torch.dtype) -> str:
+    """What to do after the tiny model said that a picture is none that it knows."""
+    name = best(Model, device, dtype)
+    larger = "a larger model" if name is None else f"{name}, which fits into memory here"
+    return f"For photographs use {larger}: python llava.py --models lists some."
+
+
 def best(Model: type, device: str, dtype: torch.dtype) -> str | None:
     """The last of MODELS that fits a device's free memory, without LLaVA-1.6, which is slow; None if it is unknown."""
     free = free_bytes(device)

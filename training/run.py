@@ -12,7 +12,7 @@ from hub.files import BUNDLED
 from hub.writer import check_can_save, save
 from llava import LlavaForConditionalGeneration, LlavaProcessor
 from training.conversations import IGNORED, tokenize_conversation, tokenize_plain
-from training.emoji_world import load_sprites
+from training.emoji_world import OUTSIDE, load_sprites
 from training.processes import rank, wait_for_all, world_size
 from training.progress import plot
 from training.recipes import OURS, Recipe, in_force
@@ -46,6 +46,7 @@ def train_from_nothing(place: Place, quick: bool = False) -> None:
         run_stage(stage, model, partial(stage.data, world), place)
         after[stage.name] = snapshot(model)
     if rank() == 0:
+        model.generation_config["outside"] = OUTSIDE  # so that a program can tell this answer from others
         save(model.to(torch.bfloat16), processor, place.folder)
         save_stage(before, after["tune"], place.folder / "stages" / "before-alignment.safetensors")
         save_stage(after["align"], before, place.folder / "stages" / "after-alignment.safetensors")

@@ -29,17 +29,14 @@ from hub.writer import save
 from llava import LlavaForConditionalGeneration, LlavaProcessor
 from small import small as random_model
 from training import emoji_world
+from training.sprites.make_images import SCENES
 
 ROOT = Path(__file__).parent.parent.parent
-# The contents of the pictures: name -> (background, things from left to right)
-PICTURES = {
-    "cat-and-apple": ("blue", ["cat", "apple"]),
-    "car-and-tree": ("yellow", ["car", "tree"]),
-    "dog-under-airplane": ("green", ["dog", "airplane"]),
-    "elephant-and-hat": ("pink", ["elephant", "hat"]),
-    "owl-and-key": ("white", ["owl", "key"]),
-    "rocket": ("black", ["rocket"]),
-}
+TRUTHS = {  # of the pictures in images/
+    file: {"ground": ground, "things": [dict(zip(("name", "x", "y", "size"), (name, *at), strict=True))
+                                        for name, _, *at, _tilt in placed]}
+    for file, (_, (ground, _), placed) in SCENES.items()
+}  # fmt: skip
 
 
 def llava(*arguments, script: str = "llava.py", **kwargs) -> subprocess.CompletedProcess:
@@ -47,15 +44,17 @@ def llava(*arguments, script: str = "llava.py", **kwargs) -> subprocess.Complete
     return subprocess.run(command, capture_output=True, text=True, timeout=120, **kwargs)
 
 
-@pytest.mark.parametrize("name", PICTURES)
+@pytest.mark.parametrize("name", TRUTHS)
 def test_it_says_what_is_in_the_picture(name, ask):
-    ground, things = PICTURES[name]
-    things = [{"name": thing, "x": i / 4, "y": 0.5, "size": 0.2} for i, thing in enumerate(things)]
-    truth = {"ground": ground, "things": things}
     code, out, err = ask("--image", ROOT / "images" / f"{name}.jpg")
-    assert code == 0 and emoji_world.score("describe", out, truth), (out, err)
-    assert err.count("knows only its small world") == 1 and "--models" in err
-    assert out.count("\n") == 1
+    assert code == 0 and emoji_world.score("describe", out, TRUTHS[name]), (out, err)
+    assert out.count("\n") == 1 and not err
+
+
+def test_after_a_photograph_it_names_a_larger_model(ask):
+    code, out, err = ask("--image", ROOT / "images" / "photos" / "coffee.jpg")
+    assert code == 0 and out == emoji_world.OUTSIDE + "\n"
+    assert err.startswith("For photographs use ") and "--models" in err
 
 
 def test_models_says_what_fits_into_memory(monkeypatch, capsys):
