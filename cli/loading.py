@@ -2,11 +2,13 @@
 
 import sys
 from argparse import Namespace
+from pathlib import Path
 
 import torch
 
 from cli.memory import check_memory
 from cli.parallel import divide, is_divided, keep_share, own_device
+from family.processor import read_parts
 from hub.adapter import warning_of_another_base
 from hub.device import check_device, fast_dtype
 from hub.files import find_checkpoint, weight_files
@@ -42,17 +44,24 @@ def settle(args: Namespace) -> None:
         # PyTorch's products for quantized weights are fast in bfloat16 on every CPU.
         dtype = torch.bfloat16 if args.bits and args.device == "cpu" else fast_dtype(args.device)
         args.dtype = str(dtype).removeprefix("torch.")
-    args.template = args.template or read_processor_settings(folder)[1]
+    args.template = args.template or read_processor_settings(own_settings(args) or folder)[1]
+
+
+def own_settings(args: Namespace) -> Path | None:
+    """The adapter's folder, if it says how prompts and pictures were treated in its training (train.py --recipe)."""
+    folder = Path(args.adapter or "")
+    return folder if args.adapter and (folder / "preprocessor_config.json").is_file() else None
 
 
 def load(Model: type, Processor: type, args: Namespace, rows: int, pictures: int) -> tuple:
     """The model and its processor, if memory is enough for batches of `rows` prompts with `pictures` pictures each."""
     folder, dtype = find_checkpoint(args.model), getattr(torch, args.dtype)
-    processor = Processor.from_pretrained(folder)
+    processor, settings = Processor.from_pretrained(folder), read_config(folder)
+    model = Model.without_weights(settings)
+    if own := own_settings(args):
+        processor.image_processor, processor.template = read_parts(own, model.config, processor.tokenizer)
     if args.template in TEMPLATES:  # else the checkpoint's own, which the processor has
         processor.template = TEMPLATES[args.template]
-    settings = read_config(folder)
-    model = Model.without_weights(settings)
     if settings.get("quantization_config"):
         unpack(model, expect_packed(model, folder, settings).bits)
     if is_divided(args):

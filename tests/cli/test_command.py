@@ -12,6 +12,7 @@ import sys
 import time
 import zlib
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -23,12 +24,16 @@ import cli
 from cli import batch, loading, memory, models, results
 from cli.arguments import PROMPT, parse_arguments
 from cli.memory import needed_bytes
+from hub.files import BUNDLED
 from hub.pictures import open_image
 from hub.settings import read_config
-from hub.writer import save
+from hub.writer import save, write_processor
 from llava import LlavaForConditionalGeneration, LlavaProcessor
 from small import small as random_model
+from small import write_adapter
+from tokenizer import TEMPLATES
 from training import emoji_world
+from training.recipes import RECIPES
 from training.sprites.make_images import SCENES
 
 ROOT = Path(__file__).parent.parent.parent
@@ -55,6 +60,21 @@ def test_after_a_photograph_it_names_a_larger_model(ask):
     code, out, err = ask("--image", ROOT / "images" / "photos" / "coffee.jpg")
     assert code == 0 and out == emoji_world.OUTSIDE + "\n"
     assert err.startswith("For photographs use ") and "--models" in err
+
+
+def test_an_adapter_brings_the_treatment_of_pictures_and_the_template_of_its_training(tmp_path):
+    for own in (False, True):
+        write_adapter(tmp_path, BUNDLED)
+        if own:
+            recipe = replace(RECIPES["finetune-lora"], template="hub")
+            processor = recipe.processor(LlavaProcessor.from_pretrained(BUNDLED))
+            config = LlavaForConditionalGeneration.without_weights(read_config(BUNDLED)).config
+            write_processor(processor, config, tmp_path)
+        args = parse_arguments(["--adapter", str(tmp_path), "--image", "x.jpg"])
+        loading.settle(args)
+        processor = loading.load(LlavaForConditionalGeneration, LlavaProcessor, args, 1, 1)[1]
+        assert processor.image_processor.do_pad == own
+        assert processor.template == TEMPLATES[args.template] == TEMPLATES["hub" if own else "v1"]
 
 
 def test_models_says_what_fits_into_memory(monkeypatch, capsys):

@@ -1,17 +1,16 @@
 """The judge of the emoji world: which scenes it uses, and that the bundled model is as good as its table says."""
 
-import json
 import re
 import sys
 
 import pytest
 import torch
-from safetensors.torch import save_file
 
 import evaluate
 from evaluation import emoji_judge
 from hub.files import BUNDLED
 from llava import LlavaForConditionalGeneration, LlavaProcessor
+from small import write_adapter
 from tiny_world import ROOT
 from training import emoji_world
 from training.stage_files import STAGE_FILES, load_stage, snapshot
@@ -45,12 +44,7 @@ def test_published_tables_are_over_scenes_that_no_decision_was_made_on(monkeypat
 
 def test_a_model_is_judged_with_an_adapter(monkeypatch, capsys, tmp_path):
     """Here one that makes its head say nothing: the model ends every answer at once."""
-    settings = {"peft_type": "LORA", "r": 1, "lora_alpha": 1, "base_model_name_or_path": str(BUNDLED)}
-    (tmp_path / "adapter_config.json").write_text(json.dumps(settings | {"modules_to_save": ["norm"]}))
-    prefix, zeros = "base_model.model.model.language_model", torch.zeros(load().config.text_config.hidden_size)
-    lora = {f"{prefix}.layers.0.self_attn.q_proj.lora_{half}.weight": row for half, row in
-            (("A", zeros[None].clone()), ("B", zeros[:, None].clone()))}
-    save_file(lora | {f"{prefix}.norm.weight": zeros}, tmp_path / "adapter_model.safetensors")
+    write_adapter(tmp_path, BUNDLED, norm=torch.zeros(load().config.text_config.hidden_size))
     monkeypatch.setattr(sys, "argv", ["evaluate.py", "--adapter", str(tmp_path), "--scenes", "2", "--device", "cpu"])
     evaluate.main()
     out, err = capsys.readouterr()
