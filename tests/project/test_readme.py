@@ -66,7 +66,7 @@ def test_the_readmes_python_code_runs(monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     for code in re.findall(r"```python\n(.*?)```", README, re.DOTALL):
         exec(code, {})
-    assert "a rocket on a black background" in capsys.readouterr().out
+    assert "there is a rocket. The background is black." in capsys.readouterr().out
 
 
 @pytest.mark.quick
