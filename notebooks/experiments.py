@@ -157,8 +157,14 @@ def swapped(model, processor, scenes) -> Rates:
     return rates
 
 
+def without_others(features: Tensor, kept: Tensor) -> Tensor:
+    """Patches that are not among `kept` (scenes, n) are replaced by the picture's mean patch."""
+    on = torch.zeros(features.shape[:2], dtype=torch.bool).scatter(1, kept, True)
+    return torch.where(on[..., None], features, features.mean(1, keepdim=True))
+
+
 def kept(model, processor, scenes) -> Rates:
-    """Names right with 32 of 64 patches."""
+    """Names right with 32 of 64 patches. The others are not left out, so that these keep their positions."""
     seen = run(model, processor, scenes, scenes.described)
     maps = torch.stack(seen.out.attentions).mean(2)[..., seen.patches]  # (L, scenes, T, P)
     asking = seen.answer.roll(-1, 1)  # the positions that predict the answer's tokens
@@ -167,16 +173,19 @@ def kept(model, processor, scenes) -> Rates:
     ways["answer's tokens, all layers"] = "attention", (maps.mean(0) * asking[..., None]).sum(1)
     rates = {"all 64": names(scenes.described, scenes.truths)}
     for label, (by, attention) in ways.items():
-        features, _ = keep_patches(scenes.features, 32, by, attention)
+        features = without_others(scenes.features, keep_patches(scenes.features, 32, by, attention)[1])
         rates[label] = names(ask(model, processor, scenes, features=features), scenes.truths)
     return rates
 
 
 def layers(model, processor, scenes) -> Rates:
-    """Names right where question and answer see the picture in some layers only."""
+    """Names right where question and answer see the picture in some layers only.
+
+    The prompt's last token predicts the answer's first one, so it counts as part of the answer.
+    """
     seen = run(model, processor, scenes, scenes.described)
     every = set(range(len(model.language_model.layers)))
-    question, answer = range(seen.patches[-1] + 1, seen.start), range(seen.start, seen.start + 100)
+    question, answer = range(seen.patches[-1] + 1, seen.start - 1), range(seen.start - 1, seen.start + 100)
     both = [*question, *answer]
     cuts = {"all layers": (set(), both)} | {f"all but layer {i}": ({i}, both) for i in every}
     cuts |= {f"only layer {i}": (every - {i}, both) for i in every} | {"no layer": (every, both)}
@@ -237,13 +246,14 @@ def blinded(model, processor, scenes) -> Rates:
     """Tokens of the descriptions that are the likeliest without the picture, too."""
     seen = run(model, processor, scenes, scenes.described)
     hit = blind(model, {"input_ids": seen.ids}).argmax(-1).roll(1, 1) == seen.ids
-    colour = torch.isin(seen.ids, torch.tensor([word(processor, name) for name in emoji_world.GROUNDS]))
+    colour, place = (torch.isin(seen.ids, torch.tensor([word(processor, name) for name in those]))
+                     for those in (emoji_world.GROUNDS, emoji_world.SIDES))  # fmt: skip
     name = torch.zeros_like(hit)
     for row, text in zip(name, scenes.described, strict=True):
         for found in emoji_world.A_THING.finditer(text.lower()):
             before = processor.tokenizer.encode(text[: found.start(2)].rstrip(), add_special_tokens=False)
             row[seen.start + len(before)] = True
-    kinds = {"names": name, "colours": colour, "other tokens": ~name & ~colour}
+    kinds = {"names": name, "places": place, "colours": colour, "other tokens": ~name & ~place & ~colour}
     return {kind: (int((hit & at & seen.answer).sum()), int((at & seen.answer).sum())) for kind, at in kinds.items()}
 
 
