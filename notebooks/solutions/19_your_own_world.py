@@ -1,4 +1,4 @@
-"""Solutions of the puzzles in notebook 18."""
+"""Solutions of the puzzles in notebook 19."""
 
 import re
 
