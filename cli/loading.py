@@ -2,19 +2,20 @@
 
 import sys
 from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from cli.memory import check_memory
 from cli.parallel import divide, is_divided, keep_share, own_device
-from family.processor import read_parts
+from clip import ImageProcessor
 from hub.adapter import warning_of_another_base
 from hub.device import check_device, fast_dtype
 from hub.files import find_checkpoint, weight_files
 from hub.packed import read_scheme
 from hub.processor_settings import read_processor_settings
-from hub.settings import read_config
+from hub.settings import known_fields, read_config
 from quantize import expect_packed, unpack
 from tokenizer import TEMPLATES
 
@@ -59,7 +60,8 @@ def load(Model: type, Processor: type, args: Namespace, rows: int, pictures: int
     processor, settings = Processor.from_pretrained(folder), read_config(folder)
     model = Model.without_weights(settings)
     if own := own_settings(args):
-        processor.image_processor, processor.template = read_parts(own, model.config, processor.tokenizer)
+        changed = known_fields(ImageProcessor, read_processor_settings(own)[0])
+        processor.image_processor = replace(processor.image_processor, **changed)
     if args.template in TEMPLATES:  # else the checkpoint's own, which the processor has
         processor.template = TEMPLATES[args.template]
     if settings.get("quantization_config"):
