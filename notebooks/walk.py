@@ -52,8 +52,8 @@ def chat_prompt(processor, question: str) -> str:
 
 
 def steps(number: int) -> int:
-    """Steps of a training that takes minutes: `number`, or a few where SHORT_NOTEBOOKS is set, as in the tests."""
-    return min(number, 6) if os.environ.get("SHORT_NOTEBOOKS") else number
+    """Steps of a training that takes minutes: `number`, or three where SHORT_NOTEBOOKS is set, as in the tests."""
+    return min(number, 3) if os.environ.get("SHORT_NOTEBOOKS") else number
 
 
 # --- Predictions and puzzles -----------------------------------------------------------------------------------------
