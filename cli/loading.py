@@ -50,8 +50,9 @@ def settle(args: Namespace) -> None:
 
 def own_settings(args: Namespace) -> Path | None:
     """The adapter's folder, if it says how prompts and pictures were treated in its training (train.py --recipe)."""
-    folder = Path(args.adapter or "")
-    return folder if args.adapter and (folder / "preprocessor_config.json").is_file() else None
+    if args.adapter is None or not (Path(args.adapter) / "preprocessor_config.json").is_file():
+        return None
+    return Path(args.adapter)
 
 
 def load(Model: type, Processor: type, args: Namespace, rows: int, pictures: int) -> tuple:

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from hub.files import BUNDLED
+from hub.settings import read_config
 from llava import LlavaForConditionalGeneration, LlavaProcessor
 from training import emoji_world
 from training.conversations import messages
@@ -67,10 +68,11 @@ def evaluate(
 def evaluate_outside(model: LlavaForConditionalGeneration, processor: LlavaProcessor, n: int, first: int) -> Score:
     """How many of `n` crops of photographs that training never used get the answer OUTSIDE."""
     photographs, side = emoji_world.load_photographs(judged=True), processor.image_processor.crop_size["height"]
-    crops = [emoji_world.make_outside(photographs, seed, side) for seed in range(first, first + n)]
-    truths = [emoji_world.make_truth(seed) for seed in range(first, first + n)]  # only to have questions to ask
-    asked = [emoji_world.questions(truth, emoji_world.wording(i))[i % 3][1] for i, truth in enumerate(truths)]
-    said = []
+    crops, asked, said = [], [], []
+    for i, seed in enumerate(range(first, first + n)):
+        crops.append(emoji_world.make_outside(photographs, seed, side))
+        scene = emoji_world.make_truth(seed)  # only to have questions to ask
+        asked.append(emoji_world.questions(scene, emoji_world.wording(i))[i % 3][1])
     for start in range(0, n, BATCH):
         said += answers(model, processor, crops[start : start + BATCH], asked[start : start + BATCH])
     return sum(answer == emoji_world.OUTSIDE for answer in said), n
@@ -99,7 +101,8 @@ def evaluate_stages(
 ) -> None:
     """Print a model's table: a column for each stage whose weights are kept, and the model in 8 and 4 bits.
 
-    With `adapter`, a LoRA's folder, all columns are with it, and there are none for earlier stages.
+    With `adapter`, a LoRA's folder, all columns are with it, and there are none for earlier stages. A quantized folder
+    has no columns for other bits.
     """
     load = partial(
         LlavaForConditionalGeneration.from_pretrained, folder, torch.float32, device, kernels="torch", adapter=adapter
@@ -112,7 +115,7 @@ def evaluate_stages(
             continue
         load_stage(model, final, kept, name)
         columns[title] = evaluate_all(model, processor, n_scenes, first)
-    for bits in ("int8", "int4"):
+    for bits in () if read_config(folder).get("quantization_config") else ("int8", "int4"):
         columns[f"in {bits}"] = evaluate_all(load(quantize=bits), processor, n_scenes, first)
     print(table(columns))
 

@@ -4,6 +4,7 @@ About these the tiny model learns to answer OUTSIDE, whatever it is asked, inste
 """
 
 import random
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +12,15 @@ from PIL import Image, ImageOps
 
 OUTSIDE = "I only know emoji on plain backgrounds, and this is something else."
 CELL, COLUMNS = 256, 8  # photographs/sheet.webp: the side of a picture in pixels, and the pictures in a row
+OUTSIDE_EVERY = 12  # one in so many pictures of the last stage is from outside the emoji world
 JUDGED = 4  # every fourth picture is never trained on: evaluation shows crops of these
 
 
+def is_outside(seed: int) -> bool:
+    return seed % OUTSIDE_EVERY == 0
+
+
+@cache
 def load_photographs(judged: bool = False) -> list[Image.Image]:
     """The pictures that training uses, or the others, with which the model is judged."""
     sheet = Image.open(Path(__file__).parent / "photographs" / "sheet.webp").convert("RGB")

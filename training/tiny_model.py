@@ -15,6 +15,7 @@ from tokenizer import TEMPLATES, Tokenizer
 from training import emoji_world
 from training.conversations import messages
 from training.losses import init_weights
+from training.outside import is_outside
 
 SIDE = 112  # pixels
 VISION = CLIPVisionConfig(
@@ -41,7 +42,7 @@ def train_tokenizer(scenes: int = 20000) -> Tokenizer:
     text = []
     for i in range(scenes):
         truth = emoji_world.make_truth(i)
-        said = messages(emoji_world.conversation(truth, rng, turns=9, outside=i % 12 == 0))
+        said = messages(emoji_world.conversation(truth, rng, turns=9, outside=is_outside(i)))
         text += [emoji_world.caption(truth, rng), TEMPLATES["v1"].render(said, add_generation_prompt=True)]
     text = [line for part in text for line in part.replace("<image>", "\n").replace("</s>", "\n").split("\n") if line]
     model = io.BytesIO()

@@ -16,15 +16,11 @@ from llava import LlavaProcessor
 from training import emoji_world
 from training.conversations import collate, tokenize_caption, tokenize_conversation
 from training.emoji_world import wording
+from training.outside import is_outside
 
-OUTSIDE_EVERY = 12  # one in so many pictures of the last stage is from outside the emoji world
 TURNS = 3  # questions and answers in a conversation about a scene
 NAME_TOKENS = 4  # per patch of a picture in words: a shorter name is repeated, a longer one is cut
 PARTS, PART_BYTES = 5, 24  # of a scene: up to four things and the background, and the longest name of one in bytes
-
-
-def is_outside(seed: int) -> bool:
-    return seed % OUTSIDE_EVERY == 0
 
 
 @dataclass

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import evaluate
+from cli.quantizing import quantize_checkpoint
 from evaluation import emoji_judge
 from hub.files import BUNDLED
 from llava import LlavaForConditionalGeneration, LlavaProcessor
@@ -50,6 +51,14 @@ def test_a_model_is_judged_with_an_adapter(monkeypatch, capsys, tmp_path):
     out, err = capsys.readouterr()
     assert out.startswith("| question | with the adapter | in int8 | in int4 | asked |") and not err
     assert "| all | 0.0% | 0.0% | 0.0% |" in out
+
+
+def test_a_quantized_folder_is_judged_as_it_is(monkeypatch, capsys, tmp_path):
+    few = str(tmp_path / "few")
+    quantize_checkpoint(LlavaForConditionalGeneration, [str(BUNDLED), "--to", "int4", "--out", few])
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", few, "--scenes", "1", "--device", "cpu"])
+    evaluate.main()
+    assert "\n| question | after tuning | asked |\n" in capsys.readouterr().out
 
 
 @pytest.mark.quick

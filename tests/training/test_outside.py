@@ -8,8 +8,7 @@ import pytest
 from tiny_world import tiny_world
 from training import emoji_world
 from training.emoji_world import OUTSIDE, conversation, load_photographs, make_outside, make_truth
-from training.outside import contrast
-from training.world_data import OUTSIDE_EVERY
+from training.outside import OUTSIDE_EVERY, contrast
 
 pytestmark = pytest.mark.quick
 LEARNT, JUDGED = load_photographs(), load_photographs(judged=True)
