@@ -17,15 +17,23 @@ from PIL import Image, ImageFilter
 from training.emoji_things import GROUNDS, OBJECTS
 
 CELL, COLUMNS = 72, 16  # sprites/*.webp: the side of a cell in pixels, and the cells in a row, one per entry of OBJECTS
+ONLY_TRAINING = ("emojione", "fxemoji", "noto-v1")  # sheets that scenes to be judged or shown do not use
 GRIDS = ((1, 1), (1, 1), (2, 2), (1, 2), (2, 1), (5, 5), (40, 40), (1, 14), (14, 1), (8, 8))  # of shades, stretched
 HOW_MANY = (3, 25, 29, 24, 19)  # percentages of scenes with 0, 1, 2, 3, 4 things
 SIZES = ((), (0.36, 0.8), (0.35, 0.52), (0.33, 0.46), (0.31, 0.43))  # the smallest and largest size of a thing in them
 
 
-def load_sprites(folder: str | Path = Path(__file__).parent / "sprites") -> dict[str, list[Image.Image]]:
-    """Name -> its drawings, at most one from each sheet: not every artist has drawn everything."""
+def load_sprites(
+    folder: str | Path = Path(__file__).parent / "sprites", training: bool = False
+) -> dict[str, list[Image.Image]]:
+    """Name -> its drawings, at most one from each sheet: not every artist has drawn everything.
+
+    Without `training`, the sheets ONLY_TRAINING are left out, so that scenes that are judged or shown stay the same.
+    """
     sprites = {name: [] for name in OBJECTS}
     for file in sorted(Path(folder).glob("*.webp")):
+        if file.stem in ONLY_TRAINING and not training:
+            continue
         sheet = Image.open(file).convert("RGBA")
         if sheet.size != (COLUMNS * CELL, -(-len(OBJECTS) // COLUMNS) * CELL):
             raise ValueError(f"{file} does not hold {len(OBJECTS)} things: run training.sprites.make_sheet again")

@@ -35,7 +35,8 @@ def train_from_nothing(place: Place, quick: bool = False) -> None:
     processor = new_processor(train_tokenizer(1000 if quick else 20000))
     digest = hashlib.sha256(processor.tokenizer.sp.serialized_model_proto()).hexdigest()[:12]
     place.source += f", vocabulary {digest}"
-    model, world = new_model(processor.tokenizer).to(place.device), World(load_sprites(), processor)
+    model = new_model(processor.tokenizer).to(place.device)
+    world = World(load_sprites(training=True), processor)
     after = {}
     for i, stage in enumerate(stages):
         starts = not (place.folder / f"{stage.name}.pt").is_file()

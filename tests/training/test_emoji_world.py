@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 from collections import Counter, defaultdict
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from training.emoji_scenes import ONLY_TRAINING
 from training.emoji_score import NINTHS, placed
 from training.emoji_world import (
     CELL,
@@ -57,6 +59,26 @@ def test_there_are_two_hundred_things_in_four_styles_and_more():
         covered = np.asarray(drawing.getchannel("A")) > 128
         assert drawing.mode == "RGBA" and drawing.size == (CELL, CELL) and 0.03 < covered.mean() < 0.99
     assert len({drawing.tobytes() for drawing in drawings}) == len(drawings)
+
+
+@pytest.mark.quick
+def test_training_has_drawings_by_more_artists_and_cells_may_be_empty(tmp_path):
+    """Scenes that are judged do not show them. iconify.json says which things such an artist has drawn."""
+    folder, more = ROOT / "training" / "sprites", load_sprites(training=True)
+    chosen = json.loads((folder / "iconify.json").read_text())
+    assert tuple(sorted(chosen)) == ONLY_TRAINING
+    for style, picks in chosen.items():
+        shutil.copy(folder / f"{style}.webp", tmp_path)
+        only = load_sprites(tmp_path, training=True)
+        assert [name for name, drawings in only.items() if drawings] == list(picks) and len(picks) < len(OBJECTS)
+        assert f"{style}.webp\n    {len(picks)} drawings" in (folder / "NOTICE").read_text()
+        for name, (drawing,) in ((name, only[name]) for name in picks):
+            assert 0.03 < (np.asarray(drawing.getchannel("A")) > 128).mean() < 0.99
+            assert drawing.tobytes() in {other.tobytes() for other in more[name]}
+            assert drawing.tobytes() not in {other.tobytes() for other in SPRITES[name]}
+        (tmp_path / f"{style}.webp").unlink()
+    for name, drawings in SPRITES.items():
+        assert len(more[name]) == len(drawings) + sum(name in picks for picks in chosen.values())
 
 
 @pytest.mark.quick

@@ -32,7 +32,7 @@ SCENES = {  # file: (width, height), (ground, its grid), things as (name, style,
 
 
 def main() -> None:
-    draw = styles(read_arguments("Make the pictures in images/."))
+    draw = styles(read_arguments("Make the pictures in images/.", required=True))
     for file, (size, (ground, grid), placed) in SCENES.items():
         flat = Image.fromarray(plan_ground(random.Random(file), ground, grid))
         picture = flat.resize(size, Image.Resampling.BICUBIC)

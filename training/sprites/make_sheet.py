@@ -1,14 +1,18 @@
 """Make sprites/*.webp: a sheet for each style, with a cell for each thing of emoji_world.OBJECTS, in their order.
 
-The drawings come from four packages; NOTICE names their authors. On Debian, from the root of the repository:
+The drawings come from seven packages; NOTICE names their authors. On Debian, from the root of the repository:
 
     apt-get install fonts-noto-color-emoji openclipart-png
     npm pack @lobehub/fluent-emoji-3d && npm pack fluentui-emoji && npm pack emojibase-data
     mkdir 3d ui names && tar xzf lobehub-*.tgz -C 3d && tar xzf fluentui-*.tgz -C ui && tar xzf emojibase-*.tgz -C names
+    npm pack @iconify-json/emojione @iconify-json/fxemoji @iconify-json/noto-v1
+    for s in emojione fxemoji noto-v1; do mkdir -p icons/$s && tar xzf iconify-json-$s-*.tgz -C icons/$s; done
     pip install resvg-py
     python -m training.sprites.make_sheet --noto /usr/share/fonts/truetype/noto/NotoColorEmoji.ttf \\
         --fluent 3d/package/assets --svg ui/package/icons --names names/package/en/data.json \\
-        --clipart /usr/share/openclipart/png
+        --clipart /usr/share/openclipart/png --icons icons
+
+Only the styles whose inputs are given are made, and the sheets of others stay.
 """
 
 import argparse
@@ -23,6 +27,14 @@ from PIL import Image, ImageDraw, ImageFont
 from training.emoji_world import CELL, COLUMNS, OBJECTS
 
 HERE = Path(__file__).parent
+INPUTS = {
+    "noto": "NotoColorEmoji.ttf, the one with bitmaps",
+    "fluent": "the folder of Fluent 3D drawings",
+    "svg": "the folder with flat/ and modern/; needs --names",
+    "names": "emojibase's en/data.json",
+    "clipart": "openclipart's folder png/",
+    "icons": "the folder with emojione/, fxemoji/ and noto-v1/",
+}
 
 
 def noto_drawing(font: ImageFont.FreeTypeFont, name: str) -> Image.Image:
@@ -42,14 +54,26 @@ def fluent_drawing(folder: Path, name: str) -> Image.Image:
 
 def svg_drawing(folder: Path, labels: dict[str, str], name: str) -> Image.Image:
     """Files are named by Unicode's label for the emoji, with -default if there are skin tones."""
-    import resvg_py  # only needed to make the sheets
-
     slug = labels[OBJECTS[name]].lower().replace(" ", "-").replace("’", "")
     for file in (f"{slug}.svg", f"{slug}-default.svg"):
         if (folder / file).exists():
-            drawn = resvg_py.svg_to_bytes(svg_path=str(folder / file), width=256, height=256)
-            return Image.open(io.BytesIO(bytes(drawn))).convert("RGBA")
+            return render(svg_path=str(folder / file))
     raise FileNotFoundError(f"{folder} has no {slug}.svg")
+
+
+def icon_drawing(icons: dict, picks: dict[str, str], name: str) -> Image.Image | None:
+    """A style is one JSON file, in which an icon is what stands inside <svg>."""
+    if name not in picks:
+        return None
+    icon = icons["icons"][picks[name]]
+    box = " ".join(str(icon.get(key, icons.get(key, 0))) for key in ("left", "top", "width", "height"))
+    return render(svg_string=f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="{box}">{icon["body"]}</svg>')
+
+
+def render(**svg: str) -> Image.Image:
+    import resvg_py  # only needed to make the sheets
+
+    return Image.open(io.BytesIO(bytes(resvg_py.svg_to_bytes(**svg, width=256, height=256)))).convert("RGBA")
 
 
 def clipart_drawing(folder: Path, picks: dict[str, list[str]], number: int, name: str) -> Image.Image | None:
@@ -66,16 +90,22 @@ def read_labels(file: Path) -> dict[str, str]:
 
 
 def styles(args: argparse.Namespace) -> dict[str, Callable[[str], Image.Image | None]]:
-    """Style -> a function that draws a thing in it, or returns None."""
-    labels = read_labels(args.names)
-    picks = json.loads((HERE / "clipart.json").read_text())
-    return {
-        "noto": partial(noto_drawing, ImageFont.truetype(args.noto, 109)),
-        "fluent-3d": partial(fluent_drawing, args.fluent),
-        "fluent-flat": partial(svg_drawing, args.svg / "flat", labels),
-        "fluent-modern": partial(svg_drawing, args.svg / "modern", labels),
-        **{f"clipart-{n + 1}": partial(clipart_drawing, args.clipart, picks, n) for n in range(3)},
-    }
+    """Style -> a function that draws a thing in it, or returns None. Only the styles whose inputs are given."""
+    found, picks, icons = {}, *(json.loads((HERE / file).read_text()) for file in ("clipart.json", "iconify.json"))
+    if args.noto:
+        found["noto"] = partial(noto_drawing, ImageFont.truetype(args.noto, 109))
+    if args.fluent:
+        found["fluent-3d"] = partial(fluent_drawing, args.fluent)
+    if args.svg and args.names:
+        labels = read_labels(args.names)
+        found |= {f"fluent-{style}": partial(svg_drawing, args.svg / style, labels) for style in ("flat", "modern")}
+    if args.clipart:
+        found |= {f"clipart-{n + 1}": partial(clipart_drawing, args.clipart, picks, n) for n in range(3)}
+    if args.icons:
+        for style, chosen in icons.items():
+            file = args.icons / style / "package" / "icons.json"
+            found[style] = partial(icon_drawing, json.loads(file.read_text()), chosen)
+    return found
 
 
 def fit(drawing: Image.Image, side: int) -> Image.Image:
@@ -91,13 +121,10 @@ def fit(drawing: Image.Image, side: int) -> Image.Image:
     return square
 
 
-def read_arguments(description: str) -> argparse.Namespace:
+def read_arguments(description: str, required: bool = False) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--noto", type=Path, required=True, help="NotoColorEmoji.ttf, the one with bitmaps")
-    parser.add_argument("--fluent", type=Path, required=True, help="the folder of Fluent 3D drawings")
-    parser.add_argument("--svg", type=Path, required=True, help="the folder with flat/ and modern/")
-    parser.add_argument("--names", type=Path, required=True, help="emojibase's en/data.json")
-    parser.add_argument("--clipart", type=Path, required=True, help="openclipart's folder png/")
+    for name, what in INPUTS.items():
+        parser.add_argument(f"--{name}", type=Path, required=required, help=what)
     return parser.parse_args()
 
 
