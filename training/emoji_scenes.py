@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageFilter
 
+from training.emoji_looks import COLOUR_LOOKS, DRAWING_LOOKS, MARGIN, PICTURE_LOOKS, more_tilt, vary
 from training.emoji_things import GROUNDS, OBJECTS
 
 CELL, COLUMNS = 72, 16  # sprites/*.webp: the side of a cell in pixels, and the cells in a row, one per entry of OBJECTS
@@ -112,8 +113,10 @@ def plan_ground(rng: random.Random, name: str, grid: tuple[int, int]) -> np.ndar
     return (np.add(GROUNDS[name], tint) + rng.uniform(4, 18) * shade).clip(0, 255).astype(np.uint8)
 
 
-def draw_thing(picture: Image.Image, sprites: dict, thing: dict, look: dict) -> None:
-    """Draw one thing of a truth, in the way `look` says, onto a picture."""
+def draw_thing(
+    picture: Image.Image, sprites: dict, thing: dict, look: dict, looks: random.Random | None = None
+) -> None:
+    """Draw one thing of a truth, in the way `look` says, onto a picture. `looks` chooses from emoji_looks.py."""
     width, height = picture.size
     side = min(width, height)  # places refer to the central square, which is what the model sees of an oblong picture
     long = max(2, round(thing["size"] * side))
@@ -123,9 +126,14 @@ def draw_thing(picture: Image.Image, sprites: dict, thing: dict, look: dict) -> 
     drawing = drawing.resize((short, long) if look["upright"] else (long, short), Image.Resampling.BILINEAR)
     if look["mirror"]:
         drawing = drawing.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    drawing = drawing.rotate(look["tilt"], Image.Resampling.BILINEAR, expand=True)
+    tilt = look["tilt"]
+    if looks:
+        drawing, tilt = vary(drawing, DRAWING_LOOKS, looks, MARGIN), tilt + more_tilt(looks)
+    drawing = drawing.rotate(tilt, Image.Resampling.BILINEAR, expand=True)
     matrix = [value for row in look["colours"] for value in (*row, 0)]
     colours, alpha = drawing.convert("RGB").convert("RGB", matrix), drawing.getchannel("A")
+    if looks:
+        colours = vary(colours, COLOUR_LOOKS, looks)
     x = round((width - drawing.width) / 2 + (thing["x"] - 0.5) * side)
     y = round((height - drawing.height) / 2 + (thing["y"] - 0.5) * side)
     if look["edge"]:
@@ -144,20 +152,27 @@ def make_truth(seed: int, apart: bool = False) -> dict:
 
 
 def make_scene(
-    sprites: dict[str, list[Image.Image]], seed: int, size: int = 112, apart: bool = False, at_least: int = 0
+    sprites: dict[str, list[Image.Image]],
+    seed: int,
+    size: int = 112,
+    apart: bool = False,
+    at_least: int = 0,
+    varied: bool = False,
 ) -> tuple[Image.Image, dict]:
     """Scene `seed` as a square picture with sides of `size` pixels, and its truth.
 
     `sprites` may be any artist's: name -> one drawing or more, in RGBA. With `apart`, the scene shows a pair of things
-    that no scene without it shows. `at_least` is the smallest number of things.
+    that no scene without it shows. `at_least` is the smallest number of things. With `varied`, some things, and some
+    pictures, have looks of emoji_looks.py; the truth is the same.
     """
     rng = random.Random(seed)
+    looks = random.Random(f"looks {seed}") if varied else None  # a stream of its own: rng's numbers stay the same
     truth = plan_scene(rng, apart, at_least)
     grid = rng.choice(GRIDS)
     stretch = rng.choice((Image.Resampling.NEAREST, Image.Resampling.BICUBIC))
     picture = Image.fromarray(plan_ground(rng, truth["ground"], grid)).resize((size, size), stretch)
     for thing in truth["things"]:
-        draw_thing(picture, sprites, thing, plan_look(rng))
+        draw_thing(picture, sprites, thing, plan_look(rng), looks)
     if rng.random() < 0.15:
         picture = picture.filter(ImageFilter.GaussianBlur(rng.uniform(0.3, 1.0) * size / 112))
-    return picture, truth
+    return vary(picture, PICTURE_LOOKS, looks) if looks else picture, truth

@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
+from training.emoji_looks import PICTURE_LOOKS, vary
+
 OUTSIDE = "I only know emoji on plain backgrounds, and this is something else."
 CELL, COLUMNS = 256, 8  # photographs/sheet.webp: the side of a picture in pixels, and the pictures in a row
 OUTSIDE_EVERY = 12  # one in so many pictures of the last stage is from outside the emoji world
@@ -30,8 +32,11 @@ def load_photographs(judged: bool = False) -> list[Image.Image]:
     return [picture for i, picture in enumerate(pictures) if (i % JUDGED == 0) == judged]
 
 
-def make_outside(photographs: list[Image.Image], seed: int, size: int = 112) -> Image.Image:
-    """Crop `seed`: from a third of a picture's side to all of it, perhaps mirrored, lighter, darker or gray."""
+def make_outside(photographs: list[Image.Image], seed: int, size: int = 112, varied: bool = False) -> Image.Image:
+    """Crop `seed`: from a third of a picture's side to all of it, perhaps mirrored, lighter, darker or gray.
+
+    With `varied`, some have a look of emoji_looks.py: if only scenes had them, they would tell scenes from others.
+    """
     rng = random.Random(f"outside {seed}")
     for _ in range(20):  # plain sky is an empty scene of the emoji world, so a crop must show more
         picture, side = rng.choice(photographs), rng.randint(CELL // 3, CELL)
@@ -45,7 +50,8 @@ def make_outside(photographs: list[Image.Image], seed: int, size: int = 112) -> 
     if rng.random() < 0.15:
         crop = ImageOps.grayscale(crop).convert("RGB")
     bright = rng.uniform(0.7, 1.3)
-    return crop.point(lambda value: min(255, round(value * bright)))
+    crop = crop.point(lambda value: min(255, round(value * bright)))
+    return vary(crop, PICTURE_LOOKS, random.Random(f"looks {seed}")) if varied else crop
 
 
 def contrast(picture: Image.Image) -> float:

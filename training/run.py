@@ -36,7 +36,7 @@ def train_from_nothing(place: Place, quick: bool = False) -> None:
     digest = hashlib.sha256(processor.tokenizer.sp.serialized_model_proto()).hexdigest()[:12]
     place.source += f", vocabulary {digest}"
     model = new_model(processor.tokenizer).to(place.device)
-    world = World(load_sprites(training=True), processor)
+    world = World(load_sprites(training=True), processor, varied=True)
     after = {}
     for i, stage in enumerate(stages):
         starts = not (place.folder / f"{stage.name}.pt").is_file()

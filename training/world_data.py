@@ -25,11 +25,15 @@ PARTS, PART_BYTES = 5, 24  # of a scene: up to four things and the background, a
 
 @dataclass
 class World:
-    """Sample n is the scene with seed n. The tower's scenes have more things (see `parts`)."""
+    """Sample n is the scene with seed n. The tower's scenes have more things (see `parts`).
+
+    `varied`: some pictures have looks of emoji_looks.py. Only training asks for them.
+    """
 
     sprites: dict
     processor: LlavaProcessor
     photographs: list[Image.Image] = field(default_factory=emoji_world.load_photographs)
+    varied: bool = False
 
     @property
     def side(self) -> int:
@@ -48,9 +52,10 @@ class World:
     ) -> tuple[Tensor, list[dict]]:  # -> (B, 3, side, side), truths
         """With `full`, three pictures in four have four things. With `outside`, some are no scenes: `is_outside`."""
         fewest = {n: 4 if full and n % 4 else 0 for n in seeds}
-        drawn = [emoji_world.make_scene(self.sprites, n, self.side, at_least=fewest[n]) for n in seeds]
+        how = {"size": self.side, "varied": self.varied}
+        drawn = [emoji_world.make_scene(self.sprites, n, at_least=fewest[n], **how) for n in seeds]
         pictures = [
-            emoji_world.make_outside(self.photographs, n, self.side) if outside and is_outside(n) else picture
+            emoji_world.make_outside(self.photographs, n, **how) if outside and is_outside(n) else picture
             for n, (picture, _) in zip(seeds, drawn, strict=True)
         ]
         return self.processor.image_processor(pictures), [truth for _, truth in drawn]
