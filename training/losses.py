@@ -90,14 +90,15 @@ class SpeltOutLoss(NextTokenLoss):
 
 
 class ContrastiveLoss(nn.Module):
-    """A contrast of regions with their names, and a classification of each patch's position. It needs labels.
+    """A contrast of regions with their names, and a classification of each patch's position and its thing's place.
 
     CLIP's loss (Radford et al. 2021, figure 3) compares one vector per picture with one per caption, and its only label
     is which of them belong together. Here the regions are labelled: patches under a thing belong to its name, and all
     others to the colour of the background. Each patch must find its name by itself; equal names are one class. A name
     is the same everywhere in a picture, so the contrast alone would make the tower lose the positions of its patches; a
-    linear layer that must tell row and column prevents that. The text side is a small Llama over bytes. It is discarded
-    after training, as LLaVA discards CLIP's.
+    linear layer that must tell row and column prevents that. Another one tells the ninth of the picture that the centre
+    of a patch's thing is in, which answers mention: so all patches of a thing agree on it. The text side is a small
+    Llama over bytes. Text side and layers are discarded after training, as LLaVA discards CLIP's text side.
     """
 
     def __init__(self, model: LlavaForConditionalGeneration, width: int = 128):
@@ -109,13 +110,15 @@ class ContrastiveLoss(nn.Module):
         self.log_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
         self.side = round(model.config.image_seq_length**0.5)
         self.place = nn.Linear(model.config.vision_config.hidden_size, 2 * self.side)  # scores for row and column
+        self.ninth = nn.Linear(model.config.vision_config.hidden_size, 9)
         init_weights(self.text)
 
     def forward(self, batch: dict[str, Tensor]) -> Tensor:
         tower = self.model.vision_tower
         patches = tower.post_layernorm(tower(batch["pixel_values"])[-1][:, 1:])  # (B, P, D), without the class token
         row_loss, column_loss = self.position(patches)
-        return self.contrast(patches, gather(batch["where"]), gather(batch["words"])) + row_loss + column_loss
+        places = row_loss + column_loss + self.of_things(patches, batch["where"], batch["ninths"])
+        return self.contrast(patches, gather(batch["where"]), gather(batch["words"])) + places
 
     def contrast(self, patches: Tensor, where: Tensor, words: Tensor) -> Tensor:
         """Patches (B, P, D), weights of patches in parts (N, parts, P) and the parts' names in bytes -> one number."""
@@ -138,6 +141,14 @@ class ContrastiveLoss(nn.Module):
         at = torch.arange(self.side, device=rows.device)
         row, column = at.repeat_interleave(self.side).repeat(len(patches)), at.repeat(self.side * len(patches))
         return F.cross_entropy(rows, row), F.cross_entropy(columns, column)
+
+    def of_things(self, patches: Tensor, where: Tensor, ninths: Tensor) -> Tensor:
+        """Cross-entropy of each thing's ninth (B, parts) by the patches (B, P, D) in it, as where (B, parts, P) says.
+
+        A sum over the things of a picture, divided by the number of parts, so that shares of a batch add up.
+        """
+        scores = where @ self.ninth(patches).log_softmax(-1)  # (B, parts, 9)
+        return F.nll_loss(scores.flatten(0, 1), ninths.flatten(), ignore_index=-1, reduction="sum") / ninths.numel()
 
     @staticmethod
     def count(batch: dict[str, Tensor]) -> Tensor:

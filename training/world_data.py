@@ -61,20 +61,24 @@ class World:
         return self.processor.image_processor(pictures), [truth for _, truth in drawn]
 
     def parts(self, seeds: range) -> dict[str, Tensor]:
-        """Pictures, and for each of up to PARTS parts the weight of each patch in it and the bytes of its name.
+        """Pictures, and for each of up to PARTS parts the weight of each patch in it, its name in bytes and its place.
 
-        pixel_values (B, 3, side, side), where (B, PARTS, P), words (B, PARTS, PART_BYTES); unused parts are zeros.
-        Most pictures are full: they cost as much as others and contain more to learn.
+        pixel_values (B, 3, side, side), where (B, PARTS, P), words (B, PARTS, PART_BYTES), ninths (B, PARTS): 0 to 8
+        for things, -1 for the background. Unused parts are zeros, their ninths -1. Most pictures are full: they cost
+        as much as others and contain more to learn.
         """
         pixel_values, truths = self.pictures(seeds, full=True)
         where = torch.zeros(len(truths), PARTS, self.columns**2)
         words = torch.zeros(len(truths), PARTS, PART_BYTES, dtype=torch.long)
+        ninths = torch.full((len(truths), PARTS), -1)
         for i, truth in enumerate(truths):
             for j, (name, weights) in enumerate(self.parts_of(truth)):
                 where[i, j] = weights
                 words[i, j, : len(name)] = torch.tensor(list(name.encode()))
+            for j, (row, column) in enumerate(map(emoji_world.ninth, truth["things"])):
+                ninths[i, j] = 3 * row + column
         where /= where.sum(-1, keepdim=True).clamp(min=1e-6)
-        return {"pixel_values": pixel_values, "where": where, "words": words}
+        return {"pixel_values": pixel_values, "where": where, "words": words, "ninths": ninths}
 
     def parts_of(self, truth: dict) -> list[tuple[str, Tensor]]:
         """The name of each part of a scene, and weights (P,) of the patches in it: things, then the background."""

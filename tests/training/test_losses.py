@@ -22,6 +22,7 @@ class KnowsAll(torch.nn.Module):
         name = name.unflatten(0, part.shape[:1] + (-1,)).gather(1, part)  # (B, P)
         rows, columns = torch.randn(2, side, width)
         patches = torch.randn(int(name.max()) + 1, width)[name] + (rows[:, None] + columns).flatten(0, 1)
+        patches += torch.randn(10, width)[batch["ninths"].gather(1, part)]  # the last one for the background
         self.states = [torch.cat([torch.zeros_like(patches[:, :1]), patches], 1)]  # a class token first
         self.post_layernorm = torch.nn.Identity()
 
@@ -36,13 +37,16 @@ def test_the_contrast_of_an_untrained_tower_is_that_of_guessing_and_of_a_perfect
     words = batch["words"].flatten(0, 1)
     words = [bytes(row[row > 0].tolist()) for row in words if row[0]]
     n, different = len(words), len(set(words))
-    places = 2 * torch.tensor(contrast.side).log()  # a row and a column of every patch
+    ninths = batch["ninths"].flatten()
+    of_things = (ninths >= 0).float().mean() * torch.tensor(9.0).log()
+    places = 2 * torch.tensor(contrast.side).log() + of_things  # a row and a column of every patch, a ninth of things
     guessing = (torch.tensor(n).log() + torch.tensor(different).log()) / 2 + places
     scale = contrast.log_scale.item()
     with torch.no_grad():
         contrast.log_scale.fill_(0)  # no preference is amplified
-        contrast.place.weight.zero_()
-        contrast.place.bias.zero_()
+        for layer in (contrast.place, contrast.ninth):
+            layer.weight.zero_()
+            layer.bias.zero_()
         assert contrast(batch).item() == pytest.approx(guessing.item(), abs=0.2)
         contrast.log_scale.fill_(scale)
     contrast.model.vision_tower = KnowsAll(batch, contrast.side, contrast.place.in_features)

@@ -39,6 +39,8 @@ def test_parts_are_where_things_are():
         said = [bytes(row[row > 0].tolist()).decode() for row in batch["words"][i]]
         assert [name for name in said if name][: len(truth["things"])] == [t["name"] for t in truth["things"]]
         assert said[len(truth["things"])] in ("", f"{truth['ground']} background")
+        ninths = [divmod(n, 3) for n in batch["ninths"][i].tolist() if n >= 0]
+        assert ninths == [emoji_world.ninth(thing) for thing in truth["things"]]
         for j, thing in enumerate(truth["things"]):
             share = batch["where"][i, j].view(8, 8)
             assert share.sum().item() == pytest.approx(1)
