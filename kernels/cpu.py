@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels.twins import FusedLinears, adopt, formula_needed
-from llama import LlamaAttention, LlamaMLP
+from llama import LlamaAttention, LlamaMLP, attention
 from quantize import Int4Linear, Int8Linear, QuantizedLinear, unpack_int4
 
 LARGEST_FUSED = 64_000_000  # bytes of the matrices that are fused
@@ -25,6 +25,7 @@ AMX = torch.cpu._is_amx_tile_supported()
 AVX2 = torch.backends.cpu.get_cpu_capability() == "AVX2"  # no AVX-512: no fast products in bfloat16 and float16
 HALF = (torch.bfloat16, torch.float16)
 BLOCK = 512  # rows of a matrix that stay in the cache between being converted and being multiplied
+LARGEST_CONVERTED = 16_000_000  # bytes of a layer's keys in float32: larger ones take longer to allocate than to read
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -144,8 +145,24 @@ def same(old: list[tuple], new: list[tuple]) -> bool:
 TWINS = {nn.Linear: CpuLinear, Int8Linear: CpuInt8, Int4Linear: CpuInt4}
 
 
+def one_query_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """llama.attention, faster for one query: (B, H, 1, d) over keys and values (B, K, S, d), mask (B or 1, 1, 1, S).
+
+    The H / K queries that share a key head become the rows of one product, so each key is read once. Without AMX,
+    PyTorch's attention in 16 bits is slow for few rows, so it runs in float32.
+    """
+    if q.shape[2] > 1 or not q.is_cpu or formula_needed():
+        return attention(q, k, v, mask)
+    rows = q.view(q.shape[0], k.shape[1], -1, q.shape[3])  # (B, K, H / K, d)
+    if q.dtype in HALF and not AMX and 4 * k.numel() <= LARGEST_CONVERTED:
+        rows, k, v = rows.float(), k.float(), v.float()
+    return F.scaled_dot_product_attention(rows, k, v, mask).to(q.dtype).view_as(q)
+
+
 class FusedAttention(LlamaAttention):
-    """LlamaAttention with one product for q, k and v."""
+    """LlamaAttention with one product for q, k and v, and a faster attention of one query."""
+
+    attention = staticmethod(one_query_attention)
 
     def __init__(self, plain: LlamaAttention):
         adopt(self, plain)
