@@ -142,7 +142,7 @@ def eager_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # three (B, H, 
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # three (B, H, T, d) -> (B, H, T, d)
-    """The same as one PyTorch function, which need not store the weights. The model uses it; tests compare the two."""
+    """eager_attention as one PyTorch function, which need not store the weights. The model uses it; tests compare."""
     return F.scaled_dot_product_attention(q, k, v)
 
 

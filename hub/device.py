@@ -56,8 +56,8 @@ def own_bytes(process: int | str = "self") -> int | None:
 def return_freed_memory() -> None:
     """Make Linux's malloc give tensors of 1 MB and more back to the system when they are freed.
 
-    By itself it keeps those of up to 32 MB, and because tensors are aligned it cannot use the place of one for another
-    of the same size: a step took up to 1.6 times as much memory. But new memory comes as zeros, which takes time.
+    By default malloc keeps freed blocks of up to 32 MB and, because tensors are aligned, cannot reuse one for a tensor
+    of the same size: a step took up to 1.6 times as much memory. The cost: the system fills new memory with zeros.
     """
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).mallopt(-3, 2**20)  # M_MMAP_THRESHOLD in glibc's malloc.h

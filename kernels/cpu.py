@@ -6,8 +6,8 @@
 
 While decoding, each matrix multiplies one row or a few, so reading the weights determines the time. Which of PyTorch's
 products reads fastest depends on the processor, the dtype and the number of rows: `linear` has the rules, and
-benchmarks/products.py prints the measurements for them. Small matrices with the same input are fused into one; large
-ones stay views of the mapped file, because fusing copies them.
+benchmarks/products.py prints the measurements that they are based on. Small matrices with the same input are fused into
+one; large ones stay views of the mapped file, because fusing copies them.
 
 A twin runs the plain formula while gradients are recorded and under autocast. benchmarks/README.md has the gains.
 """
@@ -59,7 +59,7 @@ class CpuLinear(nn.Linear):
 
 
 class CpuQuantized(QuantizedLinear):
-    """For a few rows PyTorch's product for quantized weights; for more, the matrix is dequantized block by block."""
+    """Uses PyTorch's product for quantized weights for a few rows; for more, dequantizes the matrix block by block."""
 
     def __init__(self, plain: QuantizedLinear):
         adopt(self, plain)
@@ -107,7 +107,7 @@ class CpuInt4(CpuQuantized, Int4Linear):
         adopt(self, plain)
         self.ordered = None
 
-    def __getstate__(self) -> dict:  # a copy or a pickle makes its own: another processor has another order
+    def __getstate__(self) -> dict:  # a copy reorders again: the order depends on the processor
         return vars(self) | {"ordered": None}
 
     def has_product(self) -> bool:
@@ -182,7 +182,7 @@ class FusedAttention(LlamaAttention):
 
 
 class FusedMLP(LlamaMLP):
-    """LlamaMLP with one product for gate and up. SiLU overwrites the gate, which saves allocating as much again."""
+    """LlamaMLP with one product for gate and up. SiLU overwrites the gate, which saves an allocation of its size."""
 
     def __init__(self, plain: LlamaMLP):
         adopt(self, plain)
@@ -201,7 +201,7 @@ class FusedMLP(LlamaMLP):
 
 
 def accelerate_on_cpu(model: nn.Module) -> None:
-    """Swap the modules of the decoder and the head for their twins; without AVX-512 also those of a 16-bit tower."""
+    """Swap decoder and head modules for their twins; in 16 bits without AVX-512 also tower and projector modules."""
     parts = ("language_model.", "lm_head")
     if AVX2 and model.dtype in HALF:
         parts += ("vision_tower.", "multi_modal_projector.")
