@@ -2,7 +2,7 @@
 
 Its parts are the five steps of encoding and their reverse. Added tokens such as <image> are cut out of the text; the
 normalizer rewrites each part between them; the pre_tokenizer splits a part into words; the model merges the letters of
-a word into pieces; the post_processor adds tokens around the ids, such as <s>; the decoder makes text of pieces.
+a word into pieces; the post_processor adds tokens around the ids, such as <s>; the decoder turns pieces into text.
 
 Not implemented: models other than BPE, dropout, added tokens that are cut out of the normalized text with the spaces
 around them. For these and for damaged files every function raises ValueError. Settings for truncation and padding are
