@@ -7,7 +7,7 @@
 
 The models are in one process and run in turns, theirs on views of our weights, so that noise affects all of them and a
 7B fits. Start and memory are measured in separate processes, also in turns. The order changes every round. int8 and
-int4 are folders that quantize.py writes. Those of a large checkpoint, and llama.cpp, run after the others, because the
+int4 are folders that quantize.py writes. Those of a large checkpoint, and llama.cpp, run after the others, because
 memory may not hold all of them.
 
     first token      from pixels and ids to the scores of the first token: tower, projector, the whole prompt
@@ -15,7 +15,7 @@ memory may not hold all of them.
     start to first   from the start of a process to the end of the first token, imports and loading included
     start to tenth   the same, to the end of the tenth token
     load to first    from the start of loading; cold: the files are not in the system's cache
-    RssAnon          the most memory of its own that the process used, every 20 ms
+    RssAnon          the peak of the process's own memory, read every 20 ms
     VmHWM            the same with the pages of mapped files, which the system can take back
 
 In float32 both must give the same tokens; otherwise no table is printed. The rows from "start to first" on need Linux.
@@ -125,7 +125,7 @@ def read_speed(numbers: torch.Tensor) -> float:
 
 
 def together(folder: Path, dtype: torch.dtype, plain: bool) -> list[list[str]]:
-    """Which models are in memory together: all, or the quantized ones by themselves if the checkpoint is large."""
+    """Which models are in memory together: all, or the quantized ones on their own if the checkpoint is large."""
     names = ["theirs", "ours"] + ["plain"] * plain
     if dtype != torch.bfloat16:
         return [names]
@@ -203,7 +203,7 @@ def answer_alone(library: str, endless: str, folder: Path, dtype: torch.dtype, e
         own = max(own, own_bytes(process.pid) or 0)
         time.sleep(0.02)
     if process.returncode:
-        raise SystemExit(f"a process of its own with {folder.name} in {library} failed")
+        raise SystemExit(f"the separate process with {folder.name} in {library} failed")
     printed = json.loads(process.stdout.read().splitlines()[-1])
     load = printed["first"] - printed["start"]
     return {"first": printed["first"] - begun, "tenth": printed["tenth"] - begun, "load": load, "RssAnon": own,
@@ -288,7 +288,7 @@ def table(rows: list[dict], columns: list[str]) -> str:
 
 
 def against_llama_cpp(rows: list[dict]) -> str:
-    """Medians in bfloat16, int8 and int4 beside llama.cpp's in BF16, Q8_0 and Q4_0, and llama.cpp's time over ours."""
+    """Medians in bfloat16, int8 and int4 next to llama.cpp's in BF16, Q8_0 and Q4_0, and llama.cpp's time over ours."""
     pairs = list(zip(("ours", *QUANTIZED), llama_cpp_decoder.KINDS, strict=True))
     head = ["model", "what", *(name for ours, kind in pairs for name in (ours, kind, f"{kind} / {ours}"))]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
