@@ -10,7 +10,7 @@ LLaVA: Liu et al. 2023, https://arxiv.org/abs/2304.08485; LLaVA-1.5: Liu et al. 
 
     B batch    T tokens    D width of the decoder    P patches of a picture    V vocabulary
 
-`python llava.py --image x.jpg` describes a picture. Names are those of transformers; hub/ holds what is not the model.
+`python llava.py --image x.jpg` describes a picture. Names are those of transformers; hub/ handles files and settings.
 Not implemented: input sizes other than the tower's own.
 """
 

@@ -105,7 +105,7 @@ def replaces(step: dict, old: str, new: str) -> bool:
 
 
 def read_post_processor(settings: dict) -> tuple[list[int], list[int]]:
-    """The ids to put in front of a text's, and those to put at the end."""
+    """The ids to put before those of a text, and the ids to put after them."""
     first, last = [], []
     for step in read_steps(settings, "post_processor", ("TemplateProcessing", "ByteLevel")):
         if step["type"] == "ByteLevel":

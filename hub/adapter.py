@@ -77,7 +77,7 @@ def scale_of(alpha: float, rank: int, rslora: bool) -> float:
 
 
 def read_adapter_config(folder: str | Path) -> dict:
-    """adapter_config.json. Raises FileNotFoundError or ValueError for what is not a LoRA of a known form."""
+    """Read adapter_config.json. Raises FileNotFoundError or ValueError if it does not describe a supported LoRA."""
     folder = Path(folder)
     if not (folder / CONFIG).is_file():
         raise FileNotFoundError(f"{folder} has no {CONFIG}, so it is not the folder of an adapter")

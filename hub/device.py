@@ -18,7 +18,7 @@ def fast_dtype(device: str) -> torch.dtype:
 
 
 def check_device(name: str) -> None:
-    """Raise ValueError unless this machine has the device, and it is a CPU or a GPU of NVIDIA or Apple."""
+    """Raise ValueError unless this machine has the device, and it is a CPU or a GPU from NVIDIA or Apple."""
     try:
         kind = torch.empty(0, device=name).device.type
     except (RuntimeError, AssertionError):  # no such name, or no such hardware

@@ -100,7 +100,7 @@ class CpuInt4(CpuQuantized, Int4Linear):
     """The int4 product needs the numbers in an order that depends on the processor.
 
     They are reordered when the first token is decoded, so that the prompt does not wait. The original is kept for later
-    prompts; if it is mapped from a file, it is no second copy in memory.
+    prompts; if it is mapped from a file, it is not a second copy in memory.
     """
 
     def __init__(self, plain: Int4Linear):

@@ -5,7 +5,7 @@
 Weights, gradients and AdamW's two moments follow from the shapes and dtypes in config.json and in the headers of the
 files. For the activations one step runs on fake tensors: PyTorch's tensors with a shape, a dtype and a device, but no
 numbers. The code is that of training, so everything that autograd keeps and every temporary tensor is counted, and
-nothing has to be kept equal to a formula by hand. The step has the longest conversations of the file.
+no formula has to be kept up to date by hand. The step has the longest conversations of the file.
 
 Weights that do not change and have their dtype in the file stay mapped from it: they need memory to be fast, but the
 system can drop their pages and read them again.
