@@ -124,7 +124,7 @@ class ImageProcessor:
                 new_size = tuple(edge if side == short else int(edge * side / short) for side in image.size)
             else:
                 new_size = self.size["width"], self.size["height"]
-            from hub.strips import resize  # Image.resize; computes only what the crop keeps if all is huge
+            from hub.strips import resize  # Image.resize, but only of what the crop keeps if the result is huge
             image = resize(image, new_size, self.resample, (width, height) if self.do_center_crop else None)
         if self.do_center_crop:
             left, top = (image.width - width) // 2, (image.height - height) // 2
@@ -142,7 +142,7 @@ def eager_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # three (B, H, 
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # three (B, H, T, d) -> (B, H, T, d)
-    """eager_attention by one PyTorch function, which need not store the weights. The model uses it; tests compare."""
+    """eager_attention as one PyTorch function, which need not store the weights. The model uses it; tests compare."""
     return F.scaled_dot_product_attention(q, k, v)
 
 

@@ -1,9 +1,9 @@
 """How good a model is: the share of questions about unseen scenes of the emoji world that it answers correctly.
 
     python evaluate.py                        the bundled model, after each stage of its training, in int8 and in int4
-    python evaluate.py runs/tiny-llava        another one, after each stage that is kept with it
+    python evaluate.py runs/tiny-llava        another one, after each stage whose weights are kept with it
     python evaluate.py --adapter runs/mine    the model with a LoRA
-    python evaluate.py --final                over the scenes for published tables, which decide nothing
+    python evaluate.py --final                on the scenes for published tables, on which nothing is decided
 """
 
 import argparse

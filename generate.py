@@ -65,7 +65,7 @@ def prefill(model, input_ids, attention_mask, cache: KVCache, pixel_values=None,
 
 @torch.inference_mode()
 def generate_tokens(model, input_ids, attention_mask, cache, pictures, config, generator) -> Iterator[Tensor]:
-    """Yields the next token of every row, (B,), without end. `pictures`: a dict of prefill's last two arguments.
+    """Yields the next token of every row, (B,), indefinitely. `pictures`: a dict of prefill's last two arguments.
 
     The cache keeps the prompt's mask. A token's keys and values enter it when the next token is requested.
     """
@@ -104,7 +104,7 @@ def generate(
     attention_mask = check_left_padding(input_ids, attention_mask)
     (batch, T), device = input_ids.shape, input_ids.device
     n_new = config.new_tokens(T)
-    watchers = []  # one per row: it passes text on to `streamer`, and tells when a stop string has appeared
+    watchers = []  # one per row: passes text on to `streamer`, and reports when a stop string has appeared
     if streamer or stop_strings:
         from hub.text_watcher import text_watchers
         watchers = text_watchers(batch, tokenizer, streamer, stop_strings)
@@ -116,7 +116,7 @@ def generate(
     eos = torch.tensor(config.eos_ids, device=device)
     finished = torch.zeros(batch, dtype=torch.bool, device=device)
     for next_ids in islice(tokens, n_new):
-        next_ids = next_ids.masked_fill(finished, config.pad_id)  # in the result; the model continues with its own
+        next_ids = next_ids.masked_fill(finished, config.pad_id)  # in the result only: the model continues unmasked
         input_ids = torch.cat([input_ids, next_ids[:, None]], dim=1)
         finished = finished | torch.isin(next_ids, eos)
         if watchers:

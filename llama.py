@@ -38,8 +38,8 @@ class LlamaConfig:
     rope_theta: float = 10000.0  # base of RoPE's frequencies
     rope_type: str = "default"  # "linear" and "llama3" extend the context that the model was first trained on
     rope_factor: float = 1.0  # frequencies are divided by it, in "llama3" only the low ones
-    low_freq_factor: float = 1.0  # "llama3": frequencies of at most so many turns over the old context
-    high_freq_factor: float = 4.0  # are divided, those of at least so many are not, and between, interpolated
+    low_freq_factor: float = 1.0  # "llama3": at most this many turns in the old context: the frequency is divided
+    high_freq_factor: float = 4.0  # at least this many turns: it is kept; between the two it is interpolated
     original_max_position_embeddings: int = 8192  # "llama3": the old context, in tokens
     attention_bias: bool = False  # q, k, v and o have a bias
     qkv_bias: bool = False  # Qwen2: q, k and v have a bias, o has none
@@ -76,14 +76,14 @@ class RMSNorm(nn.Module):
 def rope_angles(config: LlamaConfig, position_ids: Tensor) -> Tensor:  # (B, T) -> (B, T, d / 2), float32
     """The angles of rotary position embedding: position / rope_theta^(2i / d) for pair i = 0 ... d / 2 - 1.
 
-    RoPE takes the place of position vectors. In each layer, pair i of the numbers in each query and key is rotated by
+    RoPE replaces position embeddings. In each layer, pair i of the numbers in each query and key is rotated by
     this angle, which grows more slowly for larger i. The product q . k then depends on the positions of the two tokens
     only through their distance (Su et al. 2021, section 3.2.2).
     """
     exponents = torch.arange(0, config.head_dim, 2, device=position_ids.device).float() / config.head_dim
     frequencies = 1.0 / config.rope_theta**exponents  # radians per token
     scaled = frequencies / config.rope_factor
-    if config.rope_type == "llama3":  # high frequencies encode short distances, and stay
+    if config.rope_type == "llama3":  # high frequencies, which encode short distances, are kept
         turns = frequencies * config.original_max_position_embeddings / (2 * math.pi)
         kept = (turns - config.low_freq_factor) / (config.high_freq_factor - config.low_freq_factor)
         scaled = torch.lerp(scaled, frequencies, kept.clamp(0, 1))
@@ -104,8 +104,8 @@ def visible_keys(attention_mask: Tensor | None, past: int, T: int, window: int |
 
     `attention_mask` is (B, S), False at padding, or None. Returns None where `attention` needs no mask: there is no
     padding, S fits the window, and either all tokens are new (each attends to itself and those before it) or only one
-    is (it attends to all). A query at padding may see no key. Its output must be finite all the same: later layers give
-    its key and value weight 0, but 0 * NaN is NaN.
+    is (it attends to all). A query at padding may see no key. Its output must still be finite: later layers give its
+    key and value weight 0, but 0 * NaN is NaN.
     """
     S = past + T
     if attention_mask is None and (T == 1 or past == 0) and (window is None or S <= window):
@@ -149,7 +149,7 @@ class KVCache:
     """The keys and values of all tokens so far, so that only new tokens go through the layers.
 
     `k[layer]` and `v[layer]` are (B, K, capacity, d); the first `length` places are filled, padding included. Made by
-    Llama.new_cache. `attention_mask` (B, tokens): False at padding, None if there is none. Later tokens are text.
+    Llama.new_cache. `attention_mask` (B, tokens): False at padding, None without padding. New tokens are real.
     """
 
     def __init__(self, config: LlamaConfig, batch: int, capacity: int, dtype: torch.dtype, device):
@@ -167,7 +167,7 @@ class KVCache:
             raise ValueError(f"the cache is full: it has room for {self.capacity} tokens, and {tokens} are needed")
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:  # (B, K, T, d) -> (B, K, S, d)
-        """Append one layer's new keys and values; returns all, as views. Llama.forward increases `length` later."""
+        """Append one layer's new keys and values. Returns all, as views. Llama.forward increases `length` later."""
         batch, heads, _, width = self.k[layer].shape
         if k.shape != v.shape or k.shape[:2] != (batch, heads) or k.shape[3] != width:
             raise ValueError(f"the cache holds [{batch}, {heads}, tokens, {width}], but it was given {list(k.shape)}")

@@ -10,7 +10,7 @@ LLaVA: Liu et al. 2023, https://arxiv.org/abs/2304.08485; LLaVA-1.5: Liu et al. 
 
     B batch    T tokens    D width of the decoder    P patches of a picture    V vocabulary
 
-`python llava.py --image x.jpg` describes a picture. Names are those of transformers; hub/ holds what is not the model.
+`python llava.py --image x.jpg` describes a picture. Names are those of transformers; hub/ handles files and settings.
 Not implemented: input sizes other than the tower's own.
 """
 
@@ -74,7 +74,7 @@ class LlavaConfig:
         require("projector_hidden_act", self.projector_hidden_act, ACTIVATIONS)
 
     @property
-    def image_seq_length(self) -> int:  # tokens a picture takes in the prompt, or a tile of it
+    def image_seq_length(self) -> int:  # <image> tokens per picture, or per tile of it
         return self.vision_config.num_positions - (self.vision_feature_select_strategy == "default")
 
 
@@ -98,7 +98,7 @@ class LlavaForConditionalGeneration(nn.Module):
     """The whole model: tower, projector, decoder, head. With the default config it computes
 
         features = multi_modal_projector(vision_tower(pixel_values)[-2][:, 1:])     (pictures, P, D)
-        x = language_model.embed_tokens(input_ids), at <image> tokens features      (B, T, D)
+        x = language_model.embed_tokens(input_ids), features at <image> tokens      (B, T, D)
         logits = lm_head(language_model(x))                                         (B, T, V)
     """
 
@@ -147,7 +147,7 @@ class LlavaForConditionalGeneration(nn.Module):
         inputs_embeds: Tensor | None = None,  # (B, T, D), instead of input_ids
         vision_feature_layer: int | list[int] | None = None,  # instead of the config's
         vision_feature_select_strategy: str | None = None,  # instead of the config's
-        labels: Tensor | None = None,  # (B, T): the ids to predict, ignore_index where none counts; not shifted
+        labels: Tensor | None = None,  # (B, T): ids to predict, not shifted; ignore_index: not in the loss
         use_cache: bool | None = None,  # None: yes, but not in training
         output_attentions: bool = False,
         output_hidden_states: bool = False,
@@ -214,7 +214,7 @@ class LlavaForConditionalGeneration(nn.Module):
         `dtype` (old name `torch_dtype`): a torch.dtype or its name; None or "auto": config.json's, or the weights' own.
         `quantize`: "int8" or "int4" for the decoder's matrices (quantize.py). `adapter`: the folder of a LoRA.
         `kernels`: "torch" is the plain model, "auto" swaps in faster modules with the same results up to rounding,
-        "triton" insists on Triton's (kernels/__init__.py). FileNotFoundError or ValueError for bad checkpoints.
+        "triton" requires Triton's (kernels/__init__.py). FileNotFoundError or ValueError for bad checkpoints.
         """
         folder = find_checkpoint(path)
         settings = read_config(folder)
@@ -287,7 +287,7 @@ class LlavaProcessor:
         if texts:
             ids = [self.tokenizer.encode(prompt) for prompt in self.expand(texts, pictures)]
             if len(set(map(len, ids))) > 1 and not padding:
-                raise ValueError("The prompts differ in length: pass padding=True to fill the shorter ones up")
+                raise ValueError("The prompts differ in length: pass padding=True to pad the shorter ones")
             inputs["input_ids"], inputs["attention_mask"] = self.tokenizer.pad(ids)
         if pictures:
             inputs.update(self.encode_pictures(pictures))
@@ -311,4 +311,4 @@ AutoProcessor = LlavaProcessor
 if __name__ == "__main__":
     import cli
 
-    raise SystemExit(cli.main(LlavaForConditionalGeneration, LlavaProcessor))  # importing llava would run it again
+    raise SystemExit(cli.main(LlavaForConditionalGeneration, LlavaProcessor))  # import llava would run this file again

@@ -1,7 +1,7 @@
 """Checkpoints: from the files in a folder to a model's parameters.
 
-The same tensor has different names in the hub's files, in those of newer releases of transformers and in those of
-LLaVA's authors; RENAME turns all of them into ours. Loading is strict: a tensor that is missing, unknown, given twice,
+A tensor's name differs between the hub's files, those of newer releases of transformers and those of LLaVA's authors;
+RENAME turns all of them into ours. Loading is strict: a tensor that is missing, unknown, given twice,
 of another shape or kind of dtype is an error that names it. hub/writer.py goes the other way.
 
 A safetensors file is 8 bytes with the length of a header, the header (JSON: dtype, shape and place of each tensor), and
@@ -101,4 +101,4 @@ def load(model: nn.Module, folder: Path) -> None:
         more = f" ({len(mismatches)} tensors do not fit)" if len(mismatches) > 1 else ""
         raise ValueError(mismatches[0] + more)
     found = {name: tensor.contiguous() for name, tensor in found.items()}
-    model.load_state_dict(found, strict=False, assign=True)  # absent are only the second names of shared parameters
+    model.load_state_dict(found, strict=False, assign=True)  # only second names of shared parameters are absent

@@ -1,10 +1,10 @@
 """Quantized weights: each matrix of the decoder and the head as small whole numbers q and a few scales.
 
-    w[o, i] is about q[o, i] * scale[o, i // group]
+    w[o, i] is approximately q[o, i] * scale[o, i // group]
 
 The weights 0.50, -0.21, 0.03, 0.36 with the scale -0.0625, for example, become q = -8, 3, 0, -6, which stand for 0.50,
--0.1875, 0, 0.375: rounding is the loss. The weights of a group, side by side in a row, share a scale. In int4 it takes
-the sign that makes the largest of them -8.
+-0.1875, 0, 0.375: rounding loses the rest. The weights of a group, side by side in a row, share a scale. In int4 its
+sign is the one that makes the largest of them -8.
 
     int8    q from -127 to 127 in a byte, one group per row. Answers hardly change.
     int4    q from -8 to 7 in half a byte, groups of 32 to 128. notebooks/15_few_bits.ipynb measures the loss.
@@ -12,9 +12,9 @@ the sign that makes the largest of them -8.
 Decoding a token reads all of these weights once, which takes most of the time, so fewer bits make it faster: on a CPU
 (kernels/cpu.py), and in int8 on a GPU. In the other cases (int4 on a GPU, and prompts) a matrix is first expanded to
 the dtype of the activations, which saves memory but no time. Embedding, tower, projector and activations do not change:
-the matrices that do are nine tenths of the 7B. On a CPU, a model quantized to int4 while loading needs as much memory
-as int8, because it keeps a second copy in the order that PyTorch's product needs. A checkpoint that is quantized
-already stays in its file, and needs half of that.
+the matrices that do have nine tenths of the 7B's weights. On a CPU, a model quantized to int4 while loading needs as
+much memory as int8, because it keeps a second copy in the order that PyTorch's product needs. A checkpoint that is
+already quantized stays in its file, and needs half as much.
 
     python quantize.py MODEL --to int4 --out DIR      writes a checkpoint (hub/packed.py has the format)
 
@@ -161,7 +161,7 @@ def quantize_linear(weight: Tensor, bias: Tensor | None, bits: int, group: int |
 
 
 def matrices_to_quantize(model: nn.Module) -> dict[str, nn.Linear]:
-    """The decoder's matrices by their names, and the head if it is not the embedding too."""
+    """The decoder's matrices by their names, and the head unless it is the embedding too."""
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     head = () if model.config.tie_word_embeddings else ("lm_head",)
     return {name: linear for name, linear in linears.items() if name.startswith(("language_model.", *head))}
@@ -170,7 +170,7 @@ def matrices_to_quantize(model: nn.Module) -> dict[str, nn.Linear]:
 def choose_scheme(model: nn.Module, how: str, group: int | None = None) -> Scheme:
     """Bits, and the size of a group or None, for `how`: "int8" or "int4".
 
-    The default is the largest of GROUPS that divides all widths. Raises ValueError for what cannot be quantized so.
+    The default is the largest of GROUPS that divides all widths. ValueError for what cannot be quantized this way.
     """
     if how not in ("int8", "int4"):
         raise ValueError(f"weights can be quantized to int8 or int4, not to {how!r}")

@@ -119,7 +119,7 @@ def decode_bytes(run: bytes) -> str:
 
 @dataclass(frozen=True)
 class Template:
-    """How a conversation is written as a prompt: what stands before and after each turn."""
+    """How a conversation is written as a prompt: the text before and after each turn."""
 
     system: str = ""  # the system message, used if the conversation does not begin with one
     user: str = ""

@@ -1,7 +1,7 @@
-"""Train the tiny LLaVA from nothing, or tune one on your own conversations. The parts are in training/.
+"""Train the tiny LLaVA from scratch, or tune one on your own conversations. The parts are in training/.
 
     python train.py                         all stages of the recipe; an interrupted run is resumed
-    python train.py --quick                 a few steps of each stage, in a minute (the model learns next to nothing)
+    python train.py --quick                 a few steps of each stage, in a minute (the model hardly learns anything)
     python train.py --data my.json --images DIR --out DIR      tune the bundled model on your own conversations
     python train.py --data my.json --lora 16 --out DIR         the same with a LoRA: little memory, a small file
     python train.py --data my.json --recipe finetune-lora      with LLaVA-1.5's own settings (training/recipes.py)
@@ -90,13 +90,13 @@ def parse_arguments() -> argparse.Namespace:
     add("--steps", type=positive, help="with --data (default: once through the file)")
     add("--batch", type=positive, help="with --data: conversations in a step (default: 16)")
     add("--lr", type=rate, help="with --data: the highest learning rate (default: 2e-5; with --lora 2e-4)")
-    add("--accumulate", type=positive, help="pieces of a step, to save memory (default: 1)")
-    add("--recompute", action="store_true", help="keep one tensor of each decoder layer: less memory, slower steps")
+    add("--accumulate", type=positive, help="pieces that each step is cut into, to save memory (default: 1)")
+    add("--recompute", action="store_true", help="compute activations twice: less memory, slower steps")
     add("--compile", action="store_true", help="torch.compile: faster steps after minutes of compiling")
     add("--plan", action="store_true", help="with --data: print what memory a run with these flags needs, and stop")
     add("--shard", action="store_true", help="with --data and torchrun: each process holds only a part of the model")
-    add("--save-every", type=positive, metavar="N", help="steps from one saved state to the next (default: 100)")
-    add("--seed", type=int, help="of the first weights, with --lora of A and dropout, with --validate of the choice")
+    add("--save-every", type=positive, metavar="N", help="save the run's state every N steps (default: 100)")
+    add("--seed", type=int, help="for the first weights, LoRA's A and dropout, and the choice of --validate")
     add("--device", help="cpu or cuda (default: cuda where there is a GPU)")
     add_lora_options(parser)
     add_recipe_options(parser)
@@ -115,7 +115,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def add_lora_options(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument_group("LoRA: thin matrices learn, and the model stays as it is").add_argument
+    add = parser.add_argument_group("LoRA: thin matrices learn beside frozen ones").add_argument
     add("--lora", type=positive, metavar="R", help="with --data: train an adapter of this rank and the projector")
     add("--alpha", type=above_zero, help="the adapter is scaled by alpha / R (default: 2 R, or --adapter's)")
     add("--dropout", type=share, help="share of the adapter's inputs set to zero (default: 0, or --adapter's)")
@@ -129,7 +129,7 @@ def add_lora_options(parser: argparse.ArgumentParser) -> None:
 def add_recipe_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("LLaVA-1.5's recipes: other flags override theirs").add_argument
     add("--recipe", choices=RECIPES, help="with --data: the settings of one of LLaVA-1.5's scripts")
-    add("--warm-up", type=share, metavar="SHARE", help="of the steps, in which the learning rate rises (default: .03)")
+    add("--warm-up", type=share, metavar="SHARE", help="of the steps in which the learning rate rises (default: .03)")
     add("--template", choices=TEMPLATES, help="how a conversation is written (default: the checkpoint's)")
     on_or_off = argparse.BooleanOptionalAction
     add("--pad", action=on_or_off, help="pad pictures to a square, or crop them (default: as the checkpoint says)")
@@ -147,7 +147,7 @@ def check_together(given: dict, recipe: Recipe) -> None:
             raise ValueError("--merge needs --adapter and --out")
         return
     if "adapter" in given and not {"lora", "data"} & given.keys():
-        raise ValueError("--adapter needs --merge to be merged, or --data to be trained: with --lora R as an adapter")
+        raise ValueError("--adapter needs --merge, or --data to train it further: with --lora R as an adapter")
     if "lora" in given and recipe.name and not recipe.lora:
         raise ValueError(f"--lora does not go with --recipe {recipe.name}: give --recipe finetune-lora")
     has_lora = "lora" in given or recipe.lora
@@ -155,7 +155,7 @@ def check_together(given: dict, recipe: Recipe) -> None:
         wrong = "lora" if has_lora else "shard" if "shard" in given else "recompute"
         raise ValueError(f"--compile does not go with --{wrong}")
     if "shard" in given and "plan" in given:
-        raise ValueError("--plan does not go with --shard: it counts a model that is whole in each process")
+        raise ValueError("--plan does not go with --shard: it assumes that each process holds the whole model")
     if "shard" in given and "data" in given and "WORLD_SIZE" not in os.environ:
         raise ValueError("--shard divides the model over processes: start it with torchrun --nproc-per-node=N")
     if not 0 < given.get("validate", 0.5) < 1:
@@ -164,9 +164,9 @@ def check_together(given: dict, recipe: Recipe) -> None:
         if not has_lora and flag in ONLY_WITH_LORA:
             raise ValueError(f"--{flag.replace('_', '-')} needs --lora")
         if "data" in given and flag in ONLY_FROM_NOTHING and not (flag == "seed" and (has_lora or "validate" in given)):
-            raise ValueError(f"--{flag} does not go with --data: it is for training from nothing")
+            raise ValueError(f"--{flag} does not go with --data: it is for training from scratch")
         if "data" not in given and flag in ONLY_WITH_DATA:
-            raise ValueError(f"--{flag.replace('_', '-')} needs --data: training/stages.py has the values without it")
+            raise ValueError(f"--{flag.replace('_', '-')} needs --data: without it training/stages.py sets the values")
 
 
 def find_place(args: argparse.Namespace) -> Place:

@@ -3,18 +3,22 @@
     python benchmarks/cpu.py                       the tiny model and one of 161 million weights
     python benchmarks/cpu.py --also FOLDER         and another checkpoint, such as random_weights.py's 7B
     python benchmarks/cpu.py --plain               and the plain model, without the twins of kernels/cpu.py
+    python benchmarks/cpu.py --llama-cpp           and the decoder in llama.cpp (llama_cpp_decoder.py)
 
 The models are in one process and run in turns, theirs on views of our weights, so that noise affects all of them and a
-7B fits. Start and memory are measured in separate processes, also in turns. The order changes every round. A large
-checkpoint in int8 runs after the others, because the memory may not hold all of them.
+7B fits. Start and memory are measured in separate processes, also in turns. The order changes every round. int8 and
+int4 are folders that quantize.py writes. Those of a large checkpoint, and llama.cpp, run after the others, because
+memory may not hold all of them.
 
     first token      from pixels and ids to the scores of the first token: tower, projector, the whole prompt
     decode           each further token, for all rows of the batch together
     start to first   from the start of a process to the end of the first token, imports and loading included
+    start to tenth   the same, to the end of the tenth token
     load to first    from the start of loading; cold: the files are not in the system's cache
-    peak             the most memory that the process used, mapped files included (VmHWM)
+    RssAnon          the peak of the process's own memory, read every 20 ms
+    VmHWM            the same with the pages of mapped files, which the system can take back
 
-In float32 both must give the same tokens; otherwise no table is printed. The last three rows need Linux.
+In float32 both must give the same tokens; otherwise no table is printed. The rows from "start to first" on need Linux.
 """
 
 import argparse
@@ -28,7 +32,6 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -36,19 +39,23 @@ import transformers  # before our folder is in sys.path: it would mistake our ke
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+import llama_cpp_decoder
 from figures import bytes_per_token, turns
 from random_weights import make
 
-from hub.device import fast_dtype
+from cli.quantizing import quantize_checkpoint
+from hub.device import own_bytes
 from hub.files import BUNDLED, weight_files
 from hub.pictures import open_image
+from hub.settings import read_config
 from llava import LlavaForConditionalGeneration, LlavaProcessor
 
 ROOT = Path(__file__).parent.parent
+QUANTIZED = ("int8", "int4")
 IMAGE = ROOT / "images" / "cat-and-apple.jpg"
 PROMPT = "USER: <image>\nDescribe the picture. ASSISTANT:"
 NEW = 17  # tokens of an answer: one from the prompt, the others decoded
-# The same lines for both libraries: a process that loads, answers with one token, and prints when it had it.
+# The same lines for both libraries: a process that loads, answers with ten tokens, and prints when it had them.
 ALONE = """
 import json, pathlib, time
 import torch
@@ -57,14 +64,21 @@ from {library} import AutoProcessor, LlavaForConditionalGeneration
 torch.set_num_threads({threads})
 start = time.time()
 processor = AutoProcessor.from_pretrained({folder!r})
-model = LlavaForConditionalGeneration.from_pretrained({folder!r}, dtype=torch.{dtype}{options})
+model = LlavaForConditionalGeneration.from_pretrained({folder!r}, dtype=torch.{dtype})
 inputs = processor(images=Image.open({image!r}), text={prompt!r}, return_tensors="pt")
 inputs["pixel_values"] = inputs["pixel_values"].to(torch.{dtype})
-model.generate(**inputs, max_new_tokens=1, do_sample=False)
-end = time.time()
+{endless}
+clock = []
+model.lm_head.register_forward_hook(lambda *_: clock.append(time.time()))
+model.generate(**inputs, max_new_tokens=10, do_sample=False)
 peak = pathlib.Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]  # in kB; Linux only
-print(json.dumps({{"start": start, "end": end, "peak": int(peak) * 1024}}))
+print(json.dumps({{"start": start, "first": clock[0], "tenth": clock[9], "VmHWM": int(peak) * 1024}}))
 """
+
+
+THEIRS_ALONE = "transformers", "model.generation_config.eos_token_id = None"
+OURS_ALONE = "llava", "model.generation_config |= {'eos_token_id': []}"
+MEMORY = ("RssAnon", "VmHWM")
 
 
 # --- In one process --------------------------------------------------------------------------------------------------
@@ -111,44 +125,51 @@ def read_speed(numbers: torch.Tensor) -> float:
 
 
 def together(folder: Path, dtype: torch.dtype, plain: bool) -> list[list[str]]:
-    """Which models are in memory together: all, or int8 by itself after the others if the checkpoint is large."""
+    """Which models are in memory together: all, or the quantized ones on their own if the checkpoint is large."""
     names = ["theirs", "ours"] + ["plain"] * plain
     if dtype != torch.bfloat16:
         return [names]
     size = sum(file.stat().st_size for file in weight_files(folder))
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return [[*names, "int8"]] if size < memory / 3 else [names, ["int8"]]
+    return [[*names, *QUANTIZED]] if size < memory / 3 else [names, *([name] for name in QUANTIZED)]
 
 
-def load_models(names: list[str], folder: Path, dtype: torch.dtype) -> dict[str, torch.nn.Module]:
+def load_models(names: list[str], folders: dict[str, Path], dtype: torch.dtype) -> dict[str, torch.nn.Module]:
     models = {}
     if "ours" in names:
-        models["ours"] = LlavaForConditionalGeneration.from_pretrained(folder, dtype)
-        models["theirs"] = rival(models["ours"], folder)
+        models["ours"] = LlavaForConditionalGeneration.from_pretrained(folders["ours"], dtype)
+        models["theirs"] = rival(models["ours"], folders["ours"])
     if "plain" in names:
-        models["plain"] = LlavaForConditionalGeneration.from_pretrained(folder, dtype, kernels="torch")
-    if "int8" in names:
-        models["int8"] = LlavaForConditionalGeneration.from_pretrained(folder, dtype, quantize="int8")
+        models["plain"] = LlavaForConditionalGeneration.from_pretrained(folders["ours"], dtype, kernels="torch")
+    for name in set(QUANTIZED).intersection(names):
+        models[name] = LlavaForConditionalGeneration.from_pretrained(folders[name], dtype)
     return models
 
 
-def in_turns(folder: Path, dtype: torch.dtype, rounds: int, plain: bool) -> list[dict]:
-    """A row for each of first token and decode at batch 1 and 4, with all models in turns."""
+def in_turns(folders: dict[str, Path], dtype: torch.dtype, args: argparse.Namespace) -> list[dict]:
+    """A row for each of first token and decode at each batch size, with all models in turns."""
+    folder = folders["ours"]
     processor, memory = LlavaProcessor.from_pretrained(folder), torch.ones(2**28)
     found, speeds, sizes, rows = defaultdict(list), [], {}, []
-    for names in together(folder, dtype, plain):
-        models = load_models(names, folder, dtype)
-        for batch in (1, 4):
+    for names in together(folder, dtype, args.plain):
+        models = load_models(names, folders, dtype)
+        for batch in args.batches:
             inputs = processor(images=[open_image(IMAGE)] * batch, text=[PROMPT] * batch).to("cpu", dtype)
-            for i in range(rounds + 1):
+            for i in range(args.rounds + 1):
                 for name in turns(models, i):
                     stop = {} if name == "theirs" else {"eos_token_id": -1}
                     found[batch, name].append(time_answer(models[name], dict(inputs), **stop))
                 speeds.append(read_speed(memory))
-        context = inputs["input_ids"].shape[1] + NEW // 2
-        sizes |= {name: bytes_per_token(models[name], context) for name in models if name in ("ours", "int8")}
+        prompt = inputs["input_ids"].shape[1]
+        for name in set(models) - {"theirs", "plain"}:
+            sizes[name] = bytes_per_token(models[name], prompt + NEW // 2)
         del models  # before the next ones are loaded
-    for batch in (1, 4):
+    if args.llama_cpp and dtype == torch.bfloat16:
+        config = LlavaForConditionalGeneration.without_weights(read_config(folder)).config.text_config
+        for kind in llama_cpp_decoder.KINDS:
+            counts = prompt, NEW - 1, args.rounds + 1
+            found[1, kind] = llama_cpp_decoder.time_answers(config, kind, *counts, args.threads)
+    for batch in args.batches:
         if dtype == torch.float32 and found[batch, "ours"][0][2] != found[batch, "theirs"][0][2]:
             raise SystemExit(f"{folder.name}: transformers gives other tokens, so there is nothing to compare")
         for i, what in enumerate(("first token", "decode")):  # round 0 is a warm-up
@@ -169,36 +190,46 @@ def forget(folder: Path) -> None:
             os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def answer_alone(library: str, options: str, folder: Path, dtype: torch.dtype, empty: str) -> dict[str, float]:
+def answer_alone(library: str, endless: str, folder: Path, dtype: torch.dtype, empty: str) -> dict[str, float]:
     """Seconds and bytes of one process."""
-    script = ALONE.format(library=library, threads=torch.get_num_threads(), folder=str(folder), options=options,
+    script = ALONE.format(library=library, threads=torch.get_num_threads(), folder=str(folder), endless=endless,
                           dtype=str(dtype).removeprefix("torch."), image=str(IMAGE), prompt=PROMPT)  # fmt: skip
     settings = {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
     settings |= {"PYTHONPATH": str(ROOT)} if library == "llava" else {}
-    begun = time.time()
-    done = subprocess.run([sys.executable, "-c", script], check=True, stdout=subprocess.PIPE, text=True, cwd=empty,
-                          env=os.environ | settings)  # fmt: skip
-    printed = json.loads(done.stdout.splitlines()[-1])
-    return {"start": printed["end"] - begun, "load": printed["end"] - printed["start"], "peak": printed["peak"]}
+    begun, own = time.time(), 0
+    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, cwd=empty,
+                               env=os.environ | settings)  # fmt: skip
+    while process.poll() is None:
+        own = max(own, own_bytes(process.pid) or 0)
+        time.sleep(0.02)
+    if process.returncode:
+        raise SystemExit(f"the separate process with {folder.name} in {library} failed")
+    printed = json.loads(process.stdout.read().splitlines()[-1])
+    load = printed["first"] - printed["start"]
+    return {"first": printed["first"] - begun, "tenth": printed["tenth"] - begun, "load": load, "RssAnon": own,
+            "VmHWM": printed["VmHWM"]}  # fmt: skip
 
 
-def alone(folder: Path, dtype: torch.dtype, rounds: int) -> list[dict]:
-    """Rows for process start to first token, loading to first token warm and cold, and peak memory; on Linux."""
-    kinds = {"theirs": ("transformers", ""), "ours": ("llava", "")}
-    if dtype == torch.bfloat16:
-        kinds["int8"] = ("llava", ', quantize="int8"')
+def alone(folders: dict[str, Path], dtype: torch.dtype, args: argparse.Namespace) -> list[dict]:
+    """Rows for process start to first and tenth token, loading to first token warm and cold, and memory; on Linux."""
+    kinds = ["theirs", "ours", *(QUANTIZED if dtype == torch.bfloat16 else ())]
     found = defaultdict(lambda: defaultdict(list))
+    rounds = -(-args.rounds // 2)
     with tempfile.TemporaryDirectory() as empty:
         for i in range(rounds + 1):
             for name in turns(kinds, i):
-                warm = answer_alone(*kinds[name], folder, dtype, empty)
+                theirs, folder = name == "theirs", folders.get(name, folders["ours"])
+                library, endless = THEIRS_ALONE if theirs else OURS_ALONE
+                warm = answer_alone(library, endless, folder, dtype, empty)
                 forget(folder)
-                cold = answer_alone(*kinds[name], folder, dtype, empty)
+                cold = answer_alone(library, endless, folder, dtype, empty)
                 if i:  # round 0 is a warm-up
-                    found["start to first"][name].append(warm["start"])
+                    found["start to first"][name].append(warm["first"])
+                    found["start to tenth"][name].append(warm["tenth"])
                     found["load to first"][name].append(warm["load"])
                     found["load to first, cold"][name].append(cold["load"])
-                    found["peak"][name].append(max(warm["peak"], cold["peak"]))
+                    for what in MEMORY:
+                        found[what][name].append(max(warm[what], cold[what]))
     return [{"what": what, "batch": 1, "values": values} for what, values in found.items()]
 
 
@@ -217,7 +248,7 @@ def machine() -> str:
 
 
 def show(value: float, what: str) -> str:
-    if what == "peak":
+    if what in MEMORY:
         return f"{value / 1e9:.2f} GB"
     return f"{value:.2f} s" if value >= 0.9995 else f"{value * 1000:.3g} ms"
 
@@ -256,11 +287,29 @@ def table(rows: list[dict], columns: list[str]) -> str:
     return "\n".join(lines) + "\n\n" + "\n".join(text for row in rows if "bytes" in row for text in bandwidth(row))
 
 
+def against_llama_cpp(rows: list[dict]) -> str:
+    """Medians in bfloat16, int8 and int4 next to llama.cpp's in BF16, Q8_0 and Q4_0, and llama.cpp's time over ours."""
+    pairs = list(zip(("ours", *QUANTIZED), llama_cpp_decoder.KINDS, strict=True))
+    head = ["model", "what", *(name for ours, kind in pairs for name in (ours, kind, f"{kind} / {ours}"))]
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for row in rows:
+        if llama_cpp_decoder.KINDS[0] in row["values"]:
+            cells = [row["model"], row["what"]]
+            for pair in pairs:
+                ours, theirs = (statistics.median(row["values"][name]) for name in pair)
+                cells += [show(ours, row["what"]), show(theirs, row["what"]), f"{theirs / ours:.2f}"]
+            lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Time this project and transformers on the same weights.")
     parser.add_argument("--also", type=Path, action="append", default=[], help="one more checkpoint, in bfloat16")
     parser.add_argument("--only", action="store_true", help="only the checkpoints given with --also")
     parser.add_argument("--plain", action="store_true", help="also time the plain model")
+    parser.add_argument("--llama-cpp", action="store_true", help="also time llama.cpp, with the rows in bfloat16")
+    parser.add_argument("--dtypes", nargs="+", choices=["float32", "bfloat16"], default=["float32", "bfloat16"])
+    parser.add_argument("--batches", nargs="+", type=int, default=[1, 4])
     parser.add_argument("--rounds", type=int, default=7, help="rounds of answers; half as many of processes")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--json", type=Path, help="write every value to this file")
@@ -270,6 +319,8 @@ def parse_arguments() -> argparse.Namespace:
     for folder in args.also:
         if not (folder / "config.json").is_file():
             parser.error(f"{folder} is not a checkpoint: it has no config.json")
+    if args.llama_cpp and not llama_cpp_decoder.AVAILABLE:
+        parser.error("--llama-cpp needs the packages llama-cpp-python and gguf")
     return args
 
 
@@ -278,23 +329,29 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     transformers.logging.set_verbosity_error()
-    rows, columns = [], ["ours", "int8"] + ["plain"] * args.plain
+    rows, columns = [], ["ours", *QUANTIZED] + ["plain"] * args.plain
+    dtypes = [getattr(torch, name) for name in args.dtypes]
+    todo = [(folder.resolve(), folder.name, [torch.bfloat16]) for folder in args.also]
     with tempfile.TemporaryDirectory() as scratch:
-        todo = [(folder.resolve(), folder.name, [torch.bfloat16]) for folder in args.also]
         if not args.only:
-            make("161M", Path(scratch))
-            both = [torch.float32, torch.bfloat16] if fast_dtype("cpu") == torch.bfloat16 else [torch.float32]
-            todo = [(BUNDLED, "tiny", both), (Path(scratch), "161M", both), *todo]
+            make("161M", Path(scratch) / "161M")
+            todo = [(BUNDLED, "tiny", dtypes), (Path(scratch) / "161M", "161M", dtypes), *todo]
         for folder, name, dtypes in todo:
-            for dtype in dtypes:
-                answers = partial(in_turns, rounds=args.rounds, plain=args.plain)
-                for work in (answers, partial(alone, rounds=-(-args.rounds // 2))):
-                    for row in work(folder, dtype):
+            with tempfile.TemporaryDirectory() as few_bits:
+                folders = {"ours": folder}
+                for bits in QUANTIZED if torch.bfloat16 in dtypes else ():
+                    folders[bits] = Path(few_bits) / bits
+                    where = [str(folder), "--to", bits, "--out", str(folders[bits])]
+                    quantize_checkpoint(LlavaForConditionalGeneration, where)
+                for dtype, measure in itertools.product(dtypes, (in_turns, alone)):
+                    for row in measure(folders, dtype, args):
                         rows.append({"model": name, "dtype": str(dtype).removeprefix("torch."), **row})
                         print(line(rows[-1], columns), file=sys.stderr, flush=True)
                     if args.json:
                         args.json.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1))
     print(f"{machine()}\n\n{table(rows, columns)}")
+    if args.llama_cpp:
+        print(f"\n{against_llama_cpp(rows)}")
 
 
 if __name__ == "__main__":

@@ -1,13 +1,13 @@
-"""The peak memory of the checkpoints of `python llava.py --models`, with random weights, beside what the table says.
+"""The peak memory of the checkpoints of `python llava.py --models`, with random weights, compared with its table.
 
     python benchmarks/family_memory.py llava-hf/llava-interleave-qwen-0.5b-hf bczhou/tiny-llava-v1-hf
     python benchmarks/family_memory.py --grid xtuner/llava-phi-3-mini-hf      a picture that fills LLaVA-1.6's grid
 
 Each checkpoint is written to a temporary folder with its own shapes in bfloat16; then the command answers one question
-about one picture. One that does not fit beside SPARE bytes is left out.
+about one picture. One that would leave less than SPARE bytes free is not run.
 
     RssAnon    the process's own memory, at its peak: caches, activations, and copies of the matrices that are fused
-    VmHWM      the peak of that and of all mapped files, also those that were fused and are not read any more
+    VmHWM      the peak of that and of all mapped files, also of matrices that were fused and are no longer read
     in use     RssAnon, and the mapped weights that were not copied: what must stay in memory for a fast answer
 """
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 WORST = 1.5  # times the error of the plain computation in the same dtype
-FLOOR = {torch.float32: 1e-5, torch.float16: 5e-4, torch.bfloat16: 4e-3}  # an error that rounding alone makes
+FLOOR = {torch.float32: 1e-5, torch.float16: 5e-4, torch.bfloat16: 4e-3}  # an error that rounding alone causes
 GROUPS = {  # the kernels of a decode step, by a part of their name
     "attention": ("decode_kernel", "join_kernel"),
     "norms and residuals": ("rms_norm_kernel",),
@@ -64,7 +64,7 @@ def flops_of_prompt(model: torch.nn.Module, tokens: int) -> float:
 
 
 def data_sheet_speed(memory_clock_khz: int | None, bus_bits: int | None) -> float | None:
-    """Bytes per second by the clock and the width of the memory's bus, with two transfers a cycle."""
+    """Bytes per second from the clock and the width of the memory bus, with two transfers per cycle."""
     return 2 * memory_clock_khz * 1000 * bus_bits / 8 if memory_clock_khz and bus_bits else None
 
 

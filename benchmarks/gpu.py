@@ -1,6 +1,6 @@
 """Checks the kernels and the model on an NVIDIA GPU, and times them next to PyTorch, transformers and the card's speed.
 
-    python benchmarks/gpu.py                    everything, in at most 14 minutes; the 7B in bfloat16 must fit
+    python benchmarks/gpu.py                    everything, in about 14 minutes at most; the 7B in bfloat16 must fit
     python benchmarks/gpu.py --size 161M        the same with a small model
 
 Weights are random and made on the device: the text is meaningless, the times are real. Times are medians, and models
@@ -80,7 +80,7 @@ def run_all(sections: dict[str, Callable[[Run], None]], run: Run) -> list[str]:
 
 
 class Watch:
-    """nvidia-smi, running beside a section."""
+    """Runs nvidia-smi during a section."""
 
     def __init__(self, device: str):
         self.file, self.process = tempfile.TemporaryFile("w+"), None  # noqa: SIM115  (closed by stop)
@@ -108,7 +108,7 @@ def release(device: str) -> None:
 
 
 def clock(device: str) -> float:
-    """The time when the device has done all that it was given."""
+    """The time, once the device has finished all its work."""
     if device != "cpu":
         torch.cuda.synchronize()
     return time.perf_counter()
@@ -176,7 +176,7 @@ def as_tuple(x: torch.Tensor | tuple) -> tuple:
 
 
 def make_models(run: Run) -> None:
-    """An accelerated model, and a plain one on the same memory."""
+    """An accelerated model, and a plain one that shares its weights."""
     config = LlavaConfig(*SIZES[run.size])
     model = random_model(config, run.device)
     for layer in model.language_model.layers:
@@ -348,7 +348,7 @@ def time_int8(run: Run) -> None:
 
 
 def run_tests(run: Run) -> None:
-    """tests/gpu, in a process of its own: every dtype, batches, padding, windows, int8, int4, threads and chat."""
+    """tests/gpu, in a separate process: every dtype, batches, padding, windows, int8, int4, threads and chat."""
     command = [sys.executable, "-m", "pytest", "-q", "--durations=5", "-p", "no:cacheprovider", "tests/gpu"]
     with tempfile.TemporaryFile("w+") as file:
         try:
@@ -378,7 +378,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Check and time the kernels and the model on this GPU.")
     parser.add_argument("--size", choices=SIZES, default="7B")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--minutes", type=float, default=14, help="start nothing after them (default: %(default)s)")
+    parser.add_argument("--minutes", type=float, default=14, help="start no section later (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=Path("gpu-results.md"), help="default: %(default)s")
     args = parser.parse_args()
     if not torch.cuda.is_available():

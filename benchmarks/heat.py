@@ -1,4 +1,4 @@
-"""How often the heat map of --explain is on the thing that a word names.
+"""How often the heat map of --explain highlights the thing that a word names.
 
     python benchmarks/heat.py [CHECKPOINT] [--scenes 200]
 

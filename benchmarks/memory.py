@@ -3,7 +3,7 @@
     python benchmarks/random_weights.py 161M /tmp/161M
     python benchmarks/memory.py /tmp/161M --case "--lora 16 --batch 2" --case "--batch 2 --recompute"
 
-Each case is a run of two steps on conversations of equal length, in a process of its own. Its memory is RssAnon, which
+Each case is a run of two steps on conversations of equal length, in a separate process. Its memory is RssAnon, which
 leaves out what is mapped from files, read from /proc every 5 ms.
 """
 

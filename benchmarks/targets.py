@@ -62,7 +62,7 @@ def specialise(kernel: JITFunction, args: tuple) -> tuple[dict, dict, dict]:
 
 
 def usage(cubin: bytes) -> tuple[int, int]:
-    """Registers of a thread, and bytes that it spills to memory."""
+    """Registers per thread, and bytes that it spills to memory."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
@@ -116,10 +116,10 @@ def problems(rows: list[dict]) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Compile every kernel for GPUs that need not be here.")
+    parser = argparse.ArgumentParser(description="Compile every kernel for six generations of GPUs, without one.")
     parser.add_argument("--targets", type=int, nargs="+", choices=SHARED, default=list(SHARED), help="default: all")
     dtypes = ("bfloat16", "float16", "float32")
-    parser.add_argument("--dtypes", nargs="+", choices=dtypes, default=dtypes[:2], help="default: those of 16 bits")
+    parser.add_argument("--dtypes", nargs="+", choices=dtypes, default=dtypes[:2], help="default: the two of 16 bits")
     parser.add_argument("--cases", nargs="+", default=[""], metavar="WORD", help="those with a WORD (default: all)")
     parser.add_argument("--json", type=Path, help="also write one row per kernel and target to this file")
     args = parser.parse_args()

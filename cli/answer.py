@@ -47,7 +47,7 @@ def render(processor, prompt: str, pictures: int, system: str | None) -> str:
 def end_ids(model, processor, options: dict) -> list[int]:
     """The tokens that end an answer: the checkpoint's, and the one that its template writes after an answer.
 
-    Some checkpoints with a decoder that was tuned for chat name only the end of a whole text as their eos token.
+    Some checkpoints whose decoder was tuned for chat have as their eos token only the one that ends a whole text.
     """
     text = [{"type": "text", "text": MARK}]
     turns = [{"role": "user", "content": text}, {"role": "assistant", "content": text}]

@@ -49,7 +49,7 @@ def add_first_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("what most people need").add_argument
     add("--image", nargs="+", action="extend", default=[], metavar="PATH", help="pictures for one answer, in order")
     add("--prompt", metavar="TEXT", help=f"what to ask; - reads it from standard input (default: {PROMPT})")
-    add("--chat", action="store_true", help="a conversation, about the pictures of --image or others you add there")
+    add("--chat", action="store_true", help="a conversation about the pictures of --image, or others added during it")
     add("--images", type=Path, metavar="PATH", help="a folder, or a list of pictures in a file (- standard input)")
     add("--out", type=Path, metavar="FILE", help="write the answers of --images to a file, or resume it")
     add("--model", metavar="PATH", help="checkpoint folder or hub id (default: the bundled tiny one)")
@@ -63,10 +63,10 @@ def add_first_options(parser: argparse.ArgumentParser) -> None:
 def add_other_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("the rest").add_argument
     own = "(default: the checkpoint's)"
-    add("--adapter", metavar="DIR", help="a LoRA for the model (without --model: for the one that it names)")
+    add("--adapter", metavar="DIR", help="a LoRA for the model (default --model: the one that the LoRA names)")
     add("--device", default="auto", help="auto, cpu, cuda or mps (default: auto, the fastest here)")
-    add("--top-p", type=number(float, 1e-9, 1), metavar="P", help=f"sample among tokens with P together {own}")
-    add("--top-k", type=number(int, 0, 10**9), metavar="K", help=f"sample among K tokens, 0 for all {own}")
+    add("--top-p", type=number(float, 1e-9, 1), metavar="P", help=f"sample among the top tokens that sum to P {own}")
+    add("--top-k", type=number(int, 0, 10**9), metavar="K", help=f"sample among the K likeliest, 0 for all {own}")
     add("--seed", type=number(int, 0, 2**63 - 1), metavar="N", help="the same seed gives the same samples")
     add("--repetition-penalty", type=number(float, 0.01, 100), metavar="R", help=f"above 1: repeat less {own}")
     add("--stop", action="append", metavar="TEXT", help="end the answer after this text; may be repeated")
@@ -106,7 +106,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         parser.error("--explain is for one answer about one picture: give --image, without --chat and --images")
     for name in ("top_p", "top_k", "seed"):
         if getattr(args, name) is not None and not args.temperature:
-            parser.error(f"--{name.replace('_', '-')} changes nothing without --temperature: give one above 0")
+            parser.error(f"--{name.replace('_', '-')} changes nothing without --temperature: set it above 0")
     if "" in (args.stop or ()):
         parser.error("--stop needs a text that is not empty")
     if not (args.image or args.images or args.chat or args.prompt is not None):

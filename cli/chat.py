@@ -63,7 +63,7 @@ class Chat:
         head, tail = self.around_text()
         if self.ids:
             head = head.removeprefix(tokenizer.first_space)  # encoding puts it in front of each text
-        # The user's text, and what stands beside it, is encoded as one text, so a typed <image> is not a token.
+        # The user's text is encoded together with the text around it, so a typed <image> is not a token.
         *before, last = tokenizer.special_pattern.split(head)
         first, *after = tokenizer.special_pattern.split(tail)
         ids = tokenizer.encode_text(last + text + first, is_first=not before)

@@ -53,20 +53,20 @@ def work_with_others(work: Callable[[], None]) -> None:
     try:
         work()
     except RuntimeError as error:
-        time.sleep(0.1)  # Ctrl-C ends the other processes too: if it has come, this raises KeyboardInterrupt
+        time.sleep(0.1)  # Ctrl-C ends the other processes too: in that case this raises KeyboardInterrupt
         if isinstance(error, torch.distributed.DistError) or "gloo" in str(error):
             raise ConnectionError("another process ended or cannot be reached, so this one ends too") from error
         raise
 
 
 def end_when_interrupted(grace: float = 2) -> None:
-    """End this process `grace` seconds after Ctrl-C if it has not ended by itself.
+    """End this process `grace` seconds after Ctrl-C if it is still running.
 
     While it waits for another process, KeyboardInterrupt would wait too: Python raises it between two instructions.
     """
     heard, told = socket.socketpair()
     told.setblocking(False)
-    signal.set_wakeup_fd(told.fileno())  # gets the number of each signal that comes
+    signal.set_wakeup_fd(told.fileno())  # receives the number of each signal
 
     def end(told=told) -> None:
         while heard.recv(1) != bytes([signal.SIGINT]):

@@ -83,7 +83,7 @@ def load(Model: type, Processor: type, args: Namespace, rows: int, pictures: int
             most, tile = processor.image_seq_length, model.config.image_seq_length
             times = f"reading it takes up to {most / tile:.0f} times as long as with LLaVA-1.5"
             print(f"A picture becomes up to {most} tokens: {times}.", file=sys.stderr)
-    if is_divided(args):  # without an adapter, which is merged first, from the mapped file
+    if is_divided(args):  # from the mapped file, unless an adapter must be merged first
         whole = Model.from_pretrained(folder, args.adapter and dtype, kernels="torch", adapter=args.adapter)
         return divide(whole, args.device, dtype), processor
     how = {"quantize": args.quantize, "kernels": args.kernels, "adapter": args.adapter}

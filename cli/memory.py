@@ -29,7 +29,7 @@ def cache_bytes(config, dtype: torch.dtype) -> int:
 
 
 def activation_bytes(config, dtype: torch.dtype) -> int:
-    """What a token of a prompt takes in a layer while the prompt runs."""
+    """Bytes that the activations of one layer take for each token of a prompt."""
     vision, text = config.vision_config, config.text_config
     tower = 4 * vision.hidden_size + 2 * vision.intermediate_size  # a picture has about as many patches as tokens
     return max(tower, 6 * text.hidden_size + 3 * text.intermediate_size) * dtype.itemsize
@@ -57,7 +57,7 @@ def needed_bytes(
         model = copy.deepcopy(model)
         quantize_model(model, quantize)
     needed = weight_bytes(model, dtype, mapped) + tokens * cache_bytes(model.config, dtype) + OVERHEAD
-    more = tokens if model.config.image_grid_pinpoints else max(0, tokens - SHORT)  # than OVERHEAD is for
+    more = tokens if model.config.image_grid_pinpoints else max(0, tokens - SHORT)  # beyond what OVERHEAD covers
     needed += more * activation_bytes(model.config, dtype)
     if device != "cpu":  # one matrix at a time is dequantized
         sizes = [m.in_features * m.out_features for m in model.modules() if isinstance(m, QuantizedLinear)]

@@ -15,7 +15,7 @@ NOTE = """\
 Sizes are in GB. Open one with --model NAME; for int4 write it with quantize.py first. The licence is the decoder's: the
 checkpoint's page may add conditions. LLaVA-1.6 (v1.6, next) reads up to five times as many tokens for a picture.
 None of them has been run with this code on its real weights yet: tests/real_weights.py does that."""
-WORDS = 324  # tokens in the cache beside the picture's: a question and an answer
+WORDS = 324  # tokens in the cache besides the picture's: a question and an answer
 CLIP_L = {
     "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16,
     "image_size": 336, "patch_size": 14,
@@ -69,7 +69,7 @@ def config_of(name: str) -> dict:
 
 
 def measured(Model: type, config: dict, measure: Callable) -> int:
-    """measure(model), a number. The layers are alike, so three small models give it for a large one."""
+    """measure(model) of a large model, extrapolated from three small ones, because all layers are alike."""
     vision, text = config["vision_config"], config["text_config"]
 
     def size(tower: int, decoder: int) -> int:
@@ -111,14 +111,17 @@ def table(Model: type) -> str:
 
 
 def hint(Model: type, device: str, dtype: torch.dtype) -> str:
-    """What to do after the tiny model said that a picture is none that it knows."""
+    """Advice for a user whose picture the tiny model does not know."""
     name = best(Model, device, dtype)
     larger = "a larger model" if name is None else f"{name}, which fits into memory here"
-    return f"For photographs use {larger}: python llava.py --models lists some."
+    return f"For photographs use {larger}; see python llava.py --models."
 
 
 def best(Model: type, device: str, dtype: torch.dtype) -> str | None:
-    """The last of MODELS that fits a device's free memory, without LLaVA-1.6, which is slow; None if it is unknown."""
+    """The last of MODELS that fits into a device's free memory; None if none fits or the memory is unknown.
+
+    LLaVA-1.6 is left out, because it is slow.
+    """
     free = free_bytes(device)
     if free is None:
         return None

@@ -91,7 +91,7 @@ def share_list(items: list, work: Callable[[list], list]) -> list:
 
 
 def keep_share(model: nn.Module, settings: dict) -> None:
-    """Give a model on the meta device, made to estimate its memory, only the decoder's sizes of one process.
+    """Shrink the decoder of a model on the meta device to one process's share, to estimate the memory.
 
     Raises ValueError for a model that cannot be divided.
     """
@@ -113,7 +113,7 @@ def share_of(text):  # a LlamaConfig
 
 
 def divide(model: nn.Module, device: str, dtype: torch.dtype) -> nn.Module:
-    """Move a plain model to all processes' devices, its layers divided. Matrices mapped from a file go one by one."""
+    """Divide a plain model's layers over the devices of all processes. Matrices mapped from a file move one by one."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 

@@ -25,10 +25,10 @@ COPIED = {".json", ".model", ".jinja", ".txt", ".md"}  # suffixes of the other f
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    about = "Write a checkpoint whose decoder has weights in few bits. This needs little memory."
+    about = "Write a checkpoint whose decoder has quantized weights. This needs little memory."
     parser = argparse.ArgumentParser(prog="quantize.py", description=about)
     parser.add_argument("model", metavar="MODEL", help="a checkpoint: a folder or a hub id")
-    parser.add_argument("--to", choices=["int4", "int8"], default="int4", help="bits of a weight (default: int4)")
+    parser.add_argument("--to", choices=["int4", "int8"], default="int4", help="bits per weight (default: int4)")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="a new folder")
     help = "with int4: weights that share a scale (default: the largest that divides the widths of all matrices)"
     parser.add_argument("--group", type=int, choices=GROUPS, help=help)

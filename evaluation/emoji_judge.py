@@ -1,7 +1,7 @@
 """How many questions about unseen scenes of the emoji world a model answers correctly, by kind of question.
 
 `python evaluate.py` prints the table for a model after each stage of its training whose weights are kept (see
-training/stage_files.py): in the model's own folder stages/, or beside it for the bundled model.
+training/stage_files.py): in stages/ inside the model's folder, or next to it for the bundled model.
 """
 
 import sys
@@ -71,7 +71,7 @@ def evaluate_outside(model: LlavaForConditionalGeneration, processor: LlavaProce
     crops, asked, said = [], [], []
     for i, seed in enumerate(range(first, first + n)):
         crops.append(emoji_world.make_outside(photographs, seed, side))
-        scene = emoji_world.make_truth(seed)  # only to have questions to ask
+        scene = emoji_world.make_truth(seed)  # only for its questions
         asked.append(emoji_world.questions(scene, emoji_world.wording(i))[i % 3][1])
     for start in range(0, n, BATCH):
         said += answers(model, processor, crops[start : start + BATCH], asked[start : start + BATCH])
@@ -101,7 +101,7 @@ def evaluate_stages(
 ) -> None:
     """Print a model's table: a column for each stage whose weights are kept, and the model in 8 and 4 bits.
 
-    With `adapter`, a LoRA's folder, all columns are with it, and there are none for earlier stages. A quantized folder
+    With `adapter`, a LoRA's folder, every column is with it, and there are none for earlier stages. A quantized folder
     has no columns for other bits.
     """
     load = partial(

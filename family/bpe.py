@@ -48,7 +48,7 @@ def merge(letters: list[str], ranks: dict[tuple[str, str], int]) -> list[str]:
     return [piece for piece in pieces if piece]
 
 
-# The letters that lstrip and rstrip of an added token mean: Unicode's White_Space.
+# The characters that an added token with lstrip or rstrip includes: Unicode's White_Space.
 SPACES = "\t\n\v\f\r \x85\xa0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a"
 SPACES += "\u2028\u2029\u202f\u205f\u3000"
 
@@ -137,7 +137,7 @@ class BpeTokenizer(Tokenizer):
         return self.first_ids + ids + self.last_ids if add_special_tokens else ids
 
     def encode_text(self, text: str, is_first: bool = True) -> list[int]:
-        """The ids of a text between special tokens. `is_first`: nothing stands before it."""
+        """The ids of a text between special tokens. `is_first`: nothing comes before it."""
         ids = []
         for part in self.normalized_pattern.split(self.normalize(text)):
             if part in self.normalized:

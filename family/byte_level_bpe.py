@@ -17,7 +17,7 @@ from family.bpe import BpeTokenizer
 from family.tokenizer_json import entry, read_steps
 
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-SECONDS = 5  # for one part of a text: a regular expression that backtracks can take for ever
+SECONDS = 5  # for one part of a text: a regular expression that backtracks may never end
 MOST_PATTERNS = 8
 
 # Byte -> letter: a printable byte of Latin-1 is its own letter; the others, in order, are U+0100, U+0101, ...
@@ -45,7 +45,7 @@ class ByteLevelTokenizer(BpeTokenizer):
         return [part.encode().decode("latin-1").translate(LETTERS) for part in parts]
 
     def split(self, pattern: regex.Pattern, text: str) -> list[str]:
-        """The matches and what is between them."""
+        """The matches and the text between them."""
         cuts = [0]
         try:
             for match in pattern.finditer(text, timeout=SECONDS):
@@ -61,7 +61,7 @@ class ByteLevelTokenizer(BpeTokenizer):
         return list(word)
 
     def join(self, ids, skip_special_tokens: bool) -> str:
-        """Bytes that are not UTF-8 become U+FFFD."""
+        """The text of ids. Bytes that are not UTF-8 become U+FFFD."""
         return b"".join(self.piece(i, skip_special_tokens) for i in map(int, ids)).decode(errors="replace")
 
     def piece(self, i: int, skip_special_tokens: bool) -> bytes:

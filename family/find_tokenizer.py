@@ -1,4 +1,4 @@
-"""Chooses the kind of a checkpoint's tokenizer by its files."""
+"""Chooses a checkpoint's tokenizer class by the checkpoint's files."""
 
 from pathlib import Path
 

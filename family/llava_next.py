@@ -58,7 +58,7 @@ def patches_on_a_side(config) -> int:  # p
 
 
 def best_size(height: int, width: int, sizes: list) -> tuple[int, int]:
-    """The size (H, W) that shows most of a picture's pixels, and the smallest one of those that show as many."""
+    """The size (H, W) that shows the most of a picture's pixels; of several, the smallest."""
 
     def worth(size: tuple[int, int]) -> tuple[int, int]:
         scale = min(size[1] / width, size[0] / height)
@@ -100,7 +100,7 @@ def most_tokens(config) -> int:
 
 @dataclass
 class LlavaNextImageProcessor(ImageProcessor):
-    """A picture to tiles, each of which becomes pixels as a picture of LLaVA-1.5's does."""
+    """Cuts a picture into tiles. Each tile becomes pixels as a whole picture does in LLaVA-1.5."""
 
     config: object = None  # a LlavaConfig, which has the sizes
 
@@ -142,13 +142,13 @@ class LlavaNextImageProcessor(ImageProcessor):
 
 
 class NextProcessor:
-    """What a LlavaProcessor does differently."""
+    """The parts of a LlavaProcessor that LLaVA-1.6 changes."""
 
     def __init__(self, image_processor: LlavaNextImageProcessor, tokenizer, image_seq_length: int, template="hub"):
         super().__init__(image_processor, tokenizer, most_tokens(image_processor.config), template)
 
     def expand(self, prompts: list[str], pictures: list[Image.Image]) -> list[str]:
-        """Repeat each <image> token as often as its picture has vectors. Tokens and pictures have one order.
+        """Repeat each <image> token once per vector of its picture. Tokens and pictures are in the same order.
 
         Raises ValueError if the numbers of tokens and pictures differ.
         """
@@ -164,7 +164,7 @@ class NextProcessor:
 
 
 class NextModel:
-    """What a LlavaForConditionalGeneration does differently."""
+    """The parts of a LlavaForConditionalGeneration that LLaVA-1.6 changes."""
 
     def __init__(self, config):
         check_sizes(config)
@@ -186,7 +186,7 @@ class NextModel:
     def sizes_and_grids(self, pixel_values: Tensor, image_sizes: Tensor | None) -> tuple[list, list]:
         """Each picture's (H, W) in pixels, and its grid's (rows, columns) of tiles. ValueError if they do not fit."""
         if image_sizes is None:
-            raise ValueError("LLaVA-1.6 needs image_sizes beside pixel_values: the height and width of each picture")
+            raise ValueError("LLaVA-1.6 needs image_sizes with pixel_values: the height and width of each picture")
         image_sizes, side = torch.as_tensor(image_sizes), self.config.vision_config.image_size
         if pixel_values.ndim != 5 or image_sizes.shape != (len(pixel_values), 2):
             shapes = f"{list(pixel_values.shape)} and {list(image_sizes.shape)}"

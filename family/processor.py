@@ -1,4 +1,4 @@
-"""The parts of a checkpoint's processor beside its tokenizer: how pictures become pixels, and the prompt template."""
+"""A checkpoint's processor without its tokenizer: how pictures become pixels, and the prompt template."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from tokenizer import TEMPLATES, Template, Tokenizer
 
 
 def read_parts(folder: Path, config, tokenizer: Tokenizer) -> tuple[ImageProcessor, Template]:
-    """For a checkpoint with this LlavaConfig and this tokenizer. Raises ValueError if its files do not fit together."""
+    """The image processor and the prompt template. Raises ValueError if the checkpoint's files do not fit together."""
     if tokenizer.image_token_id is None:
         tokenizer.set_image_token(config.image_token_index)
     ours, theirs = tokenizer.image_token_id, config.image_token_index

@@ -1,6 +1,6 @@
 """sentencepiece's BPE read from tokenizer.json, for checkpoints without a tokenizer.model.
 
-The ids are those of tokenizer.py, which has the conventions: a space is the letter "▁", one is put in front of the
+The ids are those of tokenizer.py, with the same conventions: a space is the letter "▁", one is put in front of the
 text, and a character that is not in the vocabulary is spelled in bytes such as "<0xE7>". The file has them in one of
 two forms: as a normalizer (Prepend, Replace), applied to each part between special tokens; or as a pre_tokenizer
 (Metaspace), which may put the space only in front of the whole text, and may split the text into words.

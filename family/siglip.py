@@ -1,8 +1,8 @@
 """SigLIP's vision tower (Zhai et al. 2023, https://arxiv.org/abs/2303.15343).
 
 It is the Vision Transformer of CLIP with three differences: no class token, no norm in front of the first layer, and
-a bias of the matrix for patches. LLaVA uses the output of its last or second-to-last layer. Its pixels are
-resized to a square without keeping the ratio, and not cropped (hub/settings.py).
+a bias in the patch embedding. LLaVA uses the output of its last or second-to-last layer. Pictures are resized to a
+square without keeping the ratio, and not cropped (hub/processor_settings.py).
 """
 
 from dataclasses import dataclass, field
@@ -40,7 +40,7 @@ class SiglipEmbeddings(nn.Module):
 
 
 class SiglipHead(nn.Module):
-    """SigLIP's pooling, which makes one vector of a picture, to be compared with a text's. It is never run here."""
+    """SigLIP's pooling head, which turns a picture into one vector to compare with a text's. It is never run here."""
 
     def __init__(self, config: SiglipVisionConfig):
         super().__init__()

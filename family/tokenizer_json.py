@@ -2,7 +2,7 @@
 
 Its parts are the five steps of encoding and their reverse. Added tokens such as <image> are cut out of the text; the
 normalizer rewrites each part between them; the pre_tokenizer splits a part into words; the model merges the letters of
-a word into pieces; the post_processor adds tokens around the ids, such as <s>; the decoder makes text of pieces.
+a word into pieces; the post_processor adds tokens around the ids, such as <s>; the decoder turns pieces into text.
 
 Not implemented: models other than BPE, dropout, added tokens that are cut out of the normalized text with the spaces
 around them. For these and for damaged files every function raises ValueError. Settings for truncation and padding are
@@ -105,7 +105,7 @@ def replaces(step: dict, old: str, new: str) -> bool:
 
 
 def read_post_processor(settings: dict) -> tuple[list[int], list[int]]:
-    """The ids to put in front of a text's, and those to put at the end."""
+    """The ids to put before those of a text, and the ids to put after them."""
     first, last = [], []
     for step in read_steps(settings, "post_processor", ("TemplateProcessing", "ByteLevel")):
         if step["type"] == "ByteLevel":

@@ -1,1 +1,1 @@
-"""Everything about files that is not the model. See README.md."""
+"""Checkpoint files, settings and pictures. See README.md."""

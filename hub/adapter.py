@@ -2,7 +2,7 @@
 
     W' = W + scale * B A        A (r, in), B (out, r); scale = alpha / r, with rslora alpha / sqrt(r)
 
-An adapter changes some matrices of a base model by products of rank r, and may replace other tensors whole, such as the
+An adapter adds products of rank r to some matrices of a base model, and may replace other tensors, such as the
 projector's. Its folder holds adapter_config.json, and adapter_model.safetensors or .bin with
 
     base_model.model.model.language_model.layers.0.self_attn.q_proj.lora_A.weight     and ...lora_B.weight
@@ -11,7 +11,7 @@ projector's. Its folder holds adapter_config.json, and adapter_model.safetensors
 After `base_model.model.` comes the tensor's name in any layout that load_weights.py reads. LLaVA's own folders have
 whole tensors in non_lora_trainables.bin.
 A floating-point matrix is replaced by W'. A quantized one keeps its numbers, and the adapter stays beside it. PEFT has
-many variants of LoRA: a setting that is not known here is an error that names it.
+many variants of LoRA: a setting that is not supported raises an error that names it.
 """
 
 import math
@@ -77,7 +77,7 @@ def scale_of(alpha: float, rank: int, rslora: bool) -> float:
 
 
 def read_adapter_config(folder: str | Path) -> dict:
-    """adapter_config.json. Raises FileNotFoundError or ValueError for what is not a LoRA of a known form."""
+    """Read adapter_config.json. Raises FileNotFoundError or ValueError if it does not describe a supported LoRA."""
     folder = Path(folder)
     if not (folder / CONFIG).is_file():
         raise FileNotFoundError(f"{folder} has no {CONFIG}, so it is not the folder of an adapter")
@@ -108,7 +108,7 @@ def read_adapter(folder: str | Path, our_name: Callable[[str], str]) -> Adapter:
     for name, tensor in stored_tensors(folder):
         if tensor.dtype not in DTYPES:
             raise ValueError(f"the adapter {folder} is broken: {name} holds {tensor.dtype}")
-        ours = our_name(name.removeprefix("base_model.model.")).replace(".base_layer.", ".")  # of a head with a LoRA
+        ours = our_name(name.removeprefix("base_model.model.")).replace(".base_layer.", ".")  # in a head with a LoRA
         half = re.fullmatch(r"(.+)\.(lora_[AB])(?:\.default)?\.weight", ours)
         place, key = (halves.setdefault(half[1], {}), half[2]) if half else (whole, ours)
         if key in place:
@@ -151,7 +151,7 @@ def base_of(folder: str | Path) -> str:
     try:
         find_checkpoint(name if isinstance(name, str) and name else "?", download=False)
     except (OSError, ValueError) as error:
-        raise FileNotFoundError(f"the adapter {folder} is for {name!r}, which is not here: give --model") from error
+        raise FileNotFoundError(f"the adapter {folder} is for {name!r}, which was not found: give --model") from error
     return name
 
 
@@ -179,7 +179,7 @@ def short_name(path: Path) -> str:
 
 @torch.no_grad()
 def apply_adapter(model: nn.Module, folder: str | Path, our_name: Callable[[str], str], device, dtype) -> None:
-    """Merge an adapter into a loaded model. Beside a quantized matrix it stays a module.
+    """Merge an adapter into a loaded model; a quantized matrix is wrapped in an AdaptedLinear instead.
 
     Call it before model.to(device, dtype): W + scale BA is computed in float32 and rounded to `dtype` once.
     """
@@ -211,7 +211,7 @@ def untie(model: nn.Module, adapter: Adapter) -> None:
 
 
 def unpack_replaced(model: nn.Module, adapter: Adapter) -> None:
-    """Make a quantized matrix that the adapter replaces whole an nn.Linear again, for instance the head."""
+    """Turn quantized matrices that the adapter replaces, such as the head, back into nn.Linear."""
     for name in adapter.whole:
         linear = dict(model.named_modules()).get(name.removesuffix(".weight"))
         if name.endswith(".weight") and hasattr(linear, "dequantize"):

@@ -1,4 +1,4 @@
-"""Where a checkpoint keeps its chat template, a program in the language of Jinja2. family/chat_template.py runs it."""
+"""Where a checkpoint keeps its chat template, a program in Jinja2's language. family/chat_template.py runs it."""
 
 from pathlib import Path
 

@@ -18,7 +18,7 @@ def fast_dtype(device: str) -> torch.dtype:
 
 
 def check_device(name: str) -> None:
-    """Raise ValueError unless this machine has the device, and it is a CPU or a GPU of NVIDIA or Apple."""
+    """Raise ValueError unless this machine has the device, and it is a CPU or a GPU from NVIDIA or Apple."""
     try:
         kind = torch.empty(0, device=name).device.type
     except (RuntimeError, AssertionError):  # no such name, or no such hardware
@@ -56,8 +56,8 @@ def own_bytes(process: int | str = "self") -> int | None:
 def return_freed_memory() -> None:
     """Make Linux's malloc give tensors of 1 MB and more back to the system when they are freed.
 
-    By itself it keeps those of up to 32 MB, and because tensors are aligned it cannot use the place of one for another
-    of the same size: a step took up to 1.6 times as much memory. But new memory comes as zeros, which takes time.
+    By default malloc keeps freed blocks of up to 32 MB and, because tensors are aligned, cannot reuse one for a tensor
+    of the same size: a step took up to 1.6 times as much memory. The cost: the system fills new memory with zeros.
     """
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).mallopt(-3, 2**20)  # M_MMAP_THRESHOLD in glibc's malloc.h

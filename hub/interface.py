@@ -72,7 +72,7 @@ def check_one_prompt(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> 
 
 def check_ids(input_ids: Tensor, vocab_size: int) -> None:
     """Raise ValueError for ids that have no row in the embedding table."""
-    if input_ids.shape[1] == 1:  # generated ids are in range, and checking them would wait for the GPU
+    if input_ids.shape[1] == 1 and not input_ids.is_cpu:  # generated ids are in range, and a GPU would have to wait
         return
     least, most = input_ids.aminmax()
     if least < 0 or most >= vocab_size:
@@ -94,7 +94,7 @@ def check_image_tokens(is_image: Tensor, image_features: Tensor) -> None:  # (B,
 
 
 def merge_embedded(model: nn.Module, inputs_embeds: Tensor, image_features: Tensor) -> Tensor:
-    """The model's merge for a prompt that is embedded already: <image> tokens are recognized by their embedding."""
+    """The model's merge for a prompt that is already embedded: <image> tokens are recognized by their embedding."""
     image_token = model.config.image_token_index
     if not 0 <= image_token < model.config.vocab_size:
         raise ValueError(f"<image>, token {image_token}, has no embedding: with pixel_values pass input_ids")
@@ -114,7 +114,7 @@ def as_lists(text: str | list[str] | None, images, return_tensors: str) -> tuple
 
 
 def check_left_padding(input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
-    """The attention mask of a batch of prompts, all ones for None. Raises ValueError unless they are padded left."""
+    """The attention mask of a batch of prompts, all ones for None. ValueError unless they are padded on the left."""
     attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
     if attention_mask.shape != input_ids.shape or not attention_mask[:, -1].all():
         raise ValueError("attention_mask must have the shape of input_ids and end in ones: pad prompts on the left")
@@ -122,7 +122,7 @@ def check_left_padding(input_ids: Tensor, attention_mask: Tensor | None) -> Tens
 
 
 def as_layers(layers: int | list[int], n_layers: int, strategy: str) -> list[int]:
-    """A list. ValueError for hidden states that the tower does not have, or an unknown treatment of the class token."""
+    """`layers` as a list. Raises ValueError for hidden states that the tower does not have, or an unknown strategy."""
     layers = [layers] if isinstance(layers, int) else layers
     require("vision_feature_select_strategy", strategy, ("default", "full"))
     if not all(-n_layers - 1 <= layer <= n_layers for layer in layers):

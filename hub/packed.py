@@ -1,4 +1,4 @@
-"""Quantized checkpoints in the format compressed-tensors, which transformers and vLLM read too.
+"""Quantized checkpoints in the compressed-tensors format, which transformers and vLLM read too.
 
 config.json describes the scheme in "quantization_config". Instead of NAME.weight (out, in) a file holds
 

@@ -1,4 +1,4 @@
-"""Opens any picture that Pillow reads as upright, opaque, 8-bit RGB."""
+"""Opens any picture that Pillow can read, as upright, opaque, 8-bit RGB."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ from PIL import Image, ImageOps
 
 
 def open_image(path: str | Path) -> Image.Image:
-    """Read any picture Pillow reads and return it as people see it: upright, opaque, 8-bit RGB.
+    """Read any picture that Pillow can read and return it as people see it: upright, opaque, 8-bit RGB.
 
     The reference only calls `convert("RGB")`, which turns transparent pixels black, ignores the camera's orientation
     and saturates 16-bit pictures. Raises FileNotFoundError, or ValueError if the file is not a complete picture.

@@ -32,8 +32,8 @@ HUB = [
 def save(model: nn.Module, processor, folder: str | Path, shard_bytes: float = 5e9) -> None:
     """Write a complete checkpoint of a LLaVA and its processor. Nothing in `folder` changes until all is written.
 
-    transformers cannot open one that was loaded from LLaVA's authors' layout, because that has no embedding for
-    <image>. Raises ValueError for a quantized model, which quantize.py writes, and for numbers that are not finite.
+    transformers cannot open a model that was loaded from LLaVA's authors' layout, which has no embedding for <image>.
+    Raises ValueError for a quantized model, which quantize.py writes, and for numbers that are not finite.
     """
     check_can_save(model, processor)
     check_finite(dict(model.named_parameters()))
@@ -62,7 +62,7 @@ def check_can_save(model: nn.Module, processor) -> None:
 def check_finite(tensors: dict[str, Tensor]) -> None:
     for name, tensor in tensors.items():
         if not tensor.isfinite().all():
-            raise ValueError(f"{name} is not finite in {tensor.dtype}, as after training that diverged")
+            raise ValueError(f"{name} is not finite in {tensor.dtype}, perhaps because training diverged")
 
 
 @contextmanager
@@ -93,7 +93,7 @@ def move_files(scratch: Path, folder: Path) -> None:
 
 
 def write_whole(path: str | Path, text: str) -> None:
-    """Write a text file that takes the place of an old one when it is complete, with the old one's permissions.
+    """Write a text file, which replaces an old one when it is complete and keeps the old one's permissions.
 
     A link stays a link. Lone surrogates, which UTF-8 cannot encode, are written as \\udcff, their escape in JSON.
     """
@@ -191,7 +191,7 @@ def write_processor(processor, config, folder: Path) -> None:
 
 
 def jinja(template) -> str:
-    """The same template in the language of a checkpoint's chat_template.jinja."""
+    """A template as the Jinja2 source of chat_template.jinja."""
     texts = template.system + " ", template.user, template.user_end, template.assistant, template.assistant_end
     system, user, user_end, assistant, assistant_end = map(json.dumps, texts)
     opening = "{% if messages[0]['role'] != 'system' %}{{ " + system + " }}{% endif %}" if template.system else ""

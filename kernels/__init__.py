@@ -53,9 +53,9 @@ def accelerate(model: nn.Module, how: str = "auto") -> nn.Module:
 
 
 def why_triton_fails(x: Tensor) -> str | None:
-    """One line about a first small launch on the device of x (D,) if it fails; None if it does not.
+    """Launch a first small kernel on the device of x (D,). Returns None if it works, else one line that says why not.
 
-    Triton builds a part of itself then, for which it needs a C compiler and a folder that it can write to.
+    In this launch Triton builds a part of itself, which needs a C compiler and a folder that it can write to.
     """
     from kernels.rms_norm import rms_norm
 

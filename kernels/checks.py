@@ -31,7 +31,7 @@ def runs_kernels(x: Tensor) -> bool:
 
 
 def can_run(x: Tensor) -> bool:
-    """Whether kernels can compute with x: by its dtype and device, if no gradients are recorded and autocast is off."""
+    """Whether the kernels support x's dtype and device, no gradients are recorded and autocast is off."""
     return x.dtype in DTYPES and runs_kernels(x) and not formula_needed()
 
 

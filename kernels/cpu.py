@@ -6,8 +6,8 @@
 
 While decoding, each matrix multiplies one row or a few, so reading the weights determines the time. Which of PyTorch's
 products reads fastest depends on the processor, the dtype and the number of rows: `linear` has the rules, and
-benchmarks/products.py prints the measurements for them. Small matrices with the same input are fused into one; large
-ones stay views of the mapped file, because fusing copies them.
+benchmarks/products.py prints the measurements that they are based on. Small matrices with the same input are fused into
+one; large ones stay views of the mapped file, because fusing copies them.
 
 A twin runs the plain formula while gradients are recorded and under autocast. benchmarks/README.md has the gains.
 """
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels.twins import FusedLinears, adopt, formula_needed
-from llama import LlamaAttention, LlamaMLP
+from llama import LlamaAttention, LlamaMLP, attention
 from quantize import Int4Linear, Int8Linear, QuantizedLinear, unpack_int4
 
 LARGEST_FUSED = 64_000_000  # bytes of the matrices that are fused
@@ -25,6 +25,7 @@ AMX = torch.cpu._is_amx_tile_supported()
 AVX2 = torch.backends.cpu.get_cpu_capability() == "AVX2"  # no AVX-512: no fast products in bfloat16 and float16
 HALF = (torch.bfloat16, torch.float16)
 BLOCK = 512  # rows of a matrix that stay in the cache between being converted and being multiplied
+LARGEST_CONVERTED = 16_000_000  # bytes of a layer's keys in float32: larger ones take longer to allocate than to read
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -58,7 +59,7 @@ class CpuLinear(nn.Linear):
 
 
 class CpuQuantized(QuantizedLinear):
-    """For a few rows PyTorch's product for quantized weights; for more, the matrix is dequantized block by block."""
+    """Uses PyTorch's product for quantized weights for a few rows; for more, dequantizes the matrix block by block."""
 
     def __init__(self, plain: QuantizedLinear):
         adopt(self, plain)
@@ -99,14 +100,14 @@ class CpuInt4(CpuQuantized, Int4Linear):
     """The int4 product needs the numbers in an order that depends on the processor.
 
     They are reordered when the first token is decoded, so that the prompt does not wait. The original is kept for later
-    prompts; if it is mapped from a file, it is no second copy in memory.
+    prompts; if it is mapped from a file, it is not a second copy in memory.
     """
 
     def __init__(self, plain: Int4Linear):
         adopt(self, plain)
         self.ordered = None
 
-    def __getstate__(self) -> dict:  # a copy or a pickle makes its own: another processor has another order
+    def __getstate__(self) -> dict:  # a copy reorders again: the order depends on the processor
         return vars(self) | {"ordered": None}
 
     def has_product(self) -> bool:
@@ -144,8 +145,24 @@ def same(old: list[tuple], new: list[tuple]) -> bool:
 TWINS = {nn.Linear: CpuLinear, Int8Linear: CpuInt8, Int4Linear: CpuInt4}
 
 
+def one_query_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """llama.attention, faster for one query: (B, H, 1, d) over keys and values (B, K, S, d), mask (B or 1, 1, 1, S).
+
+    The H / K queries that share a key head become the rows of one product, so each key is read once. Without AMX,
+    PyTorch's attention in 16 bits is slow for few rows, so it runs in float32.
+    """
+    if q.shape[2] > 1 or not q.is_cpu or formula_needed():
+        return attention(q, k, v, mask)
+    rows = q.view(q.shape[0], k.shape[1], -1, q.shape[3])  # (B, K, H / K, d)
+    if q.dtype in HALF and not AMX and 4 * k.numel() <= LARGEST_CONVERTED:
+        rows, k, v = rows.float(), k.float(), v.float()
+    return F.scaled_dot_product_attention(rows, k, v, mask).to(q.dtype).view_as(q)
+
+
 class FusedAttention(LlamaAttention):
-    """LlamaAttention with one product for q, k and v."""
+    """LlamaAttention with one product for q, k and v, and a faster attention of one query."""
+
+    attention = staticmethod(one_query_attention)
 
     def __init__(self, plain: LlamaAttention):
         adopt(self, plain)
@@ -165,7 +182,7 @@ class FusedAttention(LlamaAttention):
 
 
 class FusedMLP(LlamaMLP):
-    """LlamaMLP with one product for gate and up. SiLU overwrites the gate, which saves allocating as much again."""
+    """LlamaMLP with one product for gate and up. SiLU overwrites the gate, which saves an allocation of its size."""
 
     def __init__(self, plain: LlamaMLP):
         adopt(self, plain)
@@ -184,7 +201,7 @@ class FusedMLP(LlamaMLP):
 
 
 def accelerate_on_cpu(model: nn.Module) -> None:
-    """Swap the modules of the decoder and the head for their twins; without AVX-512 also those of a 16-bit tower."""
+    """Swap decoder and head modules for their twins; in 16 bits without AVX-512 also tower and projector modules."""
     parts = ("language_model.", "lm_head")
     if AVX2 and model.dtype in HALF:
         parts += ("vision_tower.", "multi_modal_projector.")

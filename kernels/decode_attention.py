@@ -9,7 +9,7 @@ acc as in attention.py. A second kernel joins them: with M the largest m,
     out = sum of exp(m - M) * acc / sum of exp(m - M) * l
 
 The query heads that share a key head are in one program, so that grouped keys and values are read once and not once per
-query head: 2 * K * d numbers per token of the context. Nothing as long as the context is written.
+query head: 2 * K * d numbers per token of the context. No intermediate result is as long as the context.
 
 The length of the cache is read on the device. So the launches are the same for every token, and a recorded CUDA graph
 can be replayed; programs whose range is still empty end at once.

@@ -30,7 +30,7 @@ from quantize import Int8Linear
 
 
 class FastCache(KVCache):
-    """A KVCache that also has on the device what the kernels read. `length`, on the host, is the only count of tokens.
+    """A KVCache that keeps on the device what the kernels read. `length`, on the host, is the only count of tokens.
 
     `past` (1,) is set to `length` by begin(), before each forward. `first_key` (B,) is where the left padding of each
     row ends. `holes`: a row has padding elsewhere too, which the kernels do not support. `rope` is the model's
@@ -59,7 +59,7 @@ class FastCache(KVCache):
             self.holes = bool((self.first_key + mask.sum(-1) < mask.shape[1]).any())
 
     def begin(self) -> None:
-        """Set `past` on the device, except while recording: each replay would repeat the number."""
+        """Set `past` on the device, except while recording: every replay would set it to that number again."""
         if not self.is_recorded:
             self.past.fill_(self.length)
 
@@ -152,7 +152,7 @@ class FastLlama(Llama):
 
     @staticmethod
     def in_table(position_ids: Tensor | None, cache: FastCache) -> bool:
-        """Whether cache.rope has these positions. A decode step does not ask: the host would wait for the GPU."""
+        """Whether cache.rope has these positions. A decode step is not checked: the host would wait for the GPU."""
         if position_ids is None or position_ids.shape[1] == 1:
             return True
         first, last = position_ids.aminmax()

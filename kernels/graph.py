@@ -31,14 +31,14 @@ class RecordedStep:
         self.moves = moves  # FastLlama.moves when it was made: the graph has the addresses that the weights had then
         self.scores: Tensor | None = None  # (B, V): what it writes
         self.graph: torch.cuda.CUDAGraph | None = None
-        self.failed = False  # recording it was tried in vain
+        self.failed = False  # recording it failed, and is not tried again
 
 
 class GraphStep:
     """Replaces a model's `step`: the same arguments and the same scores (B, V), which the next call overwrites.
 
     A graph belongs to one cache and is stored there. The first step with a cache, or after the weights were moved, runs
-    normally, because Triton compiles kernels and matrices are fused in it; the second one is recorded.
+    normally, because Triton compiles the kernels and matrices are fused during it; the second step is recorded.
     """
 
     def __init__(self, model: nn.Module):
@@ -67,13 +67,13 @@ class GraphStep:
         return step.scores
 
     def can_replay(self, cache: KVCache) -> bool:
-        """Whether a step with this cache runs on a GPU, by kernels alone."""
+        """Whether a step with this cache runs on a GPU and does not fall back to the plain formula."""
         decoder = self.model.language_model
         x = decoder.norm.weight  # for its dtype and device
         return isinstance(decoder, FastLlama) and on_gpu(x) and decoder.can_use(cache, x)
 
     def record(self, step: RecordedStep, cache: FastCache) -> None:
-        """Kernels are recorded, not run."""
+        """Record a step. Its kernels are not run."""
         length, graph = cache.length, torch.cuda.CUDAGraph()
         try:
             with (

@@ -5,8 +5,8 @@
 x1 and x2 are the halves of a head's vector: number i forms a pair with number i + d / 2. Plain PyTorch takes sixteen
 launches for this in each layer, and moves 18 bytes per number of q in bfloat16, 22 of k and 4 of v. Here it is 4 of
 each: everything is read once and written once, keys and values straight to their place in the cache. That place is
-read on the device, so that a recorded CUDA graph, which repeats every number of the host, can be replayed for the next
-token.
+read on the device, so that a recorded CUDA graph, which repeats every number passed by the host, can be replayed for
+the next token.
 
 The reference is llama.apply_rope, then llama.KVCache.update. Forward only.
 """

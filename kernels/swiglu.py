@@ -13,8 +13,8 @@ lines; tl.program_id tells them apart. A program computes with blocks: small ten
 are known at compile time (tl.constexpr), and that broadcast as in PyTorch. The comment on a line gives its block's
 shape. A tensor is passed as the address of its first element. Offsets count elements, not bytes: with a block i,
 `x_ptr + i` is a block of the addresses of elements i. tl.load and tl.store access all of them at once, except where
-`mask` is False; there tl.load gives `other`. Only these two access the GPU's memory;
-everything between them stays on the chip.
+`mask` is False; there tl.load gives `other`. Only these two access the GPU's memory; everything between them stays on
+the chip.
 """
 
 import torch

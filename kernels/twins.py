@@ -49,9 +49,9 @@ class FusedLinears:
         return whole(x).split(whole.sizes, dim=-1)
 
     def module(self) -> nn.Module | None:
-        """The fused linears, or None if they are too large or not alike: then they have to run one by one."""
+        """The fused linears, or None if they are too large or not alike: they then have to run one by one."""
         linears, places, whole = self.made
-        modules = self.owner._modules  # this runs in every layer for every token, and attributes of modules are slow
+        modules = self.owner._modules  # runs in every layer for every token, and attribute access on modules is slow
         if linears != [modules[name] for name in self.names]:
             return self.fuse()
         for parameters, name, place in places:
@@ -84,7 +84,7 @@ def address(parameter: nn.Parameter | None) -> int:
 
 
 def alike(linears: list[nn.Module]) -> bool:
-    """Whether all have one class and the parameters of an nn.Linear or of an Int8Linear, and nothing else."""
+    """Whether all have the same class, and the parameters of an nn.Linear or an Int8Linear and no others."""
     stored = [dict(linear.named_parameters()) for linear in linears]
     kinds = {tuple((name, p.dtype, p.device) for name, p in parameters.items()) for parameters in stored}
     known = [name for name in stored[0] if name != "bias"] in (["weight"], ["q", "scale"])

@@ -6,7 +6,7 @@ A token is predicted by the position before it, so the page shows that position'
 when it chose the token. Beside it are the five likeliest tokens, and the prediction after each layer: the final norm
 and the head applied to the hidden state there (the logit lens, nostalgebraist 2020,
 https://www.lesswrong.com/posts/AcKRB8wDpdaN6v6ru/interpreting-gpt-the-logit-lens). A second forward, with the picture
-hidden, tells which words the picture was needed for: their probability falls.
+hidden, shows which words needed the picture: their probability falls.
 
     T tokens of prompt and answer    N tokens of the answer    P patches    W = T - P words: all tokens but patches
     L layers    H heads    V vocabulary    M maps: means over heads or layers, and single heads
@@ -184,7 +184,7 @@ def rounded(ids: Tensor, *numbers: Tensor) -> list:
 
 
 def piece(tokenizer: Tokenizer, i: int) -> str:
-    """A token's text, with ▁ for a space, and with bytes that are no text as <0x0A>."""
+    """A token's text, with ▁ for a space, and with bytes that are not text as <0x0A>."""
     text = tokenizer.piece(i, skip_special_tokens=False) or f"[{i}]"
     if isinstance(text, bytes):
         letters = text.decode(errors="replace")

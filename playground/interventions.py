@@ -88,7 +88,7 @@ def knockout(
 
 @contextmanager
 def swap_features(model: nn.Module, features: Tensor) -> Iterator[None]:
-    """Give the decoder these vectors (pictures, P, D), as get_image_features returns them, for any pictures."""
+    """Give the decoder these vectors (pictures, P, D), as get_image_features returns them, whatever the pictures."""
     plain_layers(model)
     model.get_image_features = lambda *args, **options: features
     try:

@@ -1,1 +1,1 @@
-"""Training: the emoji world, the recipe of the tiny model, and tuning on anybody's conversations. See README.md."""
+"""Training: the emoji world, the recipe of the tiny model, and tuning on your own conversations. See README.md."""

@@ -38,14 +38,14 @@ def tokenize_conversation(turns: list[dict], processor: LlavaProcessor) -> tuple
         answer_ids = [*tokenizer.encode(answer["value"], add_special_tokens=False), tokenizer.eos_token_id]
         ids += prompt_ids + answer_ids
         labels += [IGNORED] * len(prompt_ids) + answer_ids
-        template = replace(template, system="")  # the system text stands only before the first turn
+        template = replace(template, system="")  # only the first turn has the system text
     return ids, labels
 
 
 def tokenize_caption(caption: str, processor: LlavaProcessor) -> tuple[list[int], list[int]]:
     """A picture and its caption as ids and labels, in the template `plain` of the alignment stage.
 
-    Only the caption and its </s> have labels. This one is "<image>\\ncaption</s>", LLaVA's is in tokenize_plain.
+    Only the caption and its </s> have labels. The text is "<image>\\ncaption</s>"; LLaVA's own is in tokenize_plain.
     """
     turns = [{"from": "human", "value": "<image>\n"}, {"from": "gpt", "value": caption}]
     return tokenize_conversation(turns, LlavaProcessor(None, processor.tokenizer, processor.image_seq_length, "plain"))
@@ -79,7 +79,7 @@ def cut(
 
 
 def collate(rows: Iterable[tuple[list[int], list[int]]], pad: int) -> dict[str, Tensor]:
-    """Ids and labels (B, T), padded on the right. There no attention mask is needed: no token attends to later ones."""
+    """Ids and labels (B, T), padded on the right. This needs no attention mask: no token attends to later ones."""
     rows = list(rows)
     longest = max(len(ids) for ids, _ in rows)
     input_ids = torch.tensor([ids + [pad] * (longest - len(ids)) for ids, _ in rows])

@@ -1,4 +1,4 @@
-"""Dropout for LoRA, with masks that are computed from numbers and not sampled.
+"""Dropout for LoRA, with masks that are computed by a hash instead of sampled.
 
     B batch    T tokens
 """

@@ -79,7 +79,7 @@ def well_placed(text: str, truth: dict) -> bool:
 
 
 def placed(text: str) -> list[tuple[str, str]]:
-    """The things of which a text says the place: (name, place)."""
+    """The things that a text gives a place: (name, place)."""
     return [(SINGULAR[match["name"]], match["place"]) for form in PLACED for match in re.finditer(form, text)]
 
 

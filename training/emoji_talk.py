@@ -44,7 +44,7 @@ def place_of(thing: dict) -> str:
 
 
 def in_reading_order(truth: dict) -> list[dict]:
-    """The things by the row, then the column of their ninth, and within one from left to right."""
+    """The things by the row, then the column of their ninth, and within a ninth from left to right."""
     return sorted(truth["things"], key=lambda thing: (ninth(thing), thing["x"]))
 
 
@@ -57,7 +57,7 @@ def of_kind(truth: dict, kind: str) -> list[dict]:
 
 
 def on_side(truth: dict, side: str) -> str | None:
-    """The one thing on that side. None if there is none, or if people could disagree which it is."""
+    """The one thing on that side. None if there is none, or if people could disagree about which it is."""
     def distance(thing: dict) -> float:
         if side == "middle":  # begins where the sides end
             return max(abs(thing["x"] - 0.5), abs(thing["y"] - 0.5)) + 0.22
@@ -93,7 +93,7 @@ def with_places(members: list[dict]) -> str:
 
 
 def there(members: list[dict]) -> str:
-    """The same as a sentence: "At the top left there is a cat, on the right a dog and at the bottom a key."."""
+    """with_places as a sentence: "At the top left there is a cat, on the right a dog and at the bottom a key."."""
     if not members:
         return "There is nothing in the picture."
     place = place_of(members[0])
@@ -109,7 +109,7 @@ Fact = tuple[str, dict, str, str | None]
 
 
 def facts(truth: dict, rng: random.Random) -> list[Fact]:
-    """All facts about a scene that are asked for, in the order of their kinds."""
+    """All facts about a scene that questions ask for, in the order of their kinds."""
     names, ground, members = names_of(truth), truth["ground"], in_reading_order(truth)
     n = len(names)
     found = [("describe", {}, f"{there(members)} The background is {ground}.", None),
@@ -139,7 +139,7 @@ def facts_of_one(names: list[str], rng: random.Random) -> list[Fact]:
 
 
 def facts_of_kinds(truth: dict, rng: random.Random) -> list[Fact]:
-    """Which animals, vehicles and so on are there: the kinds that are, and one random kind, of which often none is."""
+    """Which animals, vehicles and so on are there: all kinds that are, and one random kind, which often is not."""
     found, kinds = [], [kind for kind in KINDS if kind != "thing"]
     for kind in dict.fromkeys([rng.choice(kinds), *(kind for kind in kinds if of_kind(truth, kind))]):
         members = of_kind(truth, kind)
@@ -179,7 +179,7 @@ def questions(truth: dict, rng: random.Random, short: bool | None = None) -> lis
 
 
 def wording(seed: int) -> random.Random:
-    """Random numbers for the texts about scene `seed`: not those that draw it, or the texts would depend on them."""
+    """Random numbers for the texts about scene `seed`: not those of its picture, so neither affects the other."""
     return random.Random(f"words {seed}")
 
 

@@ -7,7 +7,7 @@ with their answers and decide whether an answer is right:
     seed -> make_scene -> picture, truth -> caption, conversation (training); questions, score (evaluation)
 
 emoji_things.py holds the things and their names, emoji_scenes.py the pictures, emoji_talk.py the texts (in LLaVA's JSON
-form), emoji_score.py the scoring. This file offers the names of all four, and a command that writes some scenes:
+form), emoji_score.py the scoring. This file re-exports their names, and has a command that writes some scenes:
 
     python -m training.emoji_world --out FOLDER --count 12
 """

@@ -1,4 +1,4 @@
-"""The training loop. Resuming, the log, processes and pieces of a step are around it: run_stage.py and steps.py."""
+"""The training loop. run_stage.py and steps.py add resuming, the log, processes and pieces of a step."""
 
 from collections.abc import Callable, Iterable, Iterator
 
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from training.processes import all_agree
 from training.stages import Stage, learning_rate
 
-LARGEST_NORM = 1.0  # of all gradients together: longer ones are shortened to it
+LARGEST_NORM = 1.0  # of all gradients together: if it is larger, they are scaled down to it
 
 
 def train(

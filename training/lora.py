@@ -43,7 +43,7 @@ class Lora:
 
 
 class LoraLinear(AdaptedLinear):
-    """AdaptedLinear to train: a first A and B, dropout, and a base in few bits that gradients pass through."""
+    """A trainable AdaptedLinear: initial A and B, dropout, and a perhaps quantized base that passes gradients on."""
 
     def __init__(self, base: nn.Module, lora: Lora, masks: Masks, number: int):
         super().__init__(base, lora.rank, lora.scale)
@@ -115,7 +115,7 @@ def matrices(model: LlavaForConditionalGeneration) -> dict[str, nn.Module]:
 
 
 def multiply_in_float32(model: LlavaForConditionalGeneration) -> None:
-    """For a device whose products in bfloat16 are slow: all is in float32, except the decoder's stored matrices."""
+    """Convert all but the decoder's stored matrices to float32, for a device whose products in bfloat16 are slow."""
     stored = {id(parameter) for linear in matrices(model).values() for parameter in linear.parameters()}
     for parameter in model.parameters():
         if id(parameter) not in stored and parameter.is_floating_point():
@@ -148,7 +148,7 @@ def add_lora(model: LlavaForConditionalGeneration, lora: Lora, adapter: Adapter 
 
 
 def check_continues(model: LlavaForConditionalGeneration, lora: Lora, adapter: Adapter) -> None:
-    """Raise ValueError unless training with the settings `lora` can go on from the adapter."""
+    """Raise ValueError unless training with the settings `lora` can continue from the adapter."""
     check_fits(model, adapter)
     outside = [name for name in adapter.pairs if name not in matrices(model)]
     outside += [name for name in adapter.whole if not name.startswith(f"{PROJECTOR}.")]

@@ -5,7 +5,7 @@
 Weights, gradients and AdamW's two moments follow from the shapes and dtypes in config.json and in the headers of the
 files. For the activations one step runs on fake tensors: PyTorch's tensors with a shape, a dtype and a device, but no
 numbers. The code is that of training, so everything that autograd keeps and every temporary tensor is counted, and
-nothing has to be kept equal to a formula by hand. The step has the longest conversations of the file.
+no formula has to be kept up to date by hand. The step has the longest conversations of the file.
 
 Weights that do not change and have their dtype in the file stay mapped from it: they need memory to be fast, but the
 system can drop their pages and read them again.
@@ -56,7 +56,7 @@ STATE = 2  # AdamW's moments: numbers for each one that learns
 
 @dataclass(frozen=True)
 class Piece:
-    """Conversations that are taken at a time: B of T tokens, `labels` of which count, and their pictures."""
+    """Conversations that are processed at a time: B of T tokens, `labels` of which count, and their pictures."""
 
     B: int
     T: int
@@ -168,7 +168,7 @@ def weight_bytes(objective: nn.Module, run: Run) -> tuple[int, int]:
 
 
 class Living(TorchDispatchMode):
-    """Counts the bytes of the tensors that exist and were made inside, and the most that existed at once."""
+    """Counts the bytes of the live tensors that were made inside, and their peak."""
 
     def __init__(self, before: list[Tensor]):
         super().__init__()
@@ -190,7 +190,7 @@ class Living(TorchDispatchMode):
 
 
 def step_bytes(objective: nn.Module, run: Run, piece: Piece) -> int:
-    """The most that gradients and activations take together in a step. `objective`, on the meta device, is used up."""
+    """The most that gradients and activations take together in a step. `objective`, on the meta device, is changed."""
     device = run.place.device if torch.device(run.place.device).type == "cuda" else "cpu"
     use_training_attention(objective)
     if run.place.recompute:
@@ -216,7 +216,7 @@ def fake_batch(objective: nn.Module, piece: Piece) -> dict[str, Tensor]:
 
 
 def skip_values(objective: nn.Module, piece: Piece) -> None:
-    """Replace what depends on the values of ids and labels by the same operations on as many numbers."""
+    """Replace what depends on the values of ids and labels by operations of the same size that do not."""
     model = objective.model
 
     def merge(ids: Tensor, features: Tensor) -> Tensor:
@@ -264,7 +264,7 @@ def plan(run: Run, piece: Piece) -> Plan:
 
 
 def cheaper(run: Run) -> Iterator[tuple[str, Run]]:
-    """Flags that make a run need less, each beside those before it, in the order of what they cost."""
+    """Flags that make a run need less memory, each added to those before it, the least costly first."""
     most, flags = run.batch // world_size(), []
     if run.pieces < most:
         flags, run = [f"--accumulate {most}"], replace(run, place=replace(run.place, accumulate=most))
@@ -309,7 +309,7 @@ def check_memory(run: Run, data: Path, images: Path | None, show: bool) -> None:
     copies = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if run.on_cpu else 1  # processes that share the free memory
     free, longest = free_bytes(run.place.device), read_longest(run, data, images)
 
-    def fits(needs: Plan) -> bool:  # `free` is what is left beside this process
+    def fits(needs: Plan) -> bool:  # `free` is what is left besides this process
         return free is None or copies * (needs.needed - needs.process) <= free
 
     needs = plan(run, piece := largest_piece(longest, run.share))
@@ -332,7 +332,7 @@ def check_memory(run: Run, data: Path, images: Path | None, show: bool) -> None:
 
 
 def check_trainable(run: Run) -> None:
-    """Raise ValueError for a model that cannot be trained so, before it is loaded."""
+    """Raise ValueError for a model that cannot be trained this way, before it is loaded."""
     if run.lora:
         check(run.checkpoint, run.place.folder)
     else:

@@ -1,4 +1,4 @@
-"""Training in several processes: each takes a share of every step. With one process nothing here does anything.
+"""Training in several processes: each takes a share of every step. With one process these functions change nothing.
 
 torchrun starts the processes and tells each its number, the rank, in environment variables.
 """

@@ -4,8 +4,8 @@
     finetune        the second stage: projector and decoder learn, from conversations
     finetune-lora   the second stage with a LoRA
 
-All three: one epoch, AdamW without weight decay, 3 % of warm-up, then half a cosine. The scripts' first step has the
-rate 0, and ours the first share of the warm-up.
+All three: one epoch, AdamW without weight decay, 3 % of warm-up, then half a cosine. In the scripts the first step
+has a learning rate of 0; here it has the first part of the warm-up.
 """
 
 from copy import copy
@@ -17,7 +17,7 @@ from tokenizer import TEMPLATES
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a run on somebody's records learns and reads them. The defaults are those of train.py without --recipe."""
+    """How a run on a file of records reads them and learns. The defaults are those of train.py without --recipe."""
 
     name: str | None = None  # in RECIPES
     stage: str = "tune"  # of stages.py: align trains only the projector, tune the decoder too
@@ -52,7 +52,7 @@ class Recipe:
         return {name: value for name, value in values.items() if value is not None}
 
     def source(self) -> str:
-        """What changes the samples or their order, or how they are learnt, beside what a run's other settings say."""
+        """What changes the samples, their order or how they are learnt, besides a run's other settings."""
         apart = dict.fromkeys(("name", "batch", "lr", "projector_lr", "lora", "alpha", "dropout"))
         only = replace(self, **apart, seed=0 if self.validate is None else self.seed)
         return "" if only == OURS else f", {only}"
@@ -69,7 +69,7 @@ RECIPES = {name: replace(recipe, name=name) for name, recipe in RECIPES.items()}
 
 
 def in_force(recipe: Recipe, processor: LlavaProcessor, longest: int) -> str:
-    """One line with the flags that a run obeys, where one differs from --recipe's with that one's in brackets."""
+    """One line with the flags in force. Where one differs from the recipe's, the recipe's is in brackets."""
     original = RECIPES[recipe.name].flags() if recipe.name else {}
     template = next((name for name, template in TEMPLATES.items() if template == processor.template), "own")
     skips = "" if recipe.max_length else f", conversations of more than {longest} tokens are skipped"

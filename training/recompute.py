@@ -1,4 +1,4 @@
-"""Activation checkpointing: a decoder layer keeps its input for the backward pass, and computes all else again there.
+"""Activation checkpointing: a decoder layer keeps only its input for the backward pass, and recomputes the rest.
 
 Without it, autograd keeps 20 to 45 tensors of the size of the input (B, T, D) in every layer until the backward
 pass. With it, it keeps one in every layer, and the others of one layer at a time; a step takes one forward pass longer.

@@ -1,4 +1,4 @@
-"""Anybody's conversations about pictures, in the JSON form of LLaVA's training files, as batches.
+"""Conversations about pictures, from a file in the JSON form of LLaVA's training files, as batches.
 
     [{"id": "1", "image": "a.jpg", "conversations": [{"from": "human", "value": "<image>\\nWhat is it?"},
                                                     {"from": "gpt", "value": "A cat."}]}, ...]
@@ -84,7 +84,7 @@ class Records:
         return None
 
     def control_token(self, text: str, is_answer: bool) -> str | None:
-        """What in a text the tokenizer would not encode as text, or None."""
+        """The part of a text that the tokenizer would not encode as text, or None."""
         for name in self.processor.tokenizer.special_names.values():
             if name in text and (is_answer or name != "<image>"):
                 return f"{name}, which is a control token"
@@ -97,7 +97,7 @@ class Records:
         return [self.processor.image_processor([picture])[0] for picture in pictures], row
 
     def read_text(self, record: dict) -> tuple[list[str], tuple[list[int], list[int]]]:
-        """The names of a record's pictures, and its ids and labels. Raises ValueError if they are too many."""
+        """The names of a record's pictures, and its ids and labels. Raises ValueError if the ids are too many."""
         row, images = self.tokenize(dialogue(record), self.processor), pictures_of(record)
         if len(row[0]) > self.longest:
             if not self.cuts:
@@ -118,7 +118,7 @@ class Records:
         return self.orders[epoch]
 
     def hold_back(self, share: float, seed: int) -> "Records":
-        """Take a share of the records, chosen by the seed, out of these; returns them. ValueError if it takes none."""
+        """Remove and return a share of the records, chosen by the seed. ValueError if it is none or all of them."""
         count = round(share * len(self.records))
         if not 0 < count < len(self.records):
             many = f"{count} of {len(self.records)} records"

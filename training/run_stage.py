@@ -37,7 +37,7 @@ class Place:
     workers: int = 0  # processes that prepare batches
     save_every: int = 100  # steps
     compile: bool = False  # torch.compile: faster steps after some minutes of compiling in each stage
-    recompute: bool = False  # activations of the decoder's layers twice instead of keeping them, to save memory
+    recompute: bool = False  # compute the decoder layers' activations twice instead of keeping them, to save memory
     shard: bool = False  # each process holds its own part of the model (shard.py)
 
     @property
@@ -138,11 +138,11 @@ class Saved:
     def load(self) -> tuple[int, list[float]]:
         """Restore what the file holds; returns the number of steps taken, and the losses since the log's last row.
 
-        Raises ValueError if the file is of a run with other settings, or damaged.
+        Raises ValueError if the file belongs to a run with other settings, or is damaged.
         """
         remedy = "delete it, or choose another --out"
         if (parts := self.file.with_suffix(".parts")).is_dir():
-            raise ValueError(f"{parts} is of a run with --shard: {remedy}")
+            raise ValueError(f"{parts} belongs to a run with --shard: {remedy}")
         if not self.file.is_file():
             return 0, []
         try:
@@ -154,7 +154,7 @@ class Saved:
         except (RuntimeError, ValueError, LookupError, TypeError, EOFError, pickle.UnpicklingError) as error:
             raise ValueError(f"{self.file} cannot be resumed ({type(error).__name__}): {remedy}") from error
         if settings != self.settings:
-            raise ValueError(f"{self.file} is of another run ({settings}): {remedy}")
+            raise ValueError(f"{self.file} belongs to another run ({settings}): {remedy}")
         if rank() == 0:
             print(f"{self.stage.name}: resumes after step {state['step']} of {self.stage.steps}, from {self.file}")
         return state["step"], state.get("losses", [])

@@ -33,7 +33,7 @@ from training.processes import rank, wait_for_all, world_size
 def shard(objective: nn.Module, device: str) -> dict[str, nn.Parameter]:
     """Divide a loss and its model, which are on the CPU, over the devices of all processes, a layer at a time.
 
-    Returns the parameters that learn, each a DTensor that holds this process's rows. They are in float32 then, also
+    Returns the parameters that learn, each a DTensor that holds this process's rows. They are then in float32, even
     those that were mapped from a file in 16 bits.
     """
     mesh = init_device_mesh(torch.device(device).type, (world_size(),))
@@ -49,7 +49,7 @@ def shard(objective: nn.Module, device: str) -> dict[str, nn.Parameter]:
 def with_gradient(decoder: nn.Module, args: tuple) -> tuple:
     """The decoder's arguments, the first of which, the vectors (B, T, D), requires a gradient.
 
-    Else, where all that is before the decoder is frozen and there is no picture, autograd would not reach the end of
+    Otherwise, if all that precedes the decoder is frozen and there is no picture, autograd would not reach the end of
     the first layer's backward pass, and this process would send gradients in another order than those with a picture.
     """
     x, *others = args
@@ -84,13 +84,13 @@ class SavedParts:
     def load(self) -> tuple[int, list[float]]:
         """Restore the newest complete step; returns what Saved.load does, and raises ValueError as it does."""
         if self.saved.file.is_file():
-            raise ValueError(f"{self.saved.file} is of a run without --shard: {self.remedy}")
+            raise ValueError(f"{self.saved.file} belongs to a run without --shard: {self.remedy}")
         if not (steps := self.complete()):
             return 0, []
         folder = self.folder / f"step-{max(steps)}"
         settings, files, losses = steps[max(steps)]
         if settings != self.saved.settings:
-            raise ValueError(f"{self.folder} is of another run ({settings}): {self.remedy}")
+            raise ValueError(f"{self.folder} belongs to another run ({settings}): {self.remedy}")
         if files != len(list(folder.glob("*.safetensors"))):  # rows that are missing would stay what they were
             raise ValueError(f"{folder} should have {files} files of weights: {self.remedy}")
         reader = dcp.HuggingFaceStorageReader(str(folder))

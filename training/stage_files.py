@@ -28,7 +28,7 @@ def save_stage(then: dict[str, Tensor], other: dict[str, Tensor], file: Path) ->
 def load_stage(model: nn.Module, final: dict[str, Tensor], folder: Path, name: str | None) -> None:
     """Give the model the weights that it had after a stage: a value of STAGE_FILES.
 
-    before-alignment holds what differs from the finished model, and after-alignment what differs from the former.
+    before-alignment holds what differs from the finished model, and after-alignment what differs from before-alignment.
     Raises ValueError if a file holds a tensor that the model does not have.
     """
     model.load_state_dict(final)

@@ -1,4 +1,4 @@
-"""The recipe: a tiny LLaVA from nothing in four stages, on pictures and conversations of the emoji world.
+"""The recipe: a tiny LLaVA from scratch in four stages, on pictures and conversations of the emoji world.
 
     stage     what learns             from                              in LLaVA-1.5
     tower     the vision tower        the parts of pictures             CLIP, pretrained on pictures with captions

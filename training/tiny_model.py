@@ -37,7 +37,7 @@ TEXT = LlamaConfig(
 
 
 def train_tokenizer(scenes: int = 20000) -> Tokenizer:
-    """A vocabulary from texts of the emoji world, with Llama's settings: with others transformers' ids would differ."""
+    """A vocabulary from texts of the emoji world, with Llama's settings: otherwise transformers' ids would differ."""
     rng = random.Random(0)
     text = []
     for i in range(scenes):
@@ -76,7 +76,7 @@ def new_model(tokenizer: Tokenizer) -> LlavaForConditionalGeneration:
         LlavaConfig(VISION, text, image_token_index=tokenizer.image_token_id, vision_feature_layer=-1)
     )
     init_weights(model)
-    # Embeddings that are small beside what the layers add to them slow down learning to repeat a word.
+    # Embeddings that are small compared with what the layers add to them slow down learning to repeat a word.
     nn.init.normal_(model.language_model.embed_tokens.weight, std=0.05)
     # Each layer adds to x, so its last matrix shrinks with the number of layers, as in GPT-2.
     for layer in model.language_model.layers:

@@ -101,7 +101,7 @@ def merge(checkpoint: str | Path, adapter: str | Path, out: Path) -> None:
         for file in [*sorted(folder.iterdir()), *own]:
             if file.suffix in COPIED and not file.name.endswith(".index.json"):
                 shutil.copyfile(file, scratch / file.name)
-        if own:  # it would come before chat_template.jinja
+        if own:  # it would take precedence over chat_template.jinja
             (scratch / "chat_template.json").unlink(missing_ok=True)
         write_json(scratch / "config.json", config)
         write_shards([((hub_name(name), p) for name, p in model.named_parameters())], scratch, 5e9)

@@ -29,7 +29,7 @@ class Validation:
         total, share = torch.zeros(2, dtype=torch.float64, device=place.device), world_size() * self.batch
         for start in range(0, self.records, share):
             mine = range(start + rank(), min(start + share, self.records), world_size())
-            # A process without a record left takes part all the same: the weights may be spread over all of them.
+            # A process without a record left still takes part: the weights may be divided over all processes.
             batch = {name: tensor.to(place.device) for name, tensor in self.data(mine or range(1)).items()}
             with place.autocast():
                 loss = objective(batch)
@@ -37,7 +37,7 @@ class Validation:
                 total += torch.stack([loss.double(), objective.count(batch).double()])
         decoder.train()
         if place.shard:
-            objective.reshard()  # the weights gathered in a forward pass are kept for a backward pass, and none comes
+            objective.reshard()  # else the gathered weights are kept for a backward pass
         loss, count = sum_over_all(total)
         stop_if_diverged(self.stage, step, "validation loss", [loss / count])
         return (loss / count).item()

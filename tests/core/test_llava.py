@@ -298,6 +298,8 @@ def test_an_unknown_dtype_is_a_plain_error(half, wrong):
     ("arguments", "words"),
     [
         ({}, "exactly one of input_ids or inputs_embeds"),
+        ({"input_ids": torch.tensor([[1, 9999]])}, "ids 1 to 9999 do not fit"),
+        ({"input_ids": torch.tensor([[-1]])}, "ids -1 to -1 do not fit"),
         ({"input_ids": torch.ones(1, 2, dtype=torch.long), "inputs_embeds": torch.zeros(1, 2, 48)}, "exactly one"),
         (
             {"input_ids": torch.tensor([[1, 290, 290]]), "pixel_values": torch.zeros(1, 3, 28, 28)},

@@ -10,8 +10,8 @@ from torch.testing import assert_close
 
 from kernel_helpers import BF16, FP16, FP32, KINDS, answer, batch, make, random
 from kernels import accelerate
-from kernels.cpu import AVX2, CpuInt4, CpuInt8, CpuLinear, FusedAttention, FusedMLP
-from llama import KVCache, Llama, LlamaConfig, rope_angles, visible_keys
+from kernels.cpu import AVX2, CpuInt4, CpuInt8, CpuLinear, FusedAttention, FusedMLP, one_query_attention
+from llama import KVCache, Llama, LlamaConfig, attention, rope_angles, visible_keys
 
 pytest.importorskip("triton")
 from kernels.decoder import FastInt8Linear, FastLlama
@@ -92,6 +92,22 @@ def test_the_whole_model_on_a_cpu(kind):
     (ours, our_cache), (theirs, their_cache) = answer(fast), answer(plain)
     assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
     assert_close(our_cache, their_cache, atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("largest", [0, 10**9], ids=["in its dtype", "converted"])
+@pytest.mark.parametrize("dtype", [FP32, FP16, BF16], ids=str)
+def test_attention_of_one_query_is_the_formula_in_every_dtype(dtype, largest, monkeypatch):
+    monkeypatch.setattr("kernels.cpu.LARGEST_CONVERTED", largest)
+    monkeypatch.setattr("kernels.cpu.AMX", False)
+    for B, H, K, S in ((1, 4, 4, 1), (2, 6, 2, 70), (3, 5, 1, 300)):
+        mask = random(B, 1, 1, S) > 0
+        mask[..., -1] = True  # a query sees itself
+        q, k, v = random(B, H, 1, 16), random(B, K, S + 9, 16)[:, :, :S], random(B, K, S, 16)
+        for seen in (None, mask):
+            exact = attention(q, k, v, seen)
+            ours, theirs = (f(q.to(dtype), k.to(dtype), v.to(dtype), seen) for f in (one_query_attention, attention))
+            no_worse(ours, theirs, exact)
 
 
 @pytest.mark.quick

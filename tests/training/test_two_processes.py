@@ -139,7 +139,7 @@ def test_a_run_that_cannot_be_resumed_is_refused(folder, ended, tmp_path):
     with pytest.raises(ValueError, match="should have 2 files"):
         SavedParts(saved).load()
     saved.settings = "others"
-    with pytest.raises(ValueError, match="of another run"):
+    with pytest.raises(ValueError, match="belongs to another run"):
         SavedParts(saved).load()
     (step / "run.json").write_text("{}")
     with pytest.raises(ValueError, match="damaged"):
