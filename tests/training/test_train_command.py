@@ -36,7 +36,7 @@ def test_every_stage_runs_from_the_command(tmp_path):
     model, processor = LlavaForConditionalGeneration.from_pretrained(tmp_path), LlavaProcessor.from_pretrained(tmp_path)
     picture, _ = emoji_world.make_scene(tiny_world().sprites, emoji_judge.UNSEEN)
     assert len(emoji_judge.answers(model, processor, [picture], ["Describe the picture."])) == 1
-    command = [sys.executable, ROOT / "evaluate.py", tmp_path, "--scenes", "2"]
+    command = [sys.executable, ROOT / "evaluate.py", tmp_path, "--scenes", "1"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=170)
     columns = "before alignment", "after alignment", "after tuning", "in int8", "in int4"
     assert done.stdout.startswith(f"| question | {' | '.join(columns)} | asked |")
