@@ -34,6 +34,12 @@ plt.rcParams |= {
     "font.size": 11,
     "image.cmap": "viridis",
 }
+SHORT = bool(os.environ.get("SHORT_NOTEBOOKS"))  # as in the tests: the same cells in less time
+if SHORT:
+    from matplotlib_inline.backend_inline import set_matplotlib_formats
+
+    plt.rcParams["figure.constrained_layout.use"] = False
+    set_matplotlib_formats("png", bbox_inches=None)  # "tight" would draw each figure twice
 
 
 def tiny_llava() -> tuple:
@@ -53,7 +59,7 @@ def chat_prompt(processor, question: str) -> str:
 
 def steps(number: int) -> int:
     """Steps of a training that takes minutes: `number`, or three where SHORT_NOTEBOOKS is set, as in the tests."""
-    return min(number, 3) if os.environ.get("SHORT_NOTEBOOKS") else number
+    return min(number, 3) if SHORT else number
 
 
 # --- Predictions and puzzles -----------------------------------------------------------------------------------------

@@ -8,17 +8,19 @@ import os
 import shutil
 import sys
 from pathlib import Path
+from unittest import mock
 
 import torch
 import torch.distributed as dist
 
 import cli
+import train
 from cli import parallel
 from clip import CLIPVisionConfig
 from hub.files import BUNDLED
 from llama import LlamaConfig
 from llava import LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
-from training import processes, progress
+from training import processes, progress, run_stage
 from training.lora import Lora
 from training.recipes import Recipe
 from training.records import Records
@@ -27,12 +29,18 @@ from training.run_stage import Place
 from training.tune_adapter import train_adapter
 
 STEPS, BATCH, STOP = 3, 2, 2
-PARTS = 6  # of main, each of which connects the processes
 COMMANDS = {
     "one answer": ["--image", "0.png", "--dtype", "float32", "--max-new-tokens", "4"],
     "a list": ["--images", ".", "--batch-size", "1", "--max-new-tokens", "4", "--out", "answers-of-two"],
     "too long": ["--prompt", "word " * 3000],
 }
+TRAINED = {  # the flags of train.py
+    "stages": ["--quick"],
+    "few pictures": ["--data", "words.json", "--batch", "2", "--steps", "4"],
+    "lora": ["--data", "six/my.json", "--lora", "4", "--lr", "1e-2", "--dropout", ".2", "--quantize", "int8"]
+    + ["--batch", "2", "--steps", "2"],
+}
+PARTS = 3 + len(COMMANDS) + len(TRAINED)  # of main, each of which connects the processes
 ENDLESS = 10_000  # steps of the run that Ctrl-C interrupts
 
 
@@ -54,6 +62,14 @@ def adapt(folder: Path, out: str, shard: bool = True, stop: int | None = None, s
     place, lora = Place(folder / out, save_every=2, shard=shard), Lora(4, 8, dropout=0.2)
     with Interrupted(stop):
         train_adapter(place, folder / "my.json", None, BUNDLED, steps, BATCH, 1e-3, 1e-3, lora, "int4")
+
+
+def train_by_command(name: str, out: str) -> None:
+    """Run train.py with the flags TRAINED[name]; all stages in float32."""
+    dtype = (lambda device: torch.float32) if name == "stages" else run_stage.fast_dtype
+    argv = mock.patch.object(sys, "argv", ["train.py", *TRAINED[name], "--out", out])
+    with argv, mock.patch.object(run_stage, "fast_dtype", dtype):
+        train.main()
 
 
 class Interrupted:
@@ -100,7 +116,7 @@ def tokens(model: LlavaForConditionalGeneration) -> list:
     return [heads, *(rows[0].tolist() for rows in (whole, divided, sampled))]
 
 
-def train(folder: Path) -> None:
+def train_divided(folder: Path) -> None:
     processes.join("cpu")
     tune(folder, "tuned", stop=STOP)
     if processes.rank() == 0:
@@ -135,8 +151,11 @@ def main(folder: Path, ports: list[str]) -> int:
         if dist.is_initialized():  # after an error, with which a process would end
             dist.destroy_process_group()
     (folder / f"made-{os.environ['RANK']}.json").write_text(json.dumps(made))
+    for name in TRAINED:
+        at_next_port()
+        train_by_command(name, f"{name} by two")
     at_next_port()
-    train(folder)
+    train_divided(folder)
     at_next_port()
     return cli.run(lambda: train_without_end(folder))
 

@@ -386,17 +386,20 @@ def test_shards(sharded, how, where, data):
         sharded.ends_well("shards missing, doubled, overlapping, outside")
 
 
-def bin_file(whole: Checkpoint, legacy: bool = False) -> bytes:
+@pytest.fixture(scope="module")
+def pickles(whole) -> dict[bool, bytes]:
+    """The weights as torch.save writes them, in its legacy format or not."""
     model = LlavaForConditionalGeneration.from_pretrained(whole.folder)
-    file = io.BytesIO()
     tensors = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    torch.save(tensors, file, _use_new_zipfile_serialization=not legacy)
-    return file.getvalue()
+    files = {legacy: io.BytesIO() for legacy in (True, False)}
+    for legacy, file in files.items():
+        torch.save(tensors, file, _use_new_zipfile_serialization=not legacy)
+    return {legacy: file.getvalue() for legacy, file in files.items()}
 
 
 @fuzz("pickle: bytes flipped or cut", damage=damages(), legacy=st.booleans(), near=st.booleans())
-def test_flipped_pickle(whole, damage, legacy, near):
-    raw = bin_file(whole, legacy)
+def test_flipped_pickle(whole, pickles, damage, legacy, near):
+    raw = pickles[legacy]
     content = damaged(raw, damage, end=20_000 if near and damage[1] == 1 else None)
     with whole.changed(model__safetensors=None, pytorch_model__bin=content):
         whole.ends_well("pickle: bytes flipped or cut")

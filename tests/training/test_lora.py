@@ -1,7 +1,6 @@
 """LoRA: what learns, PEFT's gradients and files, quantized bases, dropout, resuming, merging, and the commands."""
 
 import json
-import subprocess
 import sys
 
 import peft
@@ -29,7 +28,6 @@ from training.run_stage import Place
 from training.tune_adapter import merge, train_adapter
 
 KEPT = [0, 1, 0, 1, 1, 0, 1, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 0, 1, 1, 1, 1, 1]
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
 
 
 @pytest.fixture(scope="module")
@@ -213,7 +211,7 @@ def test_an_int4_base_learns(data, tmp_path, monkeypatch, capsys):
     assert losses[-1] < losses[0] / 3, losses
 
 
-# --- Dropout, resuming, processes ------------------------------------------------------------------------------------
+# --- Dropout, resuming -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.quick
@@ -271,20 +269,6 @@ def test_a_resumed_run_has_the_losses_of_an_uninterrupted_one(data, tmp_path, mo
     for changed in (Lora(4, 8), Lora(4, 9, dropout=0.2), Lora(4, 8, dropout=0.2, seed=1)):
         with pytest.raises(ValueError, match="--out"):
             tune(data, tmp_path / "whole", 5, changed)
-
-
-def test_two_processes_learn_what_one_does(data, tmp_path):
-    flags = ["--data", data, "--lora", "4", "--lr", "1e-2", "--dropout", ".2", "--steps", "2", "--batch", "2"]
-    flags += ["--quantize", "int8"]
-    for n in (1, 2):
-        launch = [*TORCHRUN, f"--nproc-per-node={n}"] if n > 1 else [sys.executable]
-        command = [*launch, ROOT / "train.py", *flags, "--out", tmp_path / str(n)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=280)
-        assert done.returncode == 0, done.stderr[-3000:]
-    one, two = (load_file(tmp_path / str(n) / "adapter_model.safetensors") for n in (1, 2))
-    assert one.keys() == two.keys()
-    for name, tensor in one.items():
-        assert_close(tensor, two[name], atol=2e-3, rtol=0, msg=name)
 
 
 def test_accumulating_gives_the_same_step(data, tmp_path):

@@ -1,4 +1,4 @@
-"""A model divided over two processes on a CPU: the losses, weights, tokens and answers of one process.
+"""Steps, or a whole model, divided over two processes on a CPU: the losses, weights, tokens and answers of one process.
 
 Processes that use torch take seconds to start, so all runs of two processes are parts of one: tests/two_processes.py.
 """
@@ -21,19 +21,22 @@ from torch.testing import assert_close
 import two_processes
 from hub.files import BUNDLED
 from llava import LlavaProcessor
-from tiny_world import ROOT, TURNS, logged_losses, write_records
+from tiny_world import ROOT, TURNS, logged_losses, write_file, write_records
 from training import progress, run_stage
 from training.records import Records
 from training.shard import SavedParts
-from two_processes import BATCH, COMMANDS, ENDLESS, PARTS, STEPS, STOP, adapt, ask, tune, tune_and_validate
+from two_processes import BATCH, COMMANDS, ENDLESS, PARTS, STEPS, STOP, adapt, ask, train_by_command, tune
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """Records, two without a picture, and a sharded run that one process began."""
     folder = tmp_path_factory.mktemp("two")
-    words = [{"conversations": [{"from": "human", "value": "Hello."}, TURNS[1]]}] * 2
-    (folder / "my.json").write_text(json.dumps(write_records(folder, 2) + words))
+    made, words = write_records(folder, 2), [{"conversations": [{"from": "human", "value": "Hello."}, TURNS[1]]}]
+    (folder / "my.json").write_text(json.dumps(made + words * 2))
+    (folder / "words.json").write_text(json.dumps(made[:1] + words * 6))
+    (folder / "six").mkdir()
+    write_file(folder / "six", 6)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(progress, "REPORT_EVERY", 1)
         with alone():
@@ -85,6 +88,31 @@ def test_only_the_first_prints(ended):
     assert second == "" and "saved to" in first and errors[1].count("\n") == 1, (second, errors)
 
 
+def test_two_processes_learn_what_one_does(folder, ended, monkeypatch):
+    """The same global batch: the same losses, and so the same gradients, in every stage."""
+    monkeypatch.chdir(folder)
+    train_by_command("stages", "stages by one")
+    one, two = (logged_losses(folder / f"stages by {n}") for n in ("one", "two"))
+    assert list(one) == list(two) and len(one) == 16
+    for step, loss in one.items():
+        assert float(two[step]) == pytest.approx(float(loss), abs=2e-3), (step, one, two)
+
+
+def test_a_lora_of_two_processes_is_that_of_one(folder, ended, monkeypatch):
+    monkeypatch.chdir(folder)
+    train_by_command("lora", "lora by one")
+    one, two = (load_file(folder / f"lora by {n}" / "adapter_model.safetensors") for n in ("one", "two"))
+    assert one.keys() == two.keys()
+    for name, tensor in one.items():
+        assert_close(tensor, two[name], atol=2e-3, rtol=0, msg=name)
+
+
+def test_two_processes_take_what_has_no_picture(folder, ended):
+    """One of them has no picture in its share, and so no gradient for the projector."""
+    assert list(logged_losses(folder / "few pictures by two")) == [("tune", step) for step in range(1, 5)]
+    assert (folder / "few pictures by two" / "model.safetensors").is_file()
+
+
 @pytest.mark.parametrize("name, run", [("tuned", tune), ("adapted", adapt)])
 def test_a_resumed_run_of_two_learns_what_one_process_does(folder, ended, name, run):
     """One was begun by two processes, the other by one. In the last step a process has no picture in its sample."""
@@ -96,7 +124,7 @@ def test_a_resumed_run_of_two_learns_what_one_process_does(folder, ended, name, 
 
 
 def test_a_sharded_run_validates_and_recomputes_as_one_process_does(folder, ended):
-    tune_and_validate(folder, "validated-by-one", shard=False)
+    two_processes.tune_and_validate(folder, "validated-by-one", shard=False)
     rows = [("tune validation", 0), ("tune", 1), ("tune validation", 1)]
     check_same(folder / "validated-by-one", folder / "validated", rows)
 
