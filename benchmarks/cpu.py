@@ -141,7 +141,7 @@ def load_models(names: list[str], folders: dict[str, Path], dtype: torch.dtype) 
         models["theirs"] = rival(models["ours"], folders["ours"])
     if "plain" in names:
         models["plain"] = LlavaForConditionalGeneration.from_pretrained(folders["ours"], dtype, kernels="torch")
-    for name in set(QUANTIZED).intersection(names):
+    for name in (name for name in QUANTIZED if name in names):
         models[name] = LlavaForConditionalGeneration.from_pretrained(folders[name], dtype)
     return models
 
@@ -161,8 +161,8 @@ def in_turns(folders: dict[str, Path], dtype: torch.dtype, args: argparse.Namesp
                     found[batch, name].append(time_answer(models[name], dict(inputs), **stop))
                 speeds.append(read_speed(memory))
         prompt = inputs["input_ids"].shape[1]
-        for name in set(models) - {"theirs", "plain"}:
-            sizes[name] = bytes_per_token(models[name], prompt + NEW // 2)
+        ours = [name for name in models if name not in ("theirs", "plain")]
+        sizes |= {name: bytes_per_token(models[name], prompt + NEW // 2) for name in ours}
         del models  # before the next ones are loaded
     if args.llama_cpp and dtype == torch.bfloat16:
         config = LlavaForConditionalGeneration.without_weights(read_config(folder)).config.text_config
