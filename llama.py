@@ -179,7 +179,7 @@ class KVCache:
 
 
 class LlamaAttention(nn.Module):
-    attention = staticmethod(attention)  # an attribute, so that training/ and kernels/ can replace it
+    attention = staticmethod(attention)  # an attribute, so that it can be replaced
 
     def __init__(self, config: LlamaConfig, layer: int):
         super().__init__()
